@@ -1,0 +1,160 @@
+"""Running a lesson in Google Colab: its badge, its setup cell, and the packages that Colab lacks.
+
+Colab's own torch, numpy and transformers are never replaced: pip may install what is missing and move a few pure
+data packages, and everything else is held at the version that the runtime came with. Elsewhere nothing happens.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from helpers.errors import CourseError
+from helpers.profiles import ROOT
+
+REPOSITORY = "https://github.com/llm-workbook/llm-workbook"
+BRANCH = "main"
+
+# The first code cell of every notebook, word for word.
+SETUP_CELL = f"""\
+# Finds the course's files; in Colab it fetches them first.
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+clone = Path.cwd() / "llm-workbook"
+places = [Path.cwd(), *Path.cwd().parents, clone]
+if "COLAB_RELEASE_TAG" in os.environ and not any((place / "helpers/profiles.py").exists() for place in places):
+    address = "{REPOSITORY}"
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(clone)], check=True)
+ROOT = next((place for place in places if (place / "helpers/profiles.py").exists()), None)
+if ROOT is None:
+    raise FileNotFoundError("The course's files are not here: start Jupyter inside the folder llm-workbook.")
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+"""
+
+# trl needs newer ones than Colab has, and nothing that Colab has loaded by then depends on their exact version.
+FREE_TO_MOVE = {"datasets", "pyarrow", "fsspec", "dill", "multiprocess"}
+
+
+def badge(notebook_stem: str) -> str:
+    """Markdown of the badge that opens notebooks/<notebook_stem>.ipynb in Colab."""
+    path = REPOSITORY.removeprefix("https://github.com/")
+    address = f"https://colab.research.google.com/github/{path}/blob/{BRANCH}/notebooks/{notebook_stem}.ipynb"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
+
+
+def on_colab() -> bool:
+    """Whether this runs in Colab. LLM_WORKBOOK_COLAB=1 or 0 overrides."""
+    override = os.environ.get("LLM_WORKBOOK_COLAB")
+    return override == "1" if override else "COLAB_RELEASE_TAG" in os.environ
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to ask of pip."""
+
+    install: tuple[str, ...]  # requirements with their ranges
+    remove: tuple[str, ...]  # names
+    constraints: tuple[str, ...]  # name==version of what must stay as it is
+
+
+def plan(packages: Sequence[str], requirements: Mapping[str, Requirement], installed: Mapping[str, str | None]) -> Plan:
+    """Decide what pip has to do so that `packages` are there in the ranges of `requirements`.
+
+    `installed` maps the names of what is installed to their versions.
+    """
+    unknown = [name for name in packages if name not in requirements]
+    if unknown:
+        raise CourseError(f"requirements.txt has no line for {unknown[0]}: add one, or mend the name.")
+    install = [name for name in packages if not _satisfies(installed.get(name), requirements[name])]
+    # peft refuses to add adapters while a torchao older than 0.16 is there, and the course does not use torchao.
+    old_torchao = installed.get("torchao") and not _satisfies(installed["torchao"], Requirement("torchao>=0.16"))
+    fixed = {
+        name: version for name, version in installed.items() if name not in FREE_TO_MOVE.union(install, ["torchao"])
+    }
+    return Plan(
+        install=tuple(str(requirements[name]) for name in install),
+        remove=("torchao",) if old_torchao else (),
+        constraints=tuple(f"{name}=={version}" for name, version in sorted(fixed.items()) if _is_version(version)),
+    )
+
+
+def prepare(*packages: str) -> None:
+    """In Colab, install those of `packages` that are missing or too old; elsewhere, do nothing.
+
+    Raises CourseError where pip fails, and where a package that this session has already loaded was replaced: then the
+    session has to be restarted.
+    """
+    if not on_colab():
+        return
+    before = _installed()
+    todo = plan(packages, read_requirements(ROOT / "requirements.txt"), before)
+    if todo.remove:
+        _pip("uninstall", "--yes", *todo.remove)
+    if todo.install:
+        print(f"Installing {', '.join(todo.install)}; this takes up to a minute.")
+        with tempfile.TemporaryDirectory() as folder:
+            constraints = Path(folder) / "constraints.txt"
+            constraints.write_text("\n".join(todo.constraints))
+            _pip("install", "--constraint", str(constraints), *todo.install)
+    stale = replaced_while_loaded(before, _installed(), sys.modules)
+    if stale:
+        raise CourseError(
+            f"The session still runs the old {', '.join(stale)}: choose Runtime > Restart session, "
+            "then run the notebook again from its first cell."
+        )
+
+
+def replaced_while_loaded(
+    before: Mapping[str, str | None], after: Mapping[str, str | None], loaded: Iterable[str]
+) -> list[str]:
+    """Packages whose version changed although the running session has them loaded."""
+    loaded = set(loaded)
+    return sorted(
+        name
+        for name in before
+        if before[name] != after.get(name) and name.replace("-", "_") in loaded and name in after
+    )
+
+
+def read_requirements(path: Path) -> dict[str, Requirement]:
+    """The lines of a requirements file by the canonical name of their package."""
+    lines = [re.sub(r"\s*#.*", "", line).strip() for line in path.read_text().splitlines()]
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines if line}
+
+
+def _installed() -> dict[str, str | None]:
+    return {canonicalize_name(found.name): found.version for found in distributions() if found.name}
+
+
+def _satisfies(version: str | None, requirement: Requirement) -> bool:
+    return _is_version(version) and requirement.specifier.contains(version, prereleases=True)
+
+
+def _is_version(version: str | None) -> bool:
+    try:
+        return bool(Version(version or ""))
+    except InvalidVersion:
+        return False
+
+
+def _pip(*arguments: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments, "--quiet"], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = errors[-1].rstrip(".") if errors else f"pip {arguments[0]} failed"
+        raise CourseError(f"pip could not do its part ({reason}): check the network, or start a new runtime.")

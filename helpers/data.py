@@ -1,0 +1,190 @@
+"""Text for training: documents from Shima, from a local file or from the hub, packed rows and padded batches.
+
+Everything is a function of its seeds: the same arguments give the same rows in the same order on every machine.
+Lessons build their own instructions and preferences out of the rows; this module knows no prompt format.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import PreTrainedTokenizerBase
+
+from helpers.errors import CourseError
+from helpers.models import HUB_ID, hub_is_reachable
+from helpers.profiles import Profile
+from helpers.world import World
+
+# Short stories in simple English (Eldan and Li 2023, arXiv:2305.07759), at a pinned revision.
+HUB_TEXT = "roneneldan/TinyStories@f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def text_dataset(profile_or_source: Profile | str, num_documents: int, *, seed: int = 0) -> Dataset:
+    """Documents to train on, one per row, in the column "text".
+
+    On the CPU profile they are about Shima, on a GPU profile they are the stories of `HUB_TEXT`. A source may also be
+    named: "shima", a local file, or a hub dataset "owner/name@revision" that has a column "text".
+    `seed` decides which documents come, and in which order.
+    """
+    source = profile_or_source
+    if isinstance(source, Profile):
+        source = "shima" if source.device == "cpu" else HUB_TEXT
+    if source == "shima":
+        return Dataset.from_dict({"text": list(islice(World().documents(seed), num_documents))})
+    return load_rows(source, ["text"], num_documents, seed=seed)
+
+
+def load_rows(
+    source: str,
+    columns: Sequence[str],
+    num_rows: int | None = None,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    subset: str | None = None,
+) -> Dataset:
+    """Rows of a local .jsonl, .json, .parquet or .csv file, or of a hub dataset "owner/name@revision", shuffled.
+
+    Keeps `columns`, and the first `num_rows` after shuffling. A hub dataset is read as a stream, so that a few
+    thousand rows of a large one come quickly; its shuffling is then one of shards and of a window of 10,000 rows.
+    Raises CourseError where the source is unknown, unreachable or damaged, or lacks a column.
+    """
+    path, (name, _, revision) = Path(source), source.partition("@")
+    if path.suffix in FILE_FORMATS:
+        if not path.is_file():
+            raise CourseError(f"There is no file {source}: give the path of an existing one.")
+        request = {"path": FILE_FORMATS[path.suffix], "data_files": str(path)}
+    elif HUB_ID.fullmatch(name):
+        if not hub_is_reachable():
+            raise CourseError(
+                f"The dataset {name} has to be read from the Hugging Face hub and the hub cannot be reached: "
+                "connect to the network (and unset HF_HUB_OFFLINE), or use the profile cpu, which needs none."
+            )
+        request = {"path": name, "name": subset, "revision": revision or None, "streaming": True}
+    else:
+        raise CourseError(
+            f"There is no dataset {source!r}: use shima, a file ending in {', '.join(FILE_FORMATS)}, or a hub id."
+        )
+
+    try:
+        rows = load_dataset(**request, split=split)
+        missing = [column for column in columns if column not in (rows.column_names or columns)]
+        if missing:
+            raise CourseError(
+                f"{source} has no column {missing[0]!r} but {', '.join(rows.column_names)}: name another source, "
+                "or rename its columns."
+            )
+        if "streaming" in request:
+            rows = Dataset.from_list(list(rows.shuffle(seed=seed, buffer_size=10_000).take(num_rows or 10**9)))
+    except (DatasetGenerationError, DatasetNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).split("\n")[0].rstrip(".")
+        raise CourseError(f"The dataset {source} cannot be read ({reason}): repair it or name another one.") from error
+    if "streaming" not in request:
+        rows = rows.shuffle(seed=seed)
+    return rows.select_columns(list(columns)).select(range(min(num_rows or len(rows), len(rows))))
+
+
+def pack(documents: Iterable[list[int]], seq_len: int) -> Iterator[list[int]]:
+    """Concatenate tokenised documents, each of which ends with the end-of-text token, and cut rows of `seq_len` tokens.
+
+    What is left at the end and does not fill a row is dropped.
+    """
+    row: list[int] = []
+    for document in documents:
+        row += document
+        while len(row) >= seq_len:
+            yield row[:seq_len]
+            row = row[seq_len:]
+
+
+def shuffled_blocks(texts: Sequence[str], seed: int = 0) -> Callable[[int], Iterator[str]]:
+    """`documents_of_block` of `PackedBatches` for a finite list: every block starts a new shuffled pass over it."""
+
+    def documents_of_block(block: int) -> Iterator[str]:
+        generator = random.Random(f"{seed}/{block}")
+        while texts:
+            yield from generator.sample(texts, len(texts))
+
+    return documents_of_block
+
+
+class PackedBatches:
+    """An endless stream of packed batches {"input_ids": (batch_size, seq_len)} that can be entered at any position.
+
+    The stream is made of numbered blocks of `batches_per_block` batches. A block takes as many documents from
+    `documents_of_block(number)` as it needs, joins them with the end-of-text token, cuts them into rows and shuffles
+    the rows; what does not fill its last row is dropped. So a batch depends on its block alone, and `seek` jumps
+    without making what lies before. Iterating continues from `position`, the number of batches handed out so far.
+    """
+
+    def __init__(
+        self,
+        documents_of_block: Callable[[int], Iterable[str]],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        seq_len: int,
+        *,
+        batches_per_block: int = 16,
+    ):
+        """`documents_of_block` must give the same documents each time, and enough of them to fill a block."""
+        if tokenizer.eos_token_id is None:
+            raise CourseError("The tokenizer has no end-of-text token to put between documents: set its eos_token.")
+        self.documents_of_block = documents_of_block
+        self.end_of_text = tokenizer.eos_token_id
+        self.batch_size, self.seq_len, self.batches_per_block = batch_size, seq_len, batches_per_block
+        self.position = 0
+        self._block = (-1, torch.empty(0))  # number and rows of the block made last
+        # A copy, since a call of the tokenizer with padding or truncation leaves that switched on for everybody.
+        self._encoder = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._encoder.no_padding()
+        self._encoder.no_truncation()
+
+    def seek(self, position: int) -> None:
+        """Continue with batch number `position`, counted from 0."""
+        self.position = position
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches from the current position on, without end."""
+        while True:
+            block, index = divmod(self.position, self.batches_per_block)
+            if self._block[0] != block:
+                self._block = (block, self._rows_of(block))
+            self.position += 1
+            yield {"input_ids": self._block[1][index * self.batch_size : (index + 1) * self.batch_size]}
+
+    def _rows_of(self, block: int) -> torch.Tensor:
+        num_rows = self.batches_per_block * self.batch_size
+        documents = iter(self.documents_of_block(block))
+        tokens: list[int] = []
+        while len(tokens) < num_rows * self.seq_len:
+            chunk = list(islice(documents, 256))
+            if not chunk:
+                raise ValueError(f"block {block} has only {len(tokens)} of {num_rows * self.seq_len} tokens")
+            for encoding in self._encoder.encode_batch_fast(chunk, add_special_tokens=False):
+                tokens += encoding.ids
+                tokens.append(self.end_of_text)
+        rows = torch.tensor(tokens[: num_rows * self.seq_len]).view(num_rows, self.seq_len)
+        # Neighbouring rows may share a document: a batch should not hold them together.
+        return rows[torch.randperm(num_rows, generator=torch.Generator().manual_seed(block))]
+
+
+def collate(examples: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad examples of "input_ids" and "labels" on the right; every tensor of the batch is (batch, longest).
+
+    Padded positions carry the label -100, which cross-entropy ignores. Examples without labels get their own tokens.
+    """
+    length = max(len(example["input_ids"]) for example in examples)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for example in examples:
+        tokens, padding = example["input_ids"], length - len(example["input_ids"])
+        columns["input_ids"].append(tokens + [pad_id] * padding)
+        columns["attention_mask"].append([1] * len(tokens) + [0] * padding)
+        columns["labels"].append(example.get("labels", tokens) + [-100] * padding)
+    return {name: torch.tensor(rows) for name, rows in columns.items()}

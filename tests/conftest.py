@@ -1,0 +1,82 @@
+"""Fixtures of several test files: a tiny model folder in hub format, and rows in the schemas of real datasets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from helpers.models import tiny_config
+
+TEXTS = [
+    f"{name} is a {trade} in {town}. {name} is {age} years old and has {age % 7} goats."
+    for name, trade in zip(
+        ["Ada", "Bela", "Chiyo", "Dinu", "Eero"], ["baker", "smith", "mason", "cook", "tailor"], strict=True
+    )
+    for town in ["Nori", "Kasumi", "Hata"]
+    for age in range(20, 60)
+]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """600 short documents, all different."""
+    return TEXTS
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on `texts`; digits are split, and <|end|> ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 model and its tokenizer, as the hub would hold them: bfloat16 safetensors. Do not write into it."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-qwen2"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen2", vocab_size=len(tiny_tokenizer)), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file in the schema of roneneldan/TinyStories: one text a row."""
+    return _write_jsonl(tmp_path_factory.mktemp("rows") / "stories.jsonl", [{"text": text} for text in TEXTS])
+
+
+@pytest.fixture(scope="session")
+def messages_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file in the schema of HuggingFaceTB/smoltalk: the turns of a chat, and where it is from."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Repeat: {text}"},
+                {"role": "assistant", "content": text},
+            ],
+            "source": "tests",
+        }
+        for text in TEXTS[:50]
+    ]
+    return _write_jsonl(tmp_path_factory.mktemp("rows") / "messages.jsonl", rows)
+
+
+def _write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
