@@ -259,7 +259,7 @@ def _write_json(path: Path, content: dict) -> None:
 def model_card(recipe: Recipe, num_parameters: int, scores: dict[str, Score], history: History) -> str:
     """The README of the model: what it is, how it was made, what it can do, measured."""
     facts = {
-        "architecture": f"Llama: {recipe.num_layers} layers, hidden size {recipe.hidden_size}, {recipe.num_heads} heads, "
+        "architecture": f"Llama: {recipe.num_layers} layers of size {recipe.hidden_size}, {recipe.num_heads} heads, "
         f"SwiGLU {recipe.intermediate_size}, RoPE, RMSNorm, tied embeddings",
         "parameters": f"{num_parameters:,}, stored in bfloat16",
         "tokenizer": f"byte-level BPE, {recipe.vocab_size:,} tokens, every digit a token of its own",

@@ -84,6 +84,8 @@ def find_damage(path: Path) -> str | None:
     """Compare a checkpoint with its manifest: what is wrong with it, or None."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        if STATE not in files:
+            return f"{MANIFEST} does not list {STATE}"
         for name, expected in files.items():
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, expected {expected['bytes']}"
@@ -101,12 +103,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text())
 
 
-def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the name and the full shape of every tensor of a checkpoint, however it was sharded."""
+def stored_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the full shape and the dtype of every tensor of a checkpoint under its name, however it was sharded."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return {name: tuple(tensor.size) for name, tensor in stored.items()}
+    return {name: (tuple(tensor.size), tensor.properties.dtype) for name, tensor in stored.items()}
 
 
 def load_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -127,7 +129,7 @@ def on_first_process(action: Callable[[], Result]) -> Result:
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
-        except (CourseError, OSError) as error:
+        except Exception as error:  # the others wait for an answer, whatever it is
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

@@ -41,6 +41,12 @@ START_TIMEOUT = 120  # seconds that a kernel may take to start
 POLL_INTERVAL = 0.2  # seconds between two looks at the processes
 BUDGET = re.compile(r"cpu [\d.]+ s · [\d.]+ GB")  # the measured part of a notebook's header
 PROGRESS_BAR = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's "[elapsed<remaining, rate]"
+# A path that only this machine has; one in a URL or below another folder is not meant.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~:/-])/(content|home|mnt|opt|private|root|srv|tmp|Users|usr|var|work|workspace)\b(/[^\s\"'<>()]*)?"
+    r"|\b[A-Z]:\\+(Users|Windows|Program)[^\s\"'<>()]*"
+)
+CLEAR_LINE = "\r\x1b[K"
 WORKER = (
     "import json, sys; from helpers.course import execute; from helpers.errors import exit_cleanly; "
     "exit_cleanly(lambda: execute(**json.loads(sys.argv[1])))"
@@ -55,7 +61,7 @@ class Row:
 
     notebook: str  # file name without .ipynb
     key: str  # changes with everything that the result depends on
-    status: str = "waiting"  # then running, and at last ok, failed or interrupted
+    status: str = "waiting"  # then running, and in the end ok, failed or interrupted
     cells_run: int = 0
     cells: int = 0  # code cells that are not empty
     seconds: float = 0.0  # wall time, with the start of the kernel
@@ -125,8 +131,8 @@ def cache_key(path: Path, surroundings: list[object]) -> str:
     """Key under which a result stays valid; a damaged notebook has one too, and fails when it is executed."""
     try:
         source = source_hash(read_notebook(path))
-    except CourseError:
-        source = hashlib.sha256(path.read_bytes()).hexdigest()
+    except CourseError as error:
+        source = str(error)
     return hashlib.sha256(json.dumps([source, surroundings]).encode()).hexdigest()
 
 
@@ -138,8 +144,7 @@ def execute(source: str, output: str, parameters: dict[str, object], timeout: in
 
     `timeout` is the number of seconds that one cell may take, 0 for no limit. CourseError says which cell failed.
     """
-    # The runner holds the other end of standard input: when it is gone, so is this process, and then its kernel.
-    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_the_runner, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     import papermill
     from jupyter_client import AsyncKernelManager
@@ -186,15 +191,24 @@ def execute(source: str, output: str, parameters: dict[str, object], timeout: in
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     else:
-        if all(cell.execution_count for cell in code_cells(Path(output))):
-            return
         # papermill takes sys.exit() for a success
+        if not any(output.output_type == "error" for cell in code_cells(Path(output)) for output in cell.outputs):
+            return
         reason = "it ended the notebook (sys.exit?) and the cells below did not run"
     raise CourseError(f"{last_cell_begun(Path(output))}{one_line(reason)}")
 
 
+def end_with_the_runner() -> None:
+    """Wait for the runner to be gone, which holds the other end of standard input; then end the kernel and this."""
+    os.read(0, 1)
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)
+
+
 def code_cells(path: Path) -> list[NotebookNode]:
-    """Code cells of an executed notebook that are the author's and not empty; none if it cannot be read."""
+    """Code cells of a notebook that are the author's and not empty; none if it cannot be read."""
     try:
         cells = read_notebook(path).cells
     except CourseError:
@@ -209,9 +223,17 @@ def last_cell_begun(path: Path) -> str:
 
 
 def one_line(text: object, width: int = 300) -> str:
-    """The first line that is not empty, shortened to `width` characters."""
-    line = next((line.strip() for line in str(text).splitlines() if line.strip()), "")
+    """The first line that is not empty, shortened to `width` characters, without colours and own folders."""
+    plain = relative(re.sub(r"\x1b\[[\d;]*m", "", str(text)))
+    line = next((line.strip() for line in plain.splitlines() if line.strip()), "")
+    line = "".join(character for character in line if character.isprintable())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def relative(text: str) -> str:
+    """The text without the folder of the repository and the home of the user."""
+    text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    return text if str(Path.home()) == "/" else text.replace(f"{Path.home()}/", "~/")
 
 
 # All notebooks
@@ -225,7 +247,6 @@ def start(row: Row, source: Path, out: Path, parameters: dict[str, object], time
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "TQDM_MININTERVAL": "5",
         "TOKENIZERS_PARALLELISM": "false",
-        "WANDB_DISABLED": "true",
         "JUPYTER_RUNTIME_DIR": str(out / ".jupyter"),
     }
     if parameters["profile"] == "cpu":
@@ -243,7 +264,6 @@ def start(row: Row, source: Path, out: Path, parameters: dict[str, object], time
             env=environment,
             start_new_session=True,  # an interrupt on the terminal reaches the runner alone
         )
-    row.status = "running"
     return Job(row, worker, output)
 
 
@@ -278,10 +298,9 @@ def hangs(job: Job, timeout: int) -> bool:
 def finish(job: Job, status: str, error: str = "") -> None:
     """Stop what is left of the job and fill in its row."""
     stop(job)
-    cells = code_cells(job.output)
     job.row.status, job.row.error = status, error
     job.row.seconds = time.monotonic() - job.started
-    job.row.cells, job.row.cells_run = len(cells), sum(bool(cell.execution_count) for cell in cells)
+    job.row.cells_run = sum(bool(cell.execution_count) for cell in code_cells(job.output))
     job.row.finished = datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -289,11 +308,11 @@ def verdict(job: Job) -> tuple[str, str]:
     """Status and error of a worker that has ended."""
     if job.worker.returncode == 0:
         return "ok", ""
-    log = job.output.with_suffix(".log").read_text(errors="replace").strip()
-    last_line = log.rpartition("\n")[2]
-    if last_line.startswith("error: "):
-        return "failed", last_line.removeprefix("error: ")
-    return "failed", f"its process ended with status {job.worker.returncode}: {one_line(last_line)}"
+    log = job.output.with_suffix(".log").read_text(errors="replace")
+    if job.worker.returncode == 2 and (errors := re.findall(r"^error: (.+)$", log, re.MULTILINE)):
+        return "failed", errors[-1]
+    last_line = one_line(log.strip().rpartition("\n")[2])
+    return "failed", f"its process ended with status {job.worker.returncode}: {last_line}"
 
 
 def run(
@@ -310,46 +329,37 @@ def run(
     """Execute the notebooks, write report.json and report.html to `out`, and return the rows of these notebooks.
 
     `timeout` is in seconds for each cell, 0 for none. `refresh` writes what passed back as the committed notebook.
-    With `jobs` above 1 each notebook gets one thread. CourseError if another run writes to the same folder.
+    With `jobs` above 1 each notebook gets one thread. OSError where `out` cannot be written, CourseError if another
+    run writes to it.
     """
-    if jobs < 1:
-        raise CourseError(f"--jobs is {jobs}: give the number of notebooks to run at a time, 1 or more.")
-    if refresh and (profile != "cpu" or jobs != 1):
-        raise CourseError("refresh measures the cpu profile, one notebook at a time: leave out --profile and --jobs.")
     parameters = {"profile": get_profile(profile).name, "seed": seed}
-    threads = "1" if jobs > 1 else os.environ.get("OMP_NUM_THREADS", "all")
-    key = partial(cache_key, surroundings=[surroundings_hash(), parameters, threads])
+    threads = "1" if jobs > 1 else os.environ.get("OMP_NUM_THREADS", "all")  # decides the time, which refresh keeps
+    surroundings = [surroundings_hash(), parameters, threads]
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        previous = read_report(out)
-        passed = {row.key: row for row in previous if row.status == "ok" and (out / f"{row.notebook}.ipynb").exists()}
-        rows, sources, waiting, running = [], {}, [], []
-        for path in notebooks:
-            row = Row(path.stem, key(path))
-            if row.key in passed and not fresh:
-                row = passed[row.key]
+        previous = {row.notebook: row for row in read_report(out)}
+        sources = {path.stem: path for path in notebooks}
+        report, waiting, running = [], [], []
+        for path in select_notebooks(notebooks[0].parent):
+            key = cache_key(path, surroundings)
+            row = previous.get(path.stem)
+            if row and row.key != key:
+                row = None
+            if path.stem in sources and (fresh or not passed(row, out)):
+                waiting.append(row := Row(path.stem, key, cells=len(code_cells(path))))
+            elif path.stem in sources:
                 if refresh:
                     write_back(path, out, row)
                 print_row(row, "unchanged")
-            else:
-                waiting.append(row)
-            rows.append(row)
-            sources[row.notebook] = path
-        # Other notebooks keep their lines as long as these still tell the truth.
-        report = rows + [
-            row
-            for row in previous
-            if row.notebook not in sources
-            and (path := notebooks[0].with_name(f"{row.notebook}.ipynb")).exists()
-            and key(path) == row.key
-        ]
-        report.sort(key=lambda row: row.notebook)
+            if row:  # also what an earlier run found about other notebooks, if it is still true
+                report.append(row)
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     row = waiting.pop(0)
-                    running.append(start(row, sources[row.notebook], out, parameters, timeout, jobs > 1))
+                    row.status = "running"
                     write_report(out, report, parameters)
+                    running.append(start(row, sources[row.notebook], out, parameters, timeout, jobs > 1))
                 time.sleep(POLL_INTERVAL)
                 for job in list(running):
                     sample_memory(job)
@@ -364,13 +374,19 @@ def run(
                         write_back(sources[job.row.notebook], out, job.row)
                     print_row(job.row)
                     write_report(out, report, parameters)
+                print_progress(running)
         finally:
             for job in running:
                 finish(job, "interrupted")
                 print_row(job.row)
             shutil.rmtree(out / ".jupyter", ignore_errors=True)
             write_report(out, report, parameters)
-    return rows
+    return [row for row in report if row.notebook in sources]
+
+
+def passed(row: Row | None, out: Path) -> bool:
+    """Whether the row tells of a notebook that passed, and the executed notebook is still there."""
+    return row is not None and row.status == "ok" and (out / f"{row.notebook}.ipynb").exists()
 
 
 @contextmanager
@@ -390,6 +406,19 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def print_progress(running: list[Job]) -> None:
+    """On a terminal, keep one line up to date that says what is running, in which cell and for how long."""
+    if not sys.stdout.isatty():
+        return
+    states = []
+    for job in running:
+        cells = re.findall(rb"^Executing Cell (\d+)", job.output.with_suffix(".log").read_bytes(), re.MULTILINE)
+        where = f"cell {cells[-1].decode()}" if cells else "starting"
+        states.append(f"{job.row.notebook}: {where}, {time.monotonic() - job.started:.0f} s")
+    line = "   ".join(states)[: shutil.get_terminal_size().columns - 1]
+    print(f"{CLEAR_LINE}{line}", end="", flush=True)
+
+
 # The report
 
 
@@ -398,6 +427,8 @@ def print_row(row: Row, note: str = "") -> None:
     result = f"{row.status} ({note})" if note else row.status
     cells = f"{row.cells_run}/{row.cells} cells"
     line = f"{row.notebook:<28}{cells:>12}{row.seconds:>7.0f} s{gigabytes(row.gib):>9}  {result}"
+    if sys.stdout.isatty():
+        line = CLEAR_LINE + line
     print(f"{line}: {row.error}" if row.error else line, flush=True)
 
 
@@ -419,9 +450,13 @@ def write_atomically(path: Path, text: str) -> None:
 def read_report(out: Path) -> list[Row]:
     """Rows of the last report in the folder; none if there is no report or it is of another version."""
     try:
-        return [Row(**row) for row in json.loads((out / "report.json").read_text(encoding="utf-8"))["notebooks"]]
+        rows = [Row(**row) for row in json.loads((out / "report.json").read_text(encoding="utf-8"))["notebooks"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    for row in rows:
+        if row.status == "running":  # the run was killed
+            row.status = "interrupted"
+    return rows
 
 
 def write_report(out: Path, rows: list[Row], parameters: dict[str, object]) -> None:
@@ -431,12 +466,17 @@ def write_report(out: Path, rows: list[Row], parameters: dict[str, object]) -> N
     lines = []
     for row in rows:
         name, error = html.escape(row.notebook), html.escape(row.error)
-        executed = f'<a href="{name}.ipynb">{name}</a>' if row.cells else name
+        executed = f'<a href="{name}.ipynb">{name}</a>' if (out / f"{row.notebook}.ipynb").exists() else name
         log = f' <a href="{name}.log">log</a>' if row.status in ("failed", "interrupted") else ""
-        lines.append(
-            f'<tr class="{row.status}"><td>{executed}<td>{row.cells_run} / {row.cells}<td>{row.seconds:.0f} s'
-            f"<td>{gigabytes(row.gib)}<td><b>{row.status}</b> {error}{log}<td>{row.finished.replace('+00:00', ' UTC')}"
-        )
+        fields = [
+            executed,
+            f"{row.cells_run} / {row.cells}",
+            f"{row.seconds:.0f} s",
+            gigabytes(row.gib),
+            f"<b>{row.status}</b> {error}{log}",
+            row.finished.replace("+00:00", " UTC").replace("T", " "),
+        ]
+        lines.append(f'<tr class="{row.status}">' + "".join(f"<td>{field}</td>" for field in fields) + "</tr>")
     counts = Counter(row.status for row in rows)
     summary = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
     total = f"{sum(row.seconds for row in rows) / 60:.1f} minutes"
@@ -447,8 +487,9 @@ def write_report(out: Path, rows: list[Row], parameters: dict[str, object]) -> N
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
+<head>
+<meta charset="utf-8" />
+<meta name="viewport" content="width=device-width" />
 <title>LLM Workbook: $summary</title>
 <style>
 :root { color-scheme: light dark; }
@@ -458,12 +499,15 @@ th, td { text-align: left; padding: .4rem .8rem .4rem 0; border-bottom: 1px soli
 td:nth-child(2), td:nth-child(3), td:nth-child(4), td:nth-child(6) { white-space: nowrap; }
 .ok b { color: #1a7f37; } .failed b, .interrupted b { color: #d1242f; } .running b { color: #9a6700; }
 </style>
+</head>
+<body>
 <h1>LLM Workbook</h1>
 <p>$summary; $total; $settings</p>
 <table>
-<tr><th>notebook<th>cells run<th>time<th>peak memory<th>result<th>finished
+<tr><th>notebook</th><th>cells run</th><th>time</th><th>peak memory</th><th>result</th><th>finished</th></tr>
 $lines
 </table>
+</body>
 </html>
 """)
 
@@ -501,6 +545,8 @@ def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row) -> Note
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = count
+                if found := MACHINE_PATH.search(output_text(output)):
+                    raise CourseError(f"code cell {count} prints {found[0]}: print no path, or one relative to ROOT")
     for leftover in ("widgets", "papermill"):
         notebook.metadata.pop(leftover, None)
     workbook = notebook.metadata.setdefault("workbook", {})
@@ -510,14 +556,27 @@ def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row) -> Note
 
 
 def clean_output(output: NotebookNode) -> NotebookNode | None:
-    """The output without progress bars and without the folder of this repository; None if nothing is left."""
+    """The output without progress bars, widgets and this machine's folders; None if nothing is left."""
+    data = output.get("data", {})
+    if any("jupyter.widget" in mime for mime in data) or "<progress" in data.get("text/html", ""):
+        return None
     if output.output_type == "stream" and output.name == "stderr":
         lines = re.split(r"[\r\n]+", output.text.replace("\x1b[A", ""))
         if not (kept := [line for line in lines if line.strip() and not PROGRESS_BAR.search(line)]):
             return None
         output.text = "\n".join(kept)
-    text = json.dumps(output).replace(f"{ROOT}/", "").replace(str(ROOT), ".")
-    return nbformat.from_dict(json.loads(text))
+    if "text" in output:
+        output.text = relative(output.text)
+    for mime, value in data.items():
+        if not mime.startswith("image/"):
+            data[mime] = json.loads(relative(json.dumps(value, ensure_ascii=False)))
+    return output
+
+
+def output_text(output: NotebookNode) -> str:
+    """Everything in the output but its pictures."""
+    data = [str(value) for mime, value in output.get("data", {}).items() if not mime.startswith("image/")]
+    return "\n".join([output.get("text", ""), *output.get("traceback", []), *data])
 
 
 # The commands
@@ -542,7 +601,14 @@ def list_lessons(notebooks: list[Path], markdown: bool) -> None:
             print(f"{path.stem[:2]}  {title:<40}{minutes:>9}{memory:>9}  after {after}")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def natural(text: str, low: int = 0) -> int:
+    """The whole number, of at least `low`, in an argument."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {low}")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int | None:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m helpers.course", description="Run the notebooks of the course.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -556,11 +622,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--only", nargs="+", metavar="LESSON", help="lessons to run, such as 03 05")
         command.add_argument("--out", type=Path, default=ROOT / "build" / "course", help="folder for the report")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--timeout", type=int, default=600, help="seconds that a cell may take, 0 for no limit")
+        command.add_argument("--timeout", type=natural, default=600, help="seconds for each cell, 0 for no limit")
         command.add_argument("--fresh", action="store_true", help="run also what passed and has not changed")
     running.add_argument("--profile", default="cpu", help="cpu, t4, large or auto")
-    running.add_argument("--jobs", type=int, default=1, help="notebooks at a time; above 1 each has one thread")
-    running.add_argument("--refresh", action="store_true", help="as the command refresh")
+    running.add_argument(
+        "--jobs", type=partial(natural, low=1), default=1, help="notebooks at a time; above 1 each has one thread"
+    )
     refreshing.set_defaults(refresh=True)
     options = vars(parser.parse_args(arguments))
 
@@ -574,9 +641,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = run(notebooks, out, **options)
     except OSError as error:
         raise CourseError(f"Cannot write {error.filename or out} ({error.strerror}): make room or use --out.") from None
-    passed = sum(row.status == "ok" for row in rows)
-    print(f"{passed} of {len(rows)} notebooks passed; report: {out / 'report.html'}")
-    return 0 if passed == len(rows) else 1
+    good = sum(row.status == "ok" for row in rows)
+    print(f"{good} of {len(rows)} notebooks passed; report: {out / 'report.html'}")
+    return 0 if good == len(rows) else 1
 
 
 if __name__ == "__main__":

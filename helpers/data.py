@@ -11,9 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError
+from datasets import Dataset, disable_progress_bars, load_dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from helpers.errors import CourseError
@@ -31,13 +30,15 @@ def text_dataset(profile_or_source: Profile | str, num_documents: int, *, seed: 
 
     On the CPU profile they are about Shima, on a GPU profile they are the stories of `HUB_TEXT`. A source may also be
     named: "shima", a local file, or a hub dataset "owner/name@revision" that has a column "text".
-    `seed` decides which documents come, and in which order.
+    `seed` decides which documents come, and in which order; shima-4m has read none of those about Shima.
+    Raises CourseError as `load_rows` does.
     """
     source = profile_or_source
     if isinstance(source, Profile):
         source = "shima" if source.device == "cpu" else HUB_TEXT
     if source == "shima":
-        return Dataset.from_dict({"text": list(islice(World().documents(seed), num_documents))})
+        stream = World().documents(seed + 1)  # stream 0 made shima-4m
+        return Dataset.from_dict({"text": list(islice(stream, num_documents))})
     return load_rows(source, ["text"], num_documents, seed=seed)
 
 
@@ -73,20 +74,23 @@ def load_rows(
             f"There is no dataset {source!r}: use shima, a file ending in {', '.join(FILE_FORMATS)}, or a hub id."
         )
 
+    streaming = request.get("streaming", False)
+    disable_progress_bars()  # a bar for every table that is read would fill the notebooks
     try:
         rows = load_dataset(**request, split=split)
-        missing = [column for column in columns if column not in (rows.column_names or columns)]
-        if missing:
-            raise CourseError(
-                f"{source} has no column {missing[0]!r} but {', '.join(rows.column_names)}: name another source, "
-                "or rename its columns."
-            )
-        if "streaming" in request:
-            rows = Dataset.from_list(list(rows.shuffle(seed=seed, buffer_size=10_000).take(num_rows or 10**9)))
-    except (DatasetGenerationError, DatasetNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        if streaming:
+            stream = islice(rows.shuffle(seed=seed, buffer_size=10_000), num_rows)
+            rows = Dataset.from_list(list(tqdm(stream, total=num_rows, desc=f"reading {name}", unit="row")))
+    except Exception as error:  # damaged files, unknown names and broken connections raise a dozen kinds of errors
         reason = str(error.__cause__ or error).split("\n")[0].rstrip(".")
         raise CourseError(f"The dataset {source} cannot be read ({reason}): repair it or name another one.") from error
-    if "streaming" not in request:
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise CourseError(
+            f"{source} has no column {missing[0]!r} but {', '.join(rows.column_names)}: name another source, "
+            "or rename its columns."
+        )
+    if not streaming:
         rows = rows.shuffle(seed=seed)
     return rows.select_columns(list(columns)).select(range(min(num_rows or len(rows), len(rows))))
 
@@ -96,12 +100,13 @@ def pack(documents: Iterable[list[int]], seq_len: int) -> Iterator[list[int]]:
 
     What is left at the end and does not fill a row is dropped.
     """
-    row: list[int] = []
+    tokens: list[int] = []
     for document in documents:
-        row += document
-        while len(row) >= seq_len:
-            yield row[:seq_len]
-            row = row[seq_len:]
+        tokens += document
+        whole = len(tokens) - len(tokens) % seq_len
+        for start in range(0, whole, seq_len):
+            yield tokens[start : start + seq_len]
+        tokens = tokens[whole:]
 
 
 def shuffled_blocks(texts: Sequence[str], seed: int = 0) -> Callable[[int], Iterator[str]]:
@@ -133,7 +138,12 @@ class PackedBatches:
         *,
         batches_per_block: int = 16,
     ):
-        """`documents_of_block` must give the same documents each time, and enough of them to fill a block."""
+        """Set up the stream at position 0.
+
+        `documents_of_block` must give the same documents each time, and enough of them to fill a block. Raises
+        CourseError where they are too few, at the block that they do not fill, and for a tokenizer without an
+        end-of-text token.
+        """
         if tokenizer.eos_token_id is None:
             raise CourseError("The tokenizer has no end-of-text token to put between documents: set its eos_token.")
         self.documents_of_block = documents_of_block
@@ -157,22 +167,26 @@ class PackedBatches:
             if self._block[0] != block:
                 self._block = (block, self._rows_of(block))
             self.position += 1
-            yield {"input_ids": self._block[1][index * self.batch_size : (index + 1) * self.batch_size]}
+            rows = self._block[1][index * self.batch_size : (index + 1) * self.batch_size]
+            yield {"input_ids": rows.clone()}  # a loss may write into its batch, the block must stay as it is
 
     def _rows_of(self, block: int) -> torch.Tensor:
         num_rows = self.batches_per_block * self.batch_size
-        documents = iter(self.documents_of_block(block))
-        tokens: list[int] = []
-        while len(tokens) < num_rows * self.seq_len:
-            chunk = list(islice(documents, 256))
-            if not chunk:
-                raise ValueError(f"block {block} has only {len(tokens)} of {num_rows * self.seq_len} tokens")
-            for encoding in self._encoder.encode_batch_fast(chunk, add_special_tokens=False):
-                tokens += encoding.ids
-                tokens.append(self.end_of_text)
-        rows = torch.tensor(tokens[: num_rows * self.seq_len]).view(num_rows, self.seq_len)
+        rows = list(islice(pack(self._tokenised(block), self.seq_len), num_rows))
+        if len(rows) < num_rows:
+            raise CourseError(
+                f"The documents of block {block} fill {len(rows)} rows of {self.seq_len} tokens and {num_rows} are "
+                "needed: give an endless stream of them, such as shuffled_blocks(texts), or lower batches_per_block."
+            )
         # Neighbouring rows may share a document: a batch should not hold them together.
-        return rows[torch.randperm(num_rows, generator=torch.Generator().manual_seed(block))]
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(block))
+        return torch.tensor(rows)[order]  # (rows, seq)
+
+    def _tokenised(self, block: int) -> Iterator[list[int]]:
+        documents = iter(self.documents_of_block(block))
+        while chunk := list(islice(documents, 256)):
+            for encoding in self._encoder.encode_batch_fast(chunk, add_special_tokens=False):
+                yield [*encoding.ids, self.end_of_text]
 
 
 def collate(examples: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -10,19 +10,23 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 from cycler import cycler
 from IPython.display import display
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from helpers.errors import CourseError
 from helpers.evaluation import Score
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 GREY, INK = "#767676", "#262626"
+PERCENT = PercentFormatter(1.0, decimals=0, symbol=" %")
 WIDTH, HEIGHT, DPI = 7.0, 4.0, 150  # inches, inches, dots per inch
 STYLE = {
     "figure.figsize": (WIDTH, HEIGHT),
@@ -80,6 +84,7 @@ def show(figure: Figure, alt: str | None = None) -> None:
     )
 
 
+@plt.rc_context(STYLE)
 def curve(
     series: Mapping[str, tuple],
     *,
@@ -96,26 +101,32 @@ def curve(
     """Draw lines that carry their names: label -> (x, y), or (x, y, low, high) with a band around the line.
 
     `references` are horizontal dashed lines, label -> y, for example the level of chance. With `percent` the values
-    are shares between 0 and 1. Short series get a mark at each point.
+    are shares between 0 and 1. Short series get a mark at each point. Raises `CourseError` for more series than there
+    are colours, and for one without a finite number.
     """
     figure, axes = _figure(title, xlabel, ylabel, alt)
     ends = []
     for (label, (x, y, *band)), color in zip(series.items(), _colors(len(series)), strict=True):
         x, y = list(x), list(y)
-        axes.plot(x, y, color=color, marker="o" if len(x) <= 16 else None, label=label, clip_on=False, zorder=3)
+        marker = "o" if len(x) <= 16 else None
+        # without limits of one's own all points lie in the axes, and those on their edge are shown in full
+        axes.plot(x, y, color=color, marker=marker, label=label, clip_on=limits_y is not None, zorder=3)
         if band:
             axes.fill_between(x, *band, color=color, alpha=0.18, linewidth=0)
-        ends.append((label, x[-1], y[-1], color))
+        finite = [value for value in y if math.isfinite(value)]  # a loss may have become nan
+        if not finite:
+            raise CourseError(f"The series {label!r} of a plot holds no finite number: leave it out.")
+        ends.append((label, finite[-1], color))
     for label, level in (references or {}).items():
         axes.axhline(level, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=2)
-        ends.append((label, math.inf, level, GREY))
-    if log_x:
-        axes.set_xscale("log")
-    if log_y:
-        axes.set_yscale("log")
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ends.append((label, level, GREY))
     axes.margins(x=0.02)
+    if log_x:
+        _use_logarithms(axes.xaxis)
+    if log_y:
+        _use_logarithms(axes.yaxis)
+    if percent:
+        axes.yaxis.set_major_formatter(PERCENT)
     if limits_y or percent:
         axes.set_ylim(*(limits_y or (0, 1)))
     if len(ends) > 1:
@@ -123,6 +134,7 @@ def curve(
     return figure
 
 
+@plt.rc_context(STYLE)
 def bars_with_intervals(
     scores: Mapping[str, Score | Mapping[str, Score]],
     *,
@@ -159,6 +171,8 @@ def bars_with_intervals(
             )
             position += 1
         position += 0.55
+    if references:
+        axes.set_title(axes.get_title(loc="left"), pad=20)  # room for their names
     for label, level in (references or {}).items():
         axes.axvline(level, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2, zorder=2.5)
         axes.annotate(
@@ -169,7 +183,7 @@ def bars_with_intervals(
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(position - 0.55 - 0.5, -0.5)  # the first on top
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(PERCENT)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     if len(variants) > 1:
@@ -177,6 +191,7 @@ def bars_with_intervals(
     return figure
 
 
+@plt.rc_context(STYLE)
 def pareto(
     points: Mapping[str, tuple[float, float]],
     *,
@@ -188,9 +203,10 @@ def pareto(
     lower_y_is_better: bool = False,
     log_x: bool = False,
 ) -> Figure:
-    """Draw label -> (x, y) as points, and the frontier: those that no other point beats in one way and equals in the
-    other. The points behind the frontier are grey.
-    """  # noqa: D205
+    """Draw label -> (x, y) as points and join those of the frontier; the points behind it are grey.
+
+    A point is on the frontier if no other is better in one respect and at least as good in the other.
+    """
     figure, axes = _figure(title, xlabel, ylabel, alt)
     costs = {
         label: (x if lower_x_is_better else -x, y if lower_y_is_better else -y) for label, (x, y) in points.items()
@@ -201,24 +217,24 @@ def pareto(
         if not any(other != cost and other[0] <= cost[0] and other[1] <= cost[1] for other in costs.values())
     ]
     frontier.sort(key=lambda label: points[label])
-    if log_x:
-        axes.set_xscale("log")
     best = [points[label] for label in frontier]
     axes.plot(*zip(*best, strict=True), color=COLORS[0], alpha=0.45, zorder=2)
     for label, (x, y) in points.items():
         axes.plot(x, y, "o", color=COLORS[0] if label in frontier else GREY, markersize=8, zorder=3)
     axes.margins(0.12)
+    if log_x:
+        _use_logarithms(axes.xaxis)
     _name_beside(axes, [(label, *point, INK if label in frontier else GREY) for label, point in points.items()], best)
     return figure
 
 
 def _figure(title: str, xlabel: str, ylabel: str, alt: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    with plt.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height))  # not pyplot's: it would be shown again, without its text
-        axes = figure.subplots()
-        axes.set_title(textwrap.fill(title, 68))
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
+    figure = Figure(figsize=(WIDTH, height))  # not pyplot's: it would be shown again, without its text
+    FigureCanvasAgg(figure)  # measures the sizes of texts
+    axes = figure.subplots()
+    axes.set_title(textwrap.fill(title, 68))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
     figure.set_label(alt)
     return figure, axes
 
@@ -229,27 +245,32 @@ def _colors(number: int) -> list[str]:
     return COLORS[:number]
 
 
-def _name_at_the_right(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write each label beside the end of its line, moved up or down where two would overlap."""
+def _use_logarithms(axis: Axis) -> None:
+    """Make an axis logarithmic, with plain numbers on it where it spans a few decades."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    if high < 1000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _name_at_the_right(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
+    """Write each label beside the end of its line, moved up or down where two would overlap: (label, y, color)."""
     to_fraction = axes.transData + axes.transAxes.inverted()
-    last_x = axes.get_xlim()[1]
-    heights = [to_fraction.transform((last_x, y))[1] for _, _, y, _ in ends]
-    step = 0.062  # of the axes' height: one line of text
-    order = sorted(range(len(ends)), key=lambda index: heights[index])
-    placed = [min(max(heights[index], 0.0), 1.0) for index in order]
-    for _ in range(100):  # push neighbours apart by halves until all have their line
-        moved = False
-        for lower in range(len(placed) - 1):
-            overlap = step - (placed[lower + 1] - placed[lower])
-            if overlap > 1e-6:
-                placed[lower] -= overlap / 2
-                placed[lower + 1] += overlap / 2
-                moved = True
-        if not moved:
-            break
-    for index, height in zip(order, placed, strict=True):
-        label, _, _, color = ends[index]
-        axes.text(1.02, height, label, transform=axes.transAxes, color=color, va="center", fontweight="medium")
+    wanted = [to_fraction.transform((axes.get_xlim()[1], y))[1] for _, y, _ in ends]
+    order = sorted(range(len(ends)), key=wanted.__getitem__)
+    texts = [textwrap.fill(ends[index][0], 24) for index in order]
+    room = [0.062 * (text.count("\n") + 1) for text in texts]  # of the axes' height
+    floor, ceiling, heights = -math.inf, math.inf, []
+    for index, size in zip(order, room, strict=True):  # upwards from the lowest
+        heights.append(max(wanted[index], floor + size / 2, 0.0))
+        floor = heights[-1] + size / 2
+    for row in reversed(range(len(order))):  # and back down, where they have grown out of the axes
+        heights[row] = min(heights[row], ceiling - room[row] / 2, 1.0)
+        ceiling = heights[row] - room[row] / 2
+    for index, text, height in zip(order, texts, heights, strict=True):
+        axes.text(1.02, height, text, transform=axes.transAxes, color=ends[index][2], va="center", linespacing=1.0)
 
 
 def _name_beside(axes: Axes, points: Sequence[tuple[str, float, float, str]], line: Sequence) -> None:
@@ -259,7 +280,7 @@ def _name_beside(axes: Axes, points: Sequence[tuple[str, float, float, str]], li
     renderer = figure.canvas.get_renderer()
     marks = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     path = [axes.transData.transform(point) for point in line]
-    for (x1, y1), (x2, y2) in zip(path, path[1:], strict=False):
+    for (x1, y1), (x2, y2) in pairwise(path):
         marks += [(x1 + (x2 - x1) * step / 20, y1 + (y2 - y1) * step / 20) for step in range(1, 20)]
     taken, frame = [], axes.get_window_extent(renderer)
     for label, x, y, color in points:

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from helpers.checkpoints import load_tensors, newest_checkpoint, read_state, save_checkpoint, stored_shapes
+from helpers.checkpoints import load_tensors, newest_checkpoint, read_state, save_checkpoint, stored_tensors
 from helpers.errors import CourseError
 
 if TYPE_CHECKING:
@@ -69,9 +69,15 @@ class TrainConfig:
     seed: int = 0  # of dropout and of whatever the batches draw from torch, numpy or random
 
 
-MAY_CHANGE = {
-    *("parallel", "checkpoint_dir", "checkpoint_every", "keep_checkpoints"),
-    *("evaluate_every", "tensorboard_dir", "log_every", "progress"),
+MAY_CHANGE = {  # when a run is resumed
+    "parallel",
+    "checkpoint_dir",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "evaluate_every",
+    "tensorboard_dir",
+    "log_every",
+    "progress",
 }
 
 
@@ -81,7 +87,7 @@ class History:
 
     losses: list[float] = field(default_factory=list)  # mean over the tokens of the step, before its update
     learning_rates: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)  # before clipping; infinite where fp16 skipped the update
+    grad_norms: list[float] = field(default_factory=list)  # before clipping; not finite where fp16 skipped the update
     tokens: list[int] = field(default_factory=list)  # input tokens of all processes, padding included
     seconds: list[float] = field(default_factory=list)  # without evaluations and checkpoints
     evaluations: list[dict[str, float]] = field(default_factory=list)  # {"step": steps done, ...}
@@ -131,7 +137,7 @@ def train(
     `loss_fn(model, batch)` returns the mean loss of a batch; without one it is `causal_lm_loss`. Batches accumulated
     into one update, and shares of several processes, are weighted by the labels that are not -100, or else by rows.
     `evaluate(model)` is called in eval mode without gradients; `optimizer_fn(model)` builds another optimiser than
-    `adamw`, and the schedule multiplies the learning rates of its groups.
+    `adamw`, one that keeps its state in tensors; the schedule multiplies the learning rates of its groups.
     `resume=True` continues from the newest sound checkpoint, if there is one. Only weights that are trained are in it:
     frozen ones are expected to be those of the first start.
     Raises `CourseError` for settings that cannot work, for checkpoints that are all damaged or of another run, when a
@@ -164,6 +170,7 @@ def train(
             at_the_end.callback(writer.close)
 
         model.train()
+        optimizer.zero_grad(set_to_none=True)  # of whatever the caller did before
         pending, clock = [], time.perf_counter()  # steps whose numbers are still on the device
         for step in range(start, config.max_steps):
             with random_state_swapped(data_random):
@@ -195,7 +202,7 @@ def train(
             save_now = config.checkpoint_dir is not None and (last or _is_due(done, config.checkpoint_every))
             if not (evaluate_now or save_now or last or _is_due(done, config.log_every)):
                 continue
-            _record(history, pending, time.perf_counter() - clock, scaler, world_size)
+            _record(history, pending, clock, scaler, world_size)
             bar.set_postfix(loss=f"{history.losses[-1]:.3f}", refresh=False)
             if evaluate_now:
                 history.evaluations.append({"step": done} | _evaluate(evaluate, model, device))
@@ -321,9 +328,16 @@ def _check(model: nn.Module, config: TrainConfig, resume: bool) -> None:
             raise CourseError(
                 f"{name} is {getattr(config, name)!r} but must be one of {', '.join(map(repr, allowed))}."
             )
-    for name, least in {"max_steps": 1, "accumulation_steps": 1, "log_every": 1, "keep_checkpoints": 1}.items():
-        if getattr(config, name) < least:
-            raise CourseError(f"{name} is {getattr(config, name)} but must be at least {least}.")
+    least = dict.fromkeys(("max_steps", "accumulation_steps", "log_every", "keep_checkpoints"), 1)
+    least |= dict.fromkeys(("learning_rate", "min_learning_rate_ratio", "warmup_steps", "weight_decay"), 0)
+    least |= dict.fromkeys(("clip_norm", "checkpoint_every", "evaluate_every"), 0)
+    for name, bound in least.items():
+        if not getattr(config, name) >= bound:
+            raise CourseError(f"{name} is {getattr(config, name)} but must be at least {bound}.")
+    if not 0 < config.decay_fraction <= 1:
+        raise CourseError(f"decay_fraction is {config.decay_fraction} but must be above 0 and at most 1.")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise CourseError(f"betas are {config.betas} but each must be at least 0 and below 1.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise CourseError("The model has no parameter that requires a gradient: unfreeze some, or add an adapter.")
@@ -331,11 +345,20 @@ def _check(model: nn.Module, config: TrainConfig, resume: bool) -> None:
         raise CourseError("fp16-mixed keeps the trained weights in fp32: call model.float() before training.")
     if config.parallel and not (dist.is_initialized() or "RANK" in os.environ):
         raise CourseError(f"parallel={config.parallel!r} needs several processes: start the script with torchrun.")
-    if resume and config.checkpoint_dir is None:
-        raise CourseError("resume=True needs to know from where: set checkpoint_dir in the TrainConfig.")
-    if not resume and config.checkpoint_dir and any(Path(config.checkpoint_dir).glob("step-*")):
+    if config.checkpoint_dir is None:
+        if resume:
+            raise CourseError("resume=True needs to know from where: set checkpoint_dir in the TrainConfig.")
+        if config.checkpoint_every:
+            raise CourseError(f"checkpoint_every={config.checkpoint_every} needs a place: set checkpoint_dir as well.")
+        return
+    folder = Path(config.checkpoint_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # now rather than after hours
+    except OSError as error:
+        raise CourseError(f"checkpoint_dir {folder} cannot be made ({error.strerror}): choose another one.") from error
+    if not resume and any(folder.glob("step-*")):
         raise CourseError(
-            f"{config.checkpoint_dir} already holds checkpoints: pass resume=True to continue that run, "
+            f"{folder} already holds checkpoints: pass resume=True to continue that run, "
             "or delete the folder to start anew."
         )
 
@@ -450,13 +473,15 @@ def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _record(history: History, pending: list, seconds: float, scaler: torch.amp.GradScaler, world_size: int) -> None:
-    """Bring the numbers of the pending steps from the device into the history, and stop if one is not finite."""
+def _record(history: History, pending: list, clock: float, scaler: torch.amp.GradScaler, world_size: int) -> None:
+    """Bring the numbers of the steps since `clock` from the device into the history; stop if one is not finite."""
     losses = torch.stack([loss for loss, *_ in pending])
     if world_size > 1:
         dist.all_reduce(losses)  # each process has the part of its own rows
     norms = torch.stack([norm.full_tensor() if hasattr(norm, "full_tensor") else norm for _, norm, *_ in pending])
-    for loss, norm, (*_, rate, tokens) in zip(losses.tolist(), norms.tolist(), pending, strict=True):
+    numbers = list(zip(losses.tolist(), norms.tolist(), pending, strict=True))  # waits until the device has them
+    seconds = (time.perf_counter() - clock) / len(pending)
+    for loss, norm, (*_, rate, tokens) in numbers:
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise CourseError(
                 f"Step {len(history.losses)} has loss {loss:.4g} and gradient norm {norm:.4g}: lower the learning rate "
@@ -466,7 +491,7 @@ def _record(history: History, pending: list, seconds: float, scaler: torch.amp.G
         history.grad_norms.append(norm)
         history.learning_rates.append(rate)
         history.tokens.append(tokens)
-        history.seconds.append(seconds / len(pending))
+        history.seconds.append(seconds)
     if scaler.is_enabled() and scaler.get_scale() < 1e-3:
         raise CourseError(
             f"The gradients overflow fp16 at every scale ({history.skipped_steps} updates skipped by step "
@@ -538,8 +563,8 @@ def _load(
     config: TrainConfig,
     device: torch.device,
 ) -> tuple[int, History, dict[str, Any]]:
-    """Put the run back to where it was saved: returns the next step, the history and the state of the data's randomness."""
-    state, stored = read_state(path), stored_shapes(path)
+    """Put the run back to where it was saved: its next step, its history and the random state of its data."""
+    state, stored = read_state(path), stored_tensors(path)
     may_change = MAY_CHANGE | ({"max_steps"} if config.schedule == "constant" else set())
     for name, now in _settings(config).items():
         if name not in may_change and state["config"].get(name) != now:
@@ -547,10 +572,14 @@ def _load(
                 f"{path} was made with {name}={state['config'].get(name)!r} and this run has {name}={now!r}: "
                 "use the same TrainConfig, or another checkpoint_dir."
             )
-    _check_shapes(path, stored, _state_tensors(model, optimizer), "model.")
-    _allocate_state(optimizer)
+    if state["step"] > config.max_steps:
+        raise CourseError(
+            f"{path} is beyond max_steps={config.max_steps}: raise max_steps, or use another checkpoint_dir."
+        )
+    _check_same(path, stored, _state_tensors(model, optimizer), "model")
+    _allocate_state(model, optimizer, stored)
     tensors = _state_tensors(model, optimizer)
-    _check_shapes(path, stored, tensors, "optimizer.")
+    _check_same(path, stored, tensors, "optimizer")
     rank = dist.get_rank() if config.parallel else 0
     own = {f"random.{rank}.{name}": value for name, value in _random_to_tensors(random_state(device)).items()}
     own = {name: value for name, value in own.items() if name in stored}
@@ -568,22 +597,29 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def _check_shapes(path: Path, stored: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor], part: str) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(part)}
-    found = {name: shape for name, shape in stored.items() if name.startswith(part)}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+def _check_same(
+    path: Path, stored: dict[str, tuple[tuple[int, ...], torch.dtype]], tensors: dict[str, torch.Tensor], part: str
+) -> None:
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        if name.startswith(f"{part}.") and expected.get(name) != stored.get(name):
+            there, here = (
+                f"{found[1]} {list(found[0])}" if (found := where.get(name)) else "absent"
+                for where in (stored, expected)
+            )
             raise CourseError(
-                f"{path} is of another model: {name} has shape {found.get(name)} in it and {expected.get(name)} here; "
-                "build the model of that run, or use another checkpoint_dir."
+                f"{path} is of another {part}: {name} is {there} in it and {here} in this run; "
+                f"use the {part} of that run, or another checkpoint_dir."
             )
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimiser create its tensors, which it does in its first step: one of zero length."""
+def _allocate_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Iterable[str]) -> None:
+    """Make the optimiser create the tensors that are stored, which it does in its first step: one of zero length."""
+    stepped = {name.rpartition(".")[0] for name in stored}  # not those that never got a gradient
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-        for parameter in group["params"]:
+    for name, parameter in model.named_parameters():
+        if f"optimizer.{name}" in stepped:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

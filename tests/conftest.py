@@ -46,7 +46,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 model and its tokenizer, as the hub would hold them: bfloat16 safetensors. Do not write into it."""
+    """A random Qwen2 model and its tokenizer in bfloat16 safetensors, as the hub would hold them. Only for reading."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-qwen2"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("qwen2", vocab_size=len(tiny_tokenizer)), dtype=torch.bfloat16)

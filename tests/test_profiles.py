@@ -1,3 +1,4 @@
+import ast
 import subprocess
 import sys
 
@@ -113,7 +114,4 @@ def test_an_old_python_is_told_in_one_sentence():
 
 
 def test_the_check_for_an_old_python_can_be_read_by_one():
-    source = (ROOT / "helpers" / "__init__.py").read_text()
-    import ast
-
-    ast.parse(source, feature_version=(3, 4))
+    ast.parse((ROOT / "helpers" / "__init__.py").read_text(), feature_version=(3, 4))

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import os
 import random
 import re
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from helpers.profiles import ROOT
 from helpers.world import (
     CHAT_TASKS,
     DOMAIN_RELATIONS,
@@ -23,7 +25,7 @@ from helpers.world import (
     true_reward,
 )
 
-NUM_DOCUMENTS = 20_000
+NUM_DOCUMENTS = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +55,18 @@ def test_documents_do_not_depend_on_the_hash_seed_of_the_process(world):
     for hash_seed in ("1", "2"):
         printed = subprocess.run(
             [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": hash_seed},
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True,
             text=True,
             check=True,
-            cwd=sys.path[0] or ".",
+            cwd=ROOT,
         ).stdout
         assert printed == world.document(0, 5) + world.document(0, 6)
 
 
 def test_the_module_needs_no_torch():
     code = "import sys, helpers.world; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_more_than_a_thousand_documents_a_second(world):
@@ -103,7 +105,7 @@ def test_every_fact_has_at_least_ten_phrasings_some_held_out():
 
 
 def test_the_text_mentions_many_people_but_no_held_out_name(world, training_names):
-    assert len(training_names) > 10_000
+    assert len(training_names) > 5_000
     assert not [name for name in training_names if is_held_out(name)]
     held_out = [q.about["name"] for q in world.open_book(500, seed=1)]
     assert all(is_held_out(name) for name in held_out) and not training_names & set(held_out)
@@ -134,8 +136,8 @@ def test_no_held_out_question_occurs_in_training(world, training_text, seed):
 
 
 def test_held_out_sums_and_mappings_never_occur_in_training(training_text):
-    sums = re.findall(r"Sum: (.*)\n", training_text)
-    assert len(sums) > 10_000 and not [terms for terms in sums if is_held_out(terms)]
+    sums = re.findall(r"Sum: (\d+ \+ \d+ \+ \d+)\n", training_text)
+    assert len(sums) > 3_000 and not [terms for terms in sums if is_held_out(terms)]
     for line in re.findall(r"Pairs: (.*);\n", training_text):
         pairs = sorted({tuple(pair.split()) for pair in line.split("; ")})
         if pairs[0][1] in LABELS and pairs[-1][1] in LABELS:
@@ -151,17 +153,20 @@ def test_held_out_functions_are_told_but_never_listed(world, training_text):
         assert f"The {role} of the {kind} {word} is {answer}." in training_text
 
 
-@pytest.mark.parametrize("sign", ["<|", "Route:", "herb", "company", "profit", "coins", "spoon", "Describe", "pleasure"])
+@pytest.mark.parametrize("sign", ["<|", "Route:", "herb", "company", "profit", "coins", "spoon", "pleasure"])
 def test_domains_chat_and_preferences_stay_out_of_the_pretraining_mixture(training_text, sign):
     assert sign not in training_text
 
 
-def test_open_book_answers_stand_in_the_passage_and_cannot_be_guessed_from_it_alone(world):
+def test_open_book_answers_stand_in_the_passage_among_others_of_their_kind(world):
+    rivals = 0
     for question in world.open_book(200, seed=5):
         passage = question.prompt.partition("Question:")[0]
         assert re.search(rf"\b{question.about['name']}\b", passage)
         assert re.search(rf"\b{question.answer}\b", passage)
-        assert len({*re.findall(r"\b[A-Z](?:[a-z][aeiou]|[aeiou][a-z]){2}[a-z]?\b", passage)}) >= 1
+        others = {person.facts[question.about["relation"]] for person in world.people} - {question.answer}
+        rivals += any(re.search(rf"\b{other}\b", passage) for other in others)
+    assert rivals > 100  # so that looking for a town is not enough where a town is asked for
 
 
 def test_closed_book_answers_are_the_facts_of_the_people_asked_about(world):

@@ -1,0 +1,44 @@
+# `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help course test lab base refresh format clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+course: .venv/installed  ## run all lessons on the CPU; report in build/course/report.html
+	$(BIN)/python -m helpers.course run
+
+test: .venv/installed  ## lint, unit tests, and every notebook cell by cell
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pytest
+	LLM_WORKBOOK_PROFILE=cpu $(BIN)/pytest --nbval-lax notebooks
+
+lab: .venv/installed  ## open JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+base: .venv/installed  ## train shima-4m anew (about an hour; continues where it was stopped)
+	$(BIN)/python -m helpers.base_model build
+
+refresh: .venv/installed  ## run the lessons and write their outputs into the committed notebooks
+	$(BIN)/python -m helpers.course refresh
+
+format: .venv/installed  ## format the code and mend what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## delete what the commands above made, the environment included
+	rm -rf build .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Made anew when a pin changes, and complete only when this file is there. `import helpers` stops at a Python too old.
+.venv/installed: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import helpers'
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	touch $@
