@@ -16,7 +16,7 @@ test: .venv/installed  ## lint, unit tests, and every notebook cell by cell
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pytest
-	LLM_WORKBOOK_PROFILE=cpu $(BIN)/pytest --nbval-lax notebooks
+	LLM_WORKBOOK_PROFILE=cpu HF_HUB_OFFLINE=1 $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
 
 lab: .venv/installed  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks

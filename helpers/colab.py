@@ -36,10 +36,10 @@ clone = Path.cwd() / "llm-workbook"
 places = [Path.cwd(), *Path.cwd().parents, clone]
 if "COLAB_RELEASE_TAG" in os.environ and not any((place / "helpers/profiles.py").exists() for place in places):
     address = "{REPOSITORY}"
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(clone)], check=True)
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(clone)], check=False)
 ROOT = next((place for place in places if (place / "helpers/profiles.py").exists()), None)
 if ROOT is None:
-    raise FileNotFoundError("The course's files are not here: start Jupyter inside the folder llm-workbook.")
+    raise FileNotFoundError("The course's files are not here: start Jupyter in them; in Colab, check the network.")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 """

@@ -474,7 +474,7 @@ def write_report(out: Path, rows: list[Row], parameters: dict[str, object]) -> N
             f"{row.seconds:.0f} s",
             gigabytes(row.gib),
             f"<b>{row.status}</b> {error}{log}",
-            row.finished.replace("+00:00", " UTC").replace("T", " "),
+            row.finished.replace("T", " ").replace("+00:00", " UTC"),
         ]
         lines.append(f'<tr class="{row.status}">' + "".join(f"<td>{field}</td>" for field in fields) + "</tr>")
     counts = Counter(row.status for row in rows)
@@ -485,7 +485,7 @@ def write_report(out: Path, rows: list[Row], parameters: dict[str, object]) -> N
     write_atomically(out / "report.html", page)
 
 
-PAGE = Template("""<!doctype html>
+PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8" />

@@ -81,8 +81,11 @@ def load_rows(
         if streaming:
             stream = islice(rows.shuffle(seed=seed, buffer_size=10_000), num_rows)
             rows = Dataset.from_list(list(tqdm(stream, total=num_rows, desc=f"reading {name}", unit="row")))
+        else:
+            rows = rows.shuffle(seed=seed, keep_in_memory=True)
     except Exception as error:  # damaged files, unknown names and broken connections raise a dozen kinds of errors
-        reason = str(error.__cause__ or error).split("\n")[0].rstrip(".")
+        cause = error.__cause__ or error
+        reason = str(cause).split("\n")[0].rstrip(".") or type(cause).__name__
         raise CourseError(f"The dataset {source} cannot be read ({reason}): repair it or name another one.") from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
@@ -90,8 +93,6 @@ def load_rows(
             f"{source} has no column {missing[0]!r} but {', '.join(rows.column_names)}: name another source, "
             "or rename its columns."
         )
-    if not streaming:
-        rows = rows.shuffle(seed=seed)
     return rows.select_columns(list(columns)).select(range(min(num_rows or len(rows), len(rows))))
 
 

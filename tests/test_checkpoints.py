@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent after a kill at any file operation, damage is found, a full disk does no harm."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import warnings
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_worker import die_at_every_operation
+from training_worker import die_at_every_operation, quick_processes
 
 from helpers.checkpoints import (
     find_damage,
@@ -148,7 +147,7 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(folder)
 
 
 def test_a_kill_at_any_file_operation_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=die_at_every_operation, args=(tmp_path,))
+    process = quick_processes().Process(target=die_at_every_operation, args=(tmp_path,))
     process.start()
     process.join(120)
     assert process.exitcode == 0

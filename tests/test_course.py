@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -130,7 +131,7 @@ def test_parameters_reach_the_notebook(bad: Course) -> None:
 def test_the_row_counts_cells_and_measures_time_and_memory(bad: Course) -> None:
     good, raises, large = (row(bad.out, name) for name in ("01_good", "02_raises", "09_large"))
     assert (good["cells_run"], good["cells"], raises["cells_run"], raises["cells"]) == (2, 2, 3, 4)
-    assert 0.25 < large["gib"] - good["gib"] < 0.4
+    assert good["gib"] < 300e6 / 2**30 < large["gib"] < 0.6
     assert large["seconds"] > 1
 
 
@@ -215,18 +216,21 @@ def test_an_interrupted_run_leaves_no_process_behind_and_the_next_one_continues(
     def interrupt(number: int) -> subprocess.Popen:
         """Start a run, send it the signal while the second notebook is running, and see that its processes end."""
         runner = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        wait_until(lambda: (folder / "ids").exists())
-        processes = [psutil.Process(int(text)) for text in (folder / "ids").read_text().split()]
-        if number == signal.SIGINT:
-            second = run(*arguments)
-            assert (second.returncode, second.stdout) == (2, "")
-            assert second.stderr == (
-                f"error: Another run (process {runner.pid}) writes to {out}: "
-                "wait until it ends, or choose another --out.\n"
-            )
-        runner.send_signal(number)
-        runner.wait(timeout=60)
-        wait_until(lambda: not any(map(psutil.Process.is_running, processes)), seconds=20)
+        try:
+            wait_until(lambda: (folder / "ids").exists())
+            processes = [psutil.Process(int(text)) for text in (folder / "ids").read_text().split()]
+            if number == signal.SIGINT:
+                second = run(*arguments)
+                assert (second.returncode, second.stdout) == (2, "")
+                assert second.stderr == (
+                    f"error: Another run (process {runner.pid}) writes to {out}: "
+                    "wait until it ends, or choose another --out.\n"
+                )
+            runner.send_signal(number)
+            runner.wait(timeout=60)
+        finally:
+            runner.kill()
+        wait_until(lambda: not any(map(alive, processes)), seconds=20)
         (folder / "ids").unlink()
         assert not [path for path in out.iterdir() if path.name.startswith(".report")]
         return runner
@@ -246,7 +250,15 @@ def test_an_interrupted_run_leaves_no_process_behind_and_the_next_one_continues(
     assert result.returncode == 0
 
 
-def wait_until(condition, seconds: float = 120) -> None:
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie, which waits for its parent to ask for its exit status, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -263,7 +275,7 @@ def refreshed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     lesson = write_notebook(
         folder / "01_lesson.ipynb",
         "import sys\nfrom pathlib import Path\nfrom tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    pass",
-        f"print('{ROOT}/data/shima', Path.home() / 'cache')\nprint('a warning', file=sys.stderr)",
+        f"print({str(ROOT)[::-1]!r}[::-1] + '/data/shima', Path.home() / 'cache')\nprint('a warning', file=sys.stderr)",
         "",
         "import ipywidgets\nfrom IPython.display import display, HTML\ndisplay(ipywidgets.IntSlider())\n"
         "display(HTML('<progress value=1></progress>'))",

@@ -292,7 +292,6 @@ def test_wrong_shapes_of_input_are_refused_and_empty_lists_are_fine(tokenizer):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_gives_the_texts_of_the_cpu(tokenizer):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model = tiny_model()

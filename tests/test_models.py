@@ -1,16 +1,21 @@
+import errno
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from helpers import models
-from helpers.errors import CourseError
+from helpers import base_model, models
+from helpers.errors import CourseError, exit_cleanly
 from helpers.models import BASE_MODEL_VERSION, load_model, load_tokenizer, tiny_config
 from helpers.profiles import PROFILES, ROOT, Hardware, get_profile
 
@@ -184,22 +189,93 @@ def test_a_missing_base_model_says_how_to_get_it(base_model_folder):
         load_model(PROFILES["cpu"])
 
 
+# ---------------------------------------------------------------- the hub, and what a command says
+
+
+@pytest.fixture
+def empty_hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
 @pytest.mark.parametrize(
-    "environment",
-    [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}],
-    ids=["offline by choice", "connection refused"],
+    ("setting", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")], ids=["by choice", "refused"]
 )
-def test_a_command_that_needs_the_hub_ends_with_one_sentence_and_status_2(environment, tmp_path):
-    code = """
-from helpers.errors import exit_cleanly
-from helpers.models import load_tokenizer
-exit_cleanly(lambda: load_tokenizer("Qwen/Qwen2.5-0.5B"))
-"""
-    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path), "HOME": str(tmp_path), **environment}
+def test_a_hub_model_without_a_network_is_one_sentence_at_once(empty_hub_cache, monkeypatch, setting, value):
+    monkeypatch.setattr(constants, setting, value)
+    began = time.monotonic()
+    with pytest.raises(CourseError, match=r"The model Qwen/Qwen2\.5-0\.5B has to be fetched from the Hugging Face hub"):
+        load_tokenizer("Qwen/Qwen2.5-0.5B")
+    assert time.monotonic() - began < 10
+
+
+def test_a_hub_model_fetched_earlier_needs_no_network(empty_hub_cache, monkeypatch, tiny_model_folder, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    revision = "a" * 40
+    shutil.copytree(tiny_model_folder, tmp_path / "hub" / "models--owner--tiny" / "snapshots" / revision)
+    model, _ = load_model(replace(PROFILES["cpu"], model_id="owner/tiny", revision=revision))
+    assert model.config.model_type == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"could not be fetched \(.*No space left on device\): amend",
+        ),
+        (RuntimeError("the connection broke\nin two"), r"could not be fetched \(the connection broke\): amend"),
+    ],
+)
+def test_a_fetch_that_breaks_off_is_one_sentence(monkeypatch, error, message):
+    def break_off(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(models, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(models, "snapshot_download", break_off)
+    with pytest.raises(CourseError, match=message):
+        load_tokenizer("owner/model")
+
+
+def test_a_command_behind_an_unreachable_proxy_ends_with_one_sentence_and_status_2(tmp_path):
+    proxy = dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9")
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "helpers.base_model", "evaluate", "--model", "Qwen/Qwen2.5-0.5B"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path), "HOME": str(tmp_path), **proxy},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
-    assert result.returncode == 2
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
-    assert "The model Qwen/Qwen2.5-0.5B has to be fetched from the Hugging Face hub and" in result.stderr
+    assert result.stderr.startswith(
+        "error: The model Qwen/Qwen2.5-0.5B has to be fetched from the Hugging Face hub and"
+    )
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def spoil_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("shima-5m", None, "There is no model 'shima-5m': use shima-4m,"),
+        ("shima-4m", lambda folder: write_config(folder, workbook_version=99), "needs 1: rebuild it with `make base`"),
+        ("shima-4m", spoil_weights, "cannot be read (SafetensorError: "),
+        ("shima-4m", shutil.rmtree, "restore it with `git checkout data`, or rebuild it with `make base`."),
+    ],
+    ids=["unknown name", "another version", "damaged weights", "no folder"],
+)
+def test_the_command_evaluate_reports_a_bad_model_in_one_sentence(base_model_folder, capsys, name, spoil, message):
+    if spoil:
+        spoil(base_model_folder)
+    with pytest.raises(SystemExit) as ended:
+        exit_cleanly(partial(base_model.main, ["evaluate", "--model", name, "--json"]))
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.out) == (2, "")
+    assert shown.err.count("\n") == 1 and shown.err.startswith("error: ") and message in shown.err

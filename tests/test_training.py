@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +11,8 @@ import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,18 @@ import training_worker
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from training_worker import perform, random_batches, tiny_llama
+from training_worker import perform, quick_processes, random_batches, tiny_llama
 
 from helpers.errors import CourseError
 from helpers.training import TrainConfig, causal_lm_loss, learning_rate_factor, random_state, train
 
 QUIET = TrainConfig(max_steps=6, learning_rate=1e-2, warmup_steps=2, progress=False)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    return quick_processes()
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +127,7 @@ def test_accumulation_equals_one_large_batch(labels):
     assert history.losses == pytest.approx(expected.losses, rel=1e-5)
     assert history.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
     assert history.tokens == expected.tokens == [8 * 16] * 6
-    torch.testing.assert_close(weights(many), weights(one), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(many), weights(one), rtol=0, atol=1e-4)  # a hundredth of one update
 
 
 def test_clipping_bounds_the_update_and_the_history_has_the_norm_before():
@@ -349,7 +355,7 @@ KILLED_RUNS = {
 
 
 @pytest.mark.parametrize("described", KILLED_RUNS)
-def test_a_run_killed_again_and_again_equals_the_run_that_was_never_stopped(described, tmp_path):
+def test_a_run_killed_again_and_again_equals_the_run_that_was_never_stopped(described, tmp_path, processes):
     """Three kills at random instants, and kills in the middle of writing a checkpoint: bit for bit the same."""
     run = dict(KILLED_RUNS[described])
     settings = {"max_steps": 60, "learning_rate": 1e-2, "warmup_steps": 5, "checkpoint_every": 3, "log_every": 7}
@@ -359,14 +365,14 @@ def test_a_run_killed_again_and_again_equals_the_run_that_was_never_stopped(desc
         folder = {"checkpoint_dir": str(tmp_path / name)}
         return {"dropout": 0.2, "config": settings | folder, "out": str(tmp_path / f"{name}-out"), "resume": True} | run
 
-    def start() -> multiprocessing.Process:
-        started = PROCESSES.Event()
-        process = PROCESSES.Process(target=perform, args=(described_run("killed"), started))
+    def start() -> BaseProcess:
+        started = processes.Event()
+        process = processes.Process(target=perform, args=(described_run("killed"), started))
         process.start()
         assert started.wait(120)
         return process
 
-    def kill(process: multiprocessing.Process) -> None:
+    def kill(process: BaseProcess) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL  # it had not come to its end
@@ -381,7 +387,7 @@ def test_a_run_killed_again_and_again_equals_the_run_that_was_never_stopped(desc
         process = start()
         before = set(Path(tmp_path / "killed").glob(".partial-*"))
         while not set(Path(tmp_path / "killed").glob(".partial-*")) - before and process.is_alive():
-            pass
+            time.sleep(0.0005)
         kill(process)
         half_written += bool(set(Path(tmp_path / "killed").glob(".partial-*")) - before)
         if half_written == 2:
@@ -397,10 +403,6 @@ def test_a_run_killed_again_and_again_equals_the_run_that_was_never_stopped(desc
     assert killed == expected
     assert_same(*(load_file(tmp_path / f"{name}-out.safetensors") for name in ("killed", "never-stopped")))
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["step-00000057", "step-00000060"]
-
-
-PROCESSES = multiprocessing.get_context("forkserver")  # each is a fork of a process that has done nothing but import
-PROCESSES.set_forkserver_preload(["torch", "transformers", "torch.distributed.fsdp"])
 
 
 @pytest.fixture
@@ -500,10 +502,10 @@ def test_an_optimiser_with_state_outside_tensors_is_refused_when_saving(tmp_path
         train(tiny_llama(), random_batches(1), replace(QUIET, checkpoint_dir=tmp_path), optimizer_fn=lbfgs_like)
 
 
-def test_a_full_disk_stops_the_run_in_one_sentence_and_it_resumes_when_there_is_room(tmp_path):
+def test_a_full_disk_stops_the_run_in_one_sentence_and_it_resumes_when_there_is_room(tmp_path, processes):
     settings = {"max_steps": 12, "learning_rate": 1e-2, "checkpoint_every": 2, "evaluate_every": 2}
     run = {"config": settings | {"checkpoint_dir": str(tmp_path / "run")}, "data": "list", "out": str(tmp_path / "out")}
-    process = PROCESSES.Process(target=perform, args=(run | {"full_disk_at": 4},))
+    process = processes.Process(target=perform, args=(run | {"full_disk_at": 4},))
     process.start()
     process.join(120)
     error = json.loads((tmp_path / "out.0.json").read_text())["error"]

@@ -5,6 +5,8 @@ A run is described by a dict, `perform` does it and writes what came out beside 
 """
 
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import resource
@@ -12,7 +14,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -116,8 +120,18 @@ def small_files_only(step: int) -> Callable[[torch.nn.Module], dict[str, float]]
     return evaluate
 
 
+def quick_processes() -> ForkServerContext:
+    """Processes that start in a moment: each is a fork of one that has done nothing but import this module."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_worker"])
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent), OMP_NUM_THREADS="1"):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def perform(run: dict, started=None) -> None:
     """Train as `run` says and write what came out; `started` is an event to be set when training is about to begin."""
+    torch.set_num_threads(1)  # sums in the same order everywhere
     model = tiny_llama(run.get("dropout", 0.0)).to("cuda" if run.get("cuda") else "cpu")
     config = TrainConfig(progress=False, **run["config"])
     if started is not None:
@@ -181,6 +195,5 @@ def _kill_at_operation(number: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     for described in json.loads(Path(sys.argv[1]).read_text()):
         perform(described)
