@@ -86,7 +86,8 @@ def test_the_shipped_tokenizer_is_the_one_that_the_recipe_makes(shipped):
     """So the world has not changed since the model was built: where this fails, `make base` is due."""
     recipe = Recipe()
     assert json.loads((MODEL_FOLDER / "recipe.json").read_text()) == asdict(recipe)
-    documents = [World(recipe.world_seed).document(-1, index) for index in range(recipe.tokenizer_documents)]
+    world = World(recipe.world_seed)
+    documents = [world.document(-1, index) for index in range(recipe.tokenizer_documents)]
     assert make_tokenizer(documents, recipe.vocab_size).get_vocab() == shipped[1].get_vocab()
 
 

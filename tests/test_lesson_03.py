@@ -30,7 +30,7 @@ def lesson() -> dict:
         CELLS["pre-tokenize"],
         CELLS["merge-pair"],
         small,
-        "sizes = [262]\n" + definitions(CELLS["encode"]) + "\nencode = make_encoder(merges)",
+        "sizes = [len(SPECIAL_TOKENS) + 256]\n" + definitions(CELLS["encode"]) + "\nencode = make_encoder(merges)",
         CELLS["rms-norm"],
         definitions(CELLS["rope"]),
         CELLS["attention"],
@@ -38,7 +38,7 @@ def lesson() -> dict:
         CELLS["transformer"],
         CELLS["rows"],
         definitions(CELLS["same-losses"]),
-        "MASK = SPECIAL_TOKENS.index('<|mask|>')\nunseen_rows = rows_of(held_out, 129)[:64]",
+        "MASK, NUM_SPECIAL = SPECIAL_TOKENS.index('<|mask|>'), len(SPECIAL_TOKENS)\nunseen_rows = rows_of(held_out, 129)[:64]",
     ):
         exec(source, names)
     return names
@@ -82,10 +82,10 @@ def test_the_check_of_bert_mask_finds_wrong_shares_special_tokens_and_changed_ro
     exercise = EXERCISES["3.4"]
     source = exercise.solution
     wrong = [
-        planted(source, " & (rows >= 6)", ""),
+        planted(source, " & (rows >= NUM_SPECIAL)", ""),
         planted(source, "fate < 0.8", "fate < 1"),
         planted(source, "fate >= 0.9", "fate >= 0.8"),
-        planted(source, "torch.randint(6,", "torch.randint(0,"),
+        planted(source, "torch.randint(NUM_SPECIAL,", "torch.randint(0,"),
         planted(source, "< 0.15", "< 0.3"),
         planted(source, "rows.masked_fill(~chosen", "inputs.masked_fill(~chosen"),
         planted(source, "rows.masked_fill(~chosen, -100)", "rows"),

@@ -29,7 +29,6 @@ from helpers.errors import CourseError
 from helpers.training import TrainConfig, causal_lm_loss, learning_rate_factor, random_state, train
 
 QUIET = TrainConfig(max_steps=6, learning_rate=1e-2, warmup_steps=2, progress=False)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 
 
 def test_training_equals_a_loop_written_by_hand_with_adamw():
-    """Same losses, gradient norms and weights to the last bit; no weight decay on norms and biases."""
+    """Same losses, gradient norms and weights up to rounding; no weight decay on norms and biases."""
     batches = random_batches(4)
     trained, model = tiny_llama(attention_bias=True), tiny_llama(attention_bias=True)
     history = train(trained, batches, replace(QUIET, schedule="linear", min_learning_rate_ratio=0.0, clip_norm=0.5))
@@ -81,7 +80,7 @@ def test_training_equals_a_loop_written_by_hand_with_adamw():
             group["lr"] = 1e-2 * factor
         optimizer.step()
         optimizer.zero_grad()
-        assert history.losses[step] == pytest.approx(loss.item(), rel=1e-6)
+        assert history.losses[step] == pytest.approx(loss.item(), rel=1e-6)  # the loop divides by a count of its own
         assert history.grad_norms[step] == pytest.approx(norm.item(), rel=1e-5) and norm > 0.5
     assert len(undecayed) == 5 + 8
     assert history.learning_rates == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025])
@@ -712,7 +711,6 @@ def test_what_two_processes_saved_is_resumed_by_three(two_processes, one_process
 # On a GPU
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16-mixed"])
 def test_a_gpu_follows_the_cpu_and_resumes(tmp_path, precision):
@@ -727,7 +725,6 @@ def test_a_gpu_follows_the_cpu_and_resumes(tmp_path, precision):
     assert resumed.losses == pytest.approx(expected.losses, rel=1e-3)
 
 
-@needs_gpu
 @pytest.mark.gpu
 def test_fp16_on_a_gpu_skips_updates_that_overflow():
     config = replace(QUIET, max_steps=30, precision="fp16-mixed")
@@ -735,7 +732,6 @@ def test_fp16_on_a_gpu_skips_updates_that_overflow():
     assert 1 <= history.skipped_steps < 30 and history.losses[-1] < history.losses[0]
 
 
-@needs_gpu
 @pytest.mark.gpu
 def test_seconds_are_those_of_the_gpu_and_not_of_the_launches():
     def busy(model, batch):
@@ -747,7 +743,6 @@ def test_seconds_are_those_of_the_gpu_and_not_of_the_launches():
     assert sum(history.seconds) > 0.5 * (time.perf_counter() - started)
 
 
-@needs_gpu
 @pytest.mark.gpu
 def test_one_nccl_process_gives_the_losses_of_none(tmp_path, one_process):
     runs = [
