@@ -582,23 +582,37 @@ def output_text(output: NotebookNode) -> str:
 # The commands
 
 
-def list_lessons(notebooks: list[Path], markdown: bool) -> None:
-    """Print the lessons, as a table for the terminal or as that of the README."""
-    from helpers.colab import badge
-
-    if markdown:
-        print("| lesson | notebook | cpu | memory | after | open |\n|---|---|---|---|---|---|")
+def lessons(notebooks: list[Path]) -> list[list[str]]:
+    """Number, title, time, memory and prerequisites of each lesson, as its notebook says."""
+    rows = []
     for path in notebooks:
         workbook = read_notebook(path).metadata.get("workbook", {})
-        title, after = workbook.get("title", path.stem[3:]), ", ".join(workbook.get("prerequisites", [])) or "-"
         budget = workbook.get("budget", {}).get("cpu")
-        minutes = f"{budget['seconds'] / 60:.1f} min" if budget else "-"
-        memory = gigabytes(budget["gib"]) if budget else "-"
-        if markdown:
-            link = f"[{title}]({path.parent.name}/{path.name})"
-            print(f"| {path.stem[:2]} | {link} | {minutes} | {memory} | {after} | {badge(path.stem)} |")
-        else:
-            print(f"{path.stem[:2]}  {title:<40}{minutes:>9}{memory:>9}  after {after}")
+        measured = [f"{budget['seconds'] / 60:.1f} min", gigabytes(budget["gib"])] if budget else ["-", "-"]
+        after = ", ".join(workbook.get("prerequisites", [])) or "-"
+        rows.append([path.stem[:2], workbook.get("title", path.stem[3:]), *measured, after])
+    return rows
+
+
+def lesson_table(notebooks: list[Path]) -> str:
+    """The lessons as the table of README.md."""
+    from helpers.colab import badge
+
+    lines = ["| lesson | notebook | cpu | memory | after | open |", "|---|---|---|---|---|---|"]
+    for path, (number, title, minutes, memory, after) in zip(notebooks, lessons(notebooks), strict=True):
+        link = f"[{title}]({path.parent.name}/{path.name})"
+        lines.append(f"| {number} | {link} | {minutes} | {memory} | {after} | {badge(path.stem)} |")
+    return "\n".join(lines)
+
+
+def update_readme(folder: Path) -> None:
+    """Write the table of the lessons in `folder` into the README.md beside it, between its two markers."""
+    readme = folder.parent / "README.md"
+    if readme.exists():
+        before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- lessons -->\n")
+        _, end, after = rest.partition("<!-- /lessons -->")
+        if begin and end:
+            write_atomically(readme, f"{before}{begin}{lesson_table(select_notebooks(folder))}\n{end}{after}")
 
 
 def natural(text: str, low: int = 0) -> int:
@@ -615,7 +629,9 @@ def main(arguments: list[str] | None = None) -> int | None:
     listing = commands.add_parser("list", help="the lessons with their measured budget")
     listing.add_argument("--markdown", action="store_true", help="as the table of README.md")
     running = commands.add_parser("run", help="execute the notebooks and report")
-    refreshing = commands.add_parser("refresh", help="run on the cpu profile and commit the outputs to the notebooks")
+    refreshing = commands.add_parser(
+        "refresh", help="run, and write outputs and measured budgets to the notebooks and README.md"
+    )
     for command in (listing, running, refreshing):
         command.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder with the notebooks")
     for command in (running, refreshing):
@@ -634,11 +650,18 @@ def main(arguments: list[str] | None = None) -> int | None:
     command, folder, only = options.pop("command"), options.pop("notebooks").resolve(), options.pop("only", None)
     notebooks = select_notebooks(folder, only)
     if command == "list":
-        return list_lessons(notebooks, **options)
+        if options["markdown"]:
+            print(lesson_table(notebooks))
+        else:
+            for number, title, minutes, memory, after in lessons(notebooks):
+                print(f"{number}  {title:<40}{minutes:>9}{memory:>9}  after {after}")
+        return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops the kernels as Ctrl-C does
     out = options.pop("out").resolve()
     try:
         rows = run(notebooks, out, **options)
+        if command == "refresh":
+            update_readme(folder)
     except OSError as error:
         raise CourseError(f"Cannot write {error.filename or out} ({error.strerror}): make room or use --out.") from None
     good = sum(row.status == "ok" for row in rows)

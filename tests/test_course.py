@@ -311,6 +311,18 @@ def test_refresh_writes_outputs_back_and_nothing_that_execution_leaves_behind(re
     assert not course.MACHINE_PATH.search((folder / "01_lesson.ipynb").read_text())
 
 
+def test_the_readme_gets_the_table_of_the_lessons_and_keeps_the_rest(tmp_path) -> None:
+    (tmp_path / "notebooks").mkdir()
+    write_notebook(tmp_path / "notebooks" / "01_first.ipynb", "1")
+    course.update_readme(tmp_path / "notebooks")  # no README.md: nothing to do
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "README.md").write_text("before\n<!-- lessons -->\nold\n<!-- /lessons -->\nafter\n")
+    course.update_readme(tmp_path / "notebooks")
+    before, *table, after = (tmp_path / "README.md").read_text().splitlines()
+    assert (before, after) == ("before", "after") and "old" not in table
+    assert table[1].startswith("| lesson |") and "(notebooks/01_first.ipynb)" in table[3] and len(table) == 5
+
+
 def test_refresh_writes_the_measured_budget(refreshed) -> None:
     folder, _, _ = refreshed
     notebook = nbformat.read(folder / "01_lesson.ipynb", as_version=4)
