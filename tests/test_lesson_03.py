@@ -38,7 +38,8 @@ def lesson() -> dict:
         CELLS["transformer"],
         CELLS["rows"],
         definitions(CELLS["same-losses"]),
-        "MASK, NUM_SPECIAL = SPECIAL_TOKENS.index('<|mask|>'), len(SPECIAL_TOKENS)\nunseen_rows = rows_of(held_out, 129)[:64]",
+        "MASK, NUM_SPECIAL = SPECIAL_TOKENS.index('<|mask|>'), len(SPECIAL_TOKENS)",
+        "unseen_rows = rows_of(held_out, 129)[:64]",
     ):
         exec(source, names)
     return names
