@@ -2,13 +2,13 @@
 
 import re
 from itertools import product
-from pathlib import Path
 
 import pytest
 
 from helpers import course
 from helpers.profiles import ROOT
 from tests.exercise_proof import planted, prove_check, read_exercises
+from tests.lesson_run import run_lesson
 
 NOTEBOOK = ROOT / "notebooks" / "01_overview.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
@@ -112,15 +112,7 @@ def test_the_check_of_the_better_model_finds_no_gain_and_what_is_no_distribution
 @pytest.mark.slow
 def test_the_lesson_runs_on_a_model_and_a_text_in_the_hubs_formats(tiny_model_folder, text_file, tmp_path):
     parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "text_id": str(text_file), "budget": 0.02}
-    job = course.start(course.Row(NOTEBOOK.stem, key=""), NOTEBOOK, tmp_path, parameters, timeout=300, one_thread=False)
-    try:
-        job.worker.wait(timeout=500)
-    finally:
-        course.finish(job, *course.verdict(job))
-    assert job.row.status == "ok", job.row.error
-    notebook = course.read_notebook(Path(job.output))
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    said = "".join(map(course.output_text, outputs))
+    notebook, said = run_lesson(NOTEBOOK, tmp_path, parameters)
     assert f"profile t4: {tiny_model_folder}" in said
     assert "There is nothing here that could show sliders" in said and "widgets" not in notebook.metadata
     assert said.count("not attempted yet") == len(EXERCISES)

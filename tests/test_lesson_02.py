@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import course
+from helpers.profiles import ROOT
 from tests.exercise_proof import planted, prove_check, read_exercises
+from tests.lesson_run import run_lesson
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "02_prompting_and_rag.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "02_prompting_and_rag.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
 NAMES = {"math": math, "random": random, "np": np, "torch": torch, "F": F, "Tensor": Tensor}
 
@@ -83,14 +84,7 @@ def test_the_notebook_runs_with_a_model_and_an_encoder_from_the_hub(tiny_model_f
     """The cells of the GPU profile, on a tiny model in hub format that knows nothing."""
     folder = str(tiny_model_folder)
     parameters = {"profile": "t4", "model_id": folder, "encoder_id": folder, "budget": 0.03}
-    job = course.start(course.Row(NOTEBOOK.stem, key=""), NOTEBOOK, tmp_path, parameters, timeout=120, one_thread=False)
-    try:
-        job.worker.wait(timeout=300)
-    finally:
-        course.finish(job, *course.verdict(job))
-    assert job.row.status == "ok", job.row.error
-    cells = course.read_notebook(Path(job.output)).cells
-    said = "".join(course.output_text(output) for cell in cells for output in cell.get("outputs", []))
+    _, said = run_lesson(NOTEBOOK, tmp_path, parameters, cell_timeout=120, timeout=300)
     assert "profile t4: tiny-qwen2 on cpu in float32" in said
     assert "DOES NOT HOLD: retrieval lifts rare facts by at least 40 points" in said  # it reports, and goes on
     assert said.count("not attempted yet") == len(EXERCISES)

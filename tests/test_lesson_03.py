@@ -1,13 +1,13 @@
 """Lesson 03: its checks tell right from wrong answers, and its cells run on a model in hub format."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
 from helpers import course
 from helpers.profiles import ROOT
 from tests.exercise_proof import planted, prove_check, read_exercises
+from tests.lesson_run import run_lesson
 
 NOTEBOOK = ROOT / "notebooks" / "03_pretraining.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
@@ -119,17 +119,6 @@ def test_the_check_of_the_recipe_finds_larger_models_and_no_progress(lesson):
 @pytest.mark.slow
 def test_the_lesson_runs_on_a_model_and_a_text_in_the_hubs_formats(tiny_model_folder, text_file, tmp_path):
     parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "text_id": str(text_file), "budget": 0.02}
-    job = course.start(course.Row(NOTEBOOK.stem, key=""), NOTEBOOK, tmp_path, parameters, timeout=300, one_thread=False)
-    try:
-        job.worker.wait(timeout=500)
-    finally:
-        course.finish(job, *course.verdict(job))
-    assert job.row.status == "ok", job.row.error
-    said = "".join(
-        course.output_text(output)
-        for cell in course.read_notebook(Path(job.output)).cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-    )
+    _, said = run_lesson(NOTEBOOK, tmp_path, parameters)
     assert f"profile t4: {tiny_model_folder}" in said
     assert said.count("not attempted yet") == len(EXERCISES)
