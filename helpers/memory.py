@@ -692,7 +692,7 @@ class Model:
             for layer, adapters in enumerate(self.adapters):
                 for name, size in shape.layer_weights(layer).items():
                     if targeted(name, self.settings.lora_targets):
-                        adapters[name] = self.adapter(size)
+                        adapters[name] = self.adapter(name, size)
 
     @property
     def head(self) -> Tensor:
@@ -715,10 +715,11 @@ class Model:
         storage = Storage(self.memory, -(-stored // shards), "parameters")
         return Tensor(elements, width, storage, Leaf(is_parameter=True) if trained else None)
 
-    def adapter(self, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The two matrices of LoRA, which peft keeps in fp32."""
+    def adapter(self, name: str, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The two matrices of LoRA, which peft keeps in fp32; twice the rank where gate and up are one matrix."""
         pair, shards = [], self.settings.num_gpus if self.settings.zero_stage == 3 else 1
-        for shape in ((self.settings.lora_rank, size[1]), (size[0], self.settings.lora_rank)):
+        rank = self.settings.lora_rank * (size[0] if len(size) == 3 else 1) * (2 if name == "experts_up" else 1)
+        for shape in ((rank, size[-1]), (size[-2], rank)):
             self.trained.append(shape)
             storage = Storage(self.memory, -(-4 * math.prod(shape) // shards), "parameters")
             pair.append(Tensor(math.prod(shape), 4, storage, Leaf(is_parameter=True)))
@@ -751,6 +752,14 @@ class Model:
         result = memory.add_(result, change)
         return memory.cast(result, width) if settings.method == "lora" else result
 
+    def adapted(self, layer: int, name: str) -> Tensor:
+        """The weights of the experts with their adapters, which peft adds to them as one matrix."""
+        memory, weight = self.memory, self.layers[layer][name]
+        if name not in self.adapters[layer]:
+            return weight
+        down, up = (memory.cast(matrix, weight.width) for matrix in self.adapters[layer][name])
+        return memory.op(weight.elements, weight.width, [down, up], [down, up])
+
     def norm(self, x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
         """The family's normalisation."""
         if f"{name}.bias" in weights:
@@ -767,7 +776,7 @@ class Model:
             value = memory.op(groups * value.elements, value.width, [value])
         rows = settings.batch_size * shape.num_heads * settings.seq_len
         if settings.attention == "eager":
-            return self.attend_eagerly(query, key, value, rows)
+            return self.attend_eagerly(query, key, value, rows, repeat)
         if settings.autocast:
             query, key, value = (memory.cast(x, 2) for x in (query, key, value))
         if shape.attention_dropout and memory.tape is not None and settings.device == "cpu":
@@ -775,14 +784,22 @@ class Model:
         bias = mask and memory.new(mask.elements, query.width)  # the boolean mask as 0 and -inf, in each layer
         normaliser = memory.new(rows, 4)  # log-sum-exp, instead of the attention matrix
         saves = [query, key, value, bias, normaliser]
-        return memory.op(query.elements, query.width, [query, key, value], saves, save_result=True)
+        result = memory.op(query.elements, query.width, [query, key, value], saves, save_result=True)
+        if shape.family in ("gpt_neox", "phi3") and settings.device == "cpu":
+            result = memory.op(result.elements, result.width, [result])  # its kernel keeps the queries' layout
+        return result
 
-    def attend_eagerly(self, query: Tensor, key: Tensor, value: Tensor, rows: int) -> Tensor:
+    def attend_eagerly(self, query: Tensor, key: Tensor, value: Tensor, rows: int, repeated: bool) -> Tensor:
         """The attention matrix in full: scores, scaled, masked, softmax in fp32, and its 16-bit copy."""
-        memory, elements = self.memory, rows * self.settings.seq_len
-        if self.settings.autocast:
+        memory, shape, settings = self.memory, self.shape, self.settings
+        elements = rows * settings.seq_len
+        if settings.autocast:
             query, key, value = (memory.cast(x, 2) for x in (query, key, value))
-        query = memory.op(query.elements, query.width, [query])  # made contiguous for the batched product
+        if settings.batch_size > 1:  # the batched product wants contiguous inputs; repeated or joined ones are
+            joined = shape.family == "gpt_neox"
+            query = query if joined else memory.op(query.elements, query.width, [query])
+            key = key if joined or repeated else memory.op(key.elements, key.width, [key])
+            value = value if repeated else memory.op(value.elements, value.width, [value])
         width = query.width
         scores = memory.op(elements, width, [query, key], [query, key])
         scores = memory.scale(scores)
@@ -869,13 +886,19 @@ class Model:
         chosen = memory.op(copies, 4, [scores], [memory.new(copies, 8)])
         order = memory.new(copies, 8)
         selected = memory.op(copies * h, width, [x], [order], scratch=x.elements * width)
-        up, down = weights["experts_up"], weights["experts_down"]
+        if "experts_up" in self.adapters[layer]:  # peft makes both matrices once to register them, and again for use
+            tape, memory.tape = memory.tape, None
+            registered = [self.adapted(layer, name) for name in ("experts_down", "experts_up")]
+            memory.tape = tape
+            del registered
+        up = self.adapted(layer, "experts_up")
         saves = [selected if up.source else None, up if selected.source else None]
         joint = memory.op(copies * 2 * i, width, [selected, up], saves)
         del selected
         gate, linear = memory.split(joint, (copies * i,) * 2)
         product = memory.multiply(memory.activation(gate, shape.activation), linear)
         del joint, gate, linear
+        down = self.adapted(layer, "experts_down")
         saves = [product if down.source else None, down if product.source else None]
         result = memory.op(copies * h, width, [product, down], saves)
         del product
@@ -908,6 +931,9 @@ class Model:
         ids = memory.new(tokens, 8)
         table = self.outer["embed_tokens"]
         x = memory.op(tokens * shape.hidden_size, table.width, [table], [ids])
+        if settings.gradient_checkpointing and settings.method in ("lora", "qlora") and memory.tape is not None:
+            x.source = Leaf(is_parameter=False)  # transformers lets it require a gradient, and so it stays to the end
+            self.embedded = x
         if shape.family == "gemma":
             x = memory.scale(x)
         if "positions" in self.outer:
@@ -956,8 +982,10 @@ class Model:
 
 
 def targeted(name: str, targets: str | tuple[str, ...]) -> bool:
-    """Whether LoRA adapts this weight; "all-linear" is every linear layer but the output head, as in peft."""
-    return is_linear(name) and (targets == "all-linear" or name in targets)
+    """Whether LoRA adapts this weight; "all-linear" is every matrix of the layers, as in peft, experts included."""
+    if targets == "all-linear":
+        return is_linear(name) or name in ("router", "experts_up", "experts_down")
+    return name in targets
 
 
 def quantised_size(size: tuple[int, ...], quantisation: str) -> int:

@@ -11,7 +11,8 @@ import weakref
 from collections import Counter
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -26,9 +27,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Tracker(TorchDispatchMode):
     """Counts the bytes of all live storages by part, and remembers the counts at the peak of each phase."""
 
-    def __init__(self, logits_elements: int) -> None:
+    def __init__(self, tokens: int, vocab_size: int) -> None:
         super().__init__()
-        self.logits_elements = logits_elements  # a multiple of this many elements is logits or their gradient
+        self.tokens, self.vocab_size = tokens, vocab_size
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
         self.phase = "forward"
@@ -53,8 +54,7 @@ class Tracker(TorchDispatchMode):
         result = func(*args, **kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-                is_logits = elements and elements % self.logits_elements == 0
+                is_logits = tensor.numel() == self.tokens * self.vocab_size and tensor.shape[-1] == self.vocab_size
                 self.count(tensor, "logits" if is_logits else "activations")
         if self.live.total() > self.peaks.get(self.phase, Counter()).total():
             self.peaks[self.phase] = Counter(self.live)
@@ -62,7 +62,7 @@ class Tracker(TorchDispatchMode):
 
 
 def build(config: PretrainedConfig, method: str, precision: str, attention: str, lora: dict | None = None) -> nn.Module:
-    """Build the model of fake tensors, inside a FakeTensorMode."""
+    """Build the model on the meta device."""
     dtype = DTYPES.get(precision, torch.float32)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -82,7 +82,9 @@ def quantise(model: nn.Module, compute_dtype: torch.dtype) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear | Conv1D) and name not in ("lm_head", "embed_out"):
-                inputs, outputs = (child.in_features, child.out_features) if isinstance(child, nn.Linear) else child.weight.shape
+                inputs, outputs = (
+                    (child.in_features, child.out_features) if isinstance(child, nn.Linear) else child.weight.shape
+                )
                 has_bias = child.bias is not None
                 layer = Linear4bit(inputs, outputs, has_bias, compute_dtype, quant_type="nf4")
                 if has_bias:
@@ -104,9 +106,10 @@ def materialise(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            dtype = module.compute_dtype
-            weight = Params4bit(torch.empty(module.weight.shape, dtype=dtype), requires_grad=False, quant_type="nf4")
-            module._parameters["weight"] = weight._quantize("cpu")
+            full = torch.empty(module.weight.shape, dtype=module.compute_dtype)
+            packed, state = functional.quantize_4bit(full, compress_statistics=True, quant_type="nf4")
+            weight = module._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
+            weight.quant_state = state
             made[id(weight)] = weight, weight
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -130,15 +133,16 @@ def measure(
 ) -> dict[str, dict[str, int]]:
     """Peak of each phase of the second training step by part, in bytes; "peak" is that of the whole step."""
     config.use_cache = False
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())  # bitsandbytes would keep a fake one
+    model = build(config, method, precision, attention, lora)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(config, method, precision, attention, lora)
         materialise(model)
         model.train(method != "frozen")
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
-        tracker = Tracker(batch_size * seq_len * config.vocab_size)
+        tracker = Tracker(batch_size * seq_len, config.vocab_size)
         if method != "frozen":
             make = {
                 "adamw": lambda: torch.optim.AdamW(trained, fused=True),
