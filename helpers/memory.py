@@ -204,7 +204,7 @@ def _nearest(word: str, choices: Iterable[str]) -> str:
     import difflib
 
     choices = list(choices)
-    lowered = {choice.lower(): choice for choice in choices}
+    lowered = {str(choice).lower(): choice for choice in choices}
     found = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0)
     return lowered[found[0]] if found else choices[0]
 
@@ -214,7 +214,7 @@ def _choose(field_name: str, value: Any, choices: Iterable[str]) -> None:
     if value not in (choices := list(choices)):
         raise CourseError(
             f"{field_name} is {value!r}, which is not known here: the nearest choice is {_nearest(value, choices)!r}, "
-            f"of {', '.join(choices)}."
+            f"of {', '.join(map(str, choices))}."
         )
 
 
@@ -247,9 +247,12 @@ def _find_config(name: str) -> dict:
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise CourseError(f"model {name!r} is neither bundled, nor a folder, nor a hub id owner/name: {nearest}.")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub.utils import get_session
 
-        return json.loads(Path(hf_hub_download(name, "config.json", etag_timeout=5)).read_text(encoding="utf-8"))
+        if not constants.HF_HUB_OFFLINE:
+            get_session().head(constants.ENDPOINT, timeout=5)  # the hub's own client would retry for half a minute
+        return json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
     except Exception as error:  # no network, no such model, a gated one: the hub's client has an error for each
         reason = type(error).__name__
         raise CourseError(f"model {name!r} could not be fetched from the hub ({reason}): {nearest}.") from None
@@ -269,6 +272,8 @@ def _parse(config: dict, name: str) -> ModelShape:
             if config.get(alias) is not None:
                 values[field_name] = config[alias]
                 break
+    if model_type == "gpt2":
+        values["intermediate_size"] = config.get("n_inner") or 4 * values.get("hidden_size", 0)
     heads = values.get("num_heads")
     for required in ("vocab_size", "hidden_size", "num_layers", "num_heads"):
         if required not in values:
@@ -413,7 +418,10 @@ class Memory:
         self.total = self.highest = 0
         self.peaks: dict[str, dict[str, int]] = {}
         self.phase, self.part = "forward", "activations"
-        self.tape: list[Node] | None = []  # None: nothing is recorded, as under torch.no_grad()
+        self.training = settings.method != "frozen"
+        self.tape: list[Node] | None = (
+            [] if self.training else None
+        )  # None: nothing is recorded, as under torch.no_grad()
         self.cast_weights: dict[Tensor, Tensor] = {}  # autocast keeps 16-bit copies of trained weights
 
     def add(self, part: str, size: int) -> None:
@@ -541,7 +549,7 @@ class Memory:
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:
         """Saves a mask: one byte each on CUDA (native_dropout); on the CPU, numbers of x's type."""
-        if not probability or self.tape is None:
+        if not probability or not self.training:
             return x
         mask = self.new(x.elements, 1 if self.settings.device == "cuda" else x.width)
         return self.op(x.elements, x.width, [x], [mask], kind="full")
@@ -779,7 +787,7 @@ class Model:
             return self.attend_eagerly(query, key, value, rows, repeat)
         if settings.autocast:
             query, key, value = (memory.cast(x, 2) for x in (query, key, value))
-        if shape.attention_dropout and memory.tape is not None and settings.device == "cpu":
+        if shape.attention_dropout and memory.training and settings.device == "cpu":
             return self.attend_in_fp32(query, key, value, rows)  # the CPU has no fused kernel with dropout
         bias = mask and memory.new(mask.elements, query.width)  # the boolean mask as 0 and -inf, in each layer
         normaliser = memory.new(rows, 4)  # log-sum-exp, instead of the attention matrix
@@ -1224,8 +1232,6 @@ def _step(shape: ModelShape, settings: Settings) -> Estimate:
     shards = settings.num_gpus if settings.zero_stage >= 1 else 1
     state = Storage(memory, -(-kept // shards), "optimizer")
     memory.peaks.clear()
-    if settings.method == "frozen":
-        memory.tape = None
     memory.enter("forward")
     loss = model.loss()
     memory.cast_weights.clear()
@@ -1245,7 +1251,7 @@ def _step(shape: ModelShape, settings: Settings) -> Estimate:
     return Estimate(shape, asdict(settings), phase, phases, -(-paged // shards))
 
 
-ADAFACTOR_COPIES = 2  # of the largest weight during its update: the squared gradient, and the update itself
+ADAFACTOR_COPIES = 1  # of the largest weight: its update, which is made in one buffer
 
 
 def estimate_inference(
@@ -1304,7 +1310,6 @@ def _generation(
             weights=quantization,
         )
         memory = Memory(settings)
-        memory.tape = None
         model = Model(shape, memory)
         kept = Storage(memory, cache, "kv_cache")
         memory.peaks.clear()

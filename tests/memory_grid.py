@@ -24,7 +24,7 @@ from accelerate.commands.estimate import estimate_training_usage  # noqa: E402
 from memory_truth import measure  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-from helpers.memory import PRECISIONS, ModelShape, bundled_shapes, estimate_training  # noqa: E402
+from helpers.memory import ModelShape, bundled_shapes, estimate_training  # noqa: E402
 
 MODELS = [
     "openai-community/gpt2",
@@ -97,19 +97,19 @@ def published(shape: ModelShape, setting: dict) -> dict[str, float | None]:
     }
 
 
-def compare(model: str, setting: dict) -> dict:
-    """One cell of the table."""
+def compare(model: str, setting: dict, truth: dict | None = None) -> dict:
+    """One cell of the table, measured anew unless the truth is given."""
     fields = {name: value for name, value in bundled_shapes()[model].items() if name not in ("model_type", "source")}
     config = AutoConfig.for_model(bundled_shapes()[model]["model_type"], **fields, pad_token_id=None)
     shape = ModelShape.from_config(model)
-    truth = measure(config, **setting)["peak"]
+    truth = truth or measure(config, **setting)["peak"]
     renamed = {"lora_rank" if name == "rank" else name: value for name, value in setting.items()}
     estimate = estimate_training(shape, device="cpu", **renamed)
     return {
         "model": model,
         "num_parameters": shape.num_parameters,
         "settings": setting,
-        "truth": truth | {"total": sum(truth.values())},
+        "truth": truth | {"total": sum(size for part, size in truth.items() if part != "total")},
         "estimate": estimate.parts | {"total": estimate.total},
         "published": published(shape, setting),
     }
@@ -138,15 +138,19 @@ def main() -> None:
     """Measure all cells and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
+    parser.add_argument("--estimates", action="store_true", help="keep the measurements, make the estimates anew")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "memory_truth.json")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    table = []
+    table, known = [], {}
+    if options.estimates:
+        measured = json.loads(options.out.read_text())["cells"]
+        known = {(cell["model"], str(cell["settings"])): cell["truth"] for cell in measured}
     for model, setting in cells():
         if options.only not in model:
             continue
         started = time.perf_counter()
-        table.append(compare(model, setting))
+        table.append(compare(model, setting, known.get((model, str(setting)))))
         gc.collect()
         seconds = time.perf_counter() - started
         worst = {part: f"{e:+.2%}" for part in table[-1]["estimate"] if (e := error(table[-1], part)) is not None}
