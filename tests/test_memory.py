@@ -26,7 +26,6 @@ from helpers.memory import (
     GPUS,
     METHODS,
     OPTIMIZERS,
-    PRECISIONS,
     ModelShape,
     bundled_shapes,
     estimate_inference,
@@ -35,9 +34,9 @@ from helpers.memory import (
     max_batch_size,
     max_context,
     optimizer_state,
-    quantised_size,
     recommend,
 )
+from helpers.memory_step import PRECISIONS, quantised_size
 from helpers.profiles import ROOT
 
 SIZES = {
