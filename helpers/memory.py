@@ -421,10 +421,9 @@ class Estimate:
 
     def __getattr__(self, name: str) -> int:
         """A part at the peak, such as `estimate.activations`."""
-        try:
-            return self.phases[self.phase][name]
-        except KeyError:
-            raise AttributeError(name) from None
+        if name not in (*PARTS, *INFERENCE_PARTS) or name not in self.parts:
+            raise AttributeError(name)
+        return self.parts[name]
 
     @property
     def parts(self) -> dict[str, int]:

@@ -467,7 +467,7 @@ class Model:
             value = memory.op(groups * value.elements, value.width, [value])
         rows = settings.batch_size * shape.num_heads * settings.seq_len
         if settings.attention == "eager":
-            return self.attend_eagerly(query, key, value, rows, repeat)
+            return self.attend_eagerly(query, key, value, mask, repeat)
         if settings.autocast:
             query, key, value = (memory.cast(x, 2) for x in (query, key, value))
         if shape.attention_dropout and memory.training and settings.device == "cpu":
@@ -480,10 +480,11 @@ class Model:
             result = memory.op(result.elements, result.width, [result])  # its kernel keeps the queries' layout
         return result
 
-    def attend_eagerly(self, query: Tensor, key: Tensor, value: Tensor, rows: int, repeated: bool) -> Tensor:
+    def attend_eagerly(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, repeated: bool) -> Tensor:
         """The attention matrix in full: scores, scaled, masked, softmax in fp32, and its 16-bit copy."""
         memory, shape, settings = self.memory, self.shape, self.settings
-        elements = rows * settings.seq_len
+        elements = settings.batch_size * shape.num_heads * settings.seq_len**2
+        original = value.width if shape.family == "gpt2" else query.width
         if settings.autocast:
             query, key, value = (memory.cast(x, 2) for x in (query, key, value))
         if settings.batch_size > 1:  # the batched product wants contiguous inputs; repeated or joined ones are
@@ -494,12 +495,15 @@ class Model:
         width = query.width
         scores = memory.op(elements, width, [query, key], [query, key])
         scores = memory.scale(scores)
-        scores = memory.op(elements, width, [scores], kind="same")  # + mask
-        if self.shape.family != "gpt2":
-            scores = memory.cast(scores, 4)
-        probabilities = memory.op(elements, scores.width, [scores], save_result=True)
+        scores = memory.op(elements, max(width, mask.width), [scores], kind="same")  # + mask
+        high = memory.cast(scores, 4) if shape.family != "gpt2" else scores
+        probabilities = memory.op(elements, high.width, [high], save_result=True)
+        del high
+        probabilities = memory.cast(probabilities, original)
         del scores
-        probabilities = memory.dropout(memory.cast(probabilities, width), self.shape.attention_dropout)
+        probabilities = memory.dropout(probabilities, shape.attention_dropout)
+        self.attention_weights = probabilities  # returned beside the result, and so alive to the end of the layer
+        probabilities = memory.cast(probabilities, width)
         result = memory.op(query.elements, width, [probabilities, value], [probabilities, value])
         return memory.op(query.elements, width, [result])  # transposed back
 
@@ -602,6 +606,7 @@ class Model:
     def layer(self, x: Tensor, layer: int, mask: Tensor | None, rotary_width: float) -> Tensor:
         """One decoder layer: norm, attention, norm, feed-forward, with residual connections."""
         memory, shape, weights = self.memory, self.shape, self.layers[layer]
+        self.attention_weights = None
         normed = self.norm(x, weights, "input_norm")
         attended = memory.dropout(self.attention(normed, layer, mask, rotary_width), shape.residual_dropout)
         del normed
@@ -653,6 +658,7 @@ class Model:
                 tape.append(checkpoint)
             x = result
             del result, checkpoint
+        self.attention_weights = None
         return self.norm(x, self.outer, "norm")
 
     def loss(self) -> Tensor:

@@ -138,6 +138,8 @@ def measure(
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialise(model)
         model.train(method != "frozen")
+        if method == "frozen":
+            model.requires_grad_(False)
         if gradient_checkpointing:
             model.activation_checkpointing_enable()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
