@@ -1,0 +1,704 @@
+"""A training step performed on sizes: tensors without data, autograd over them, and transformers' models in it.
+
+A `Tensor` has a number of elements and a lifetime. Each operation allocates its result and keeps what autograd keeps
+for its backward pass (https://github.com/pytorch/pytorch/blob/main/tools/autograd/derivatives.yaml); the engine goes
+back over the operations and frees it again in torch's order. `Model` follows transformers' modeling_*.py line by line,
+with the same variables alive at the same time. `helpers.memory` asks; this module knows no names and no devices.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from helpers.memory import ModelShape
+
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits")
+INFERENCE_PARTS = ("parameters", "kv_cache", "activations", "logits")
+PRECISIONS = {"fp32": 4, "bf16": 2, "fp16": 2, "bf16-mixed": 4, "fp16-mixed": 4}  # bytes of a weight
+
+
+# Tensors without data, and autograd over them
+
+
+class Storage:
+    """Bytes that are allocated until the last reference is gone: CPython counts references just as torch does."""
+
+    __slots__ = ("memory", "part", "size")
+
+    def __init__(self, memory: "Memory", size: int, part: str) -> None:
+        """Allocate."""
+        self.memory, self.size, self.part = memory, size, part
+        memory.add(part, size)
+
+    def __del__(self) -> None:
+        """Free."""
+        self.memory.live[self.part] -= self.size
+        self.memory.total -= self.size
+
+    def move(self, part: str, size: int) -> None:
+        """Count it as another part, of another size."""
+        self.memory.live[self.part] -= self.size
+        self.memory.total -= self.size
+        self.part, self.size = part, size
+        self.memory.add(part, size)
+
+
+class Leaf:
+    """Where gradients end: a trained parameter, or the input of a recomputed layer."""
+
+    def __init__(self, is_parameter: bool) -> None:
+        """Nothing has arrived yet."""
+        self.is_parameter = is_parameter
+        self.uses = 0  # a tied embedding is used twice, and its gradient complete when both have arrived
+        self.gradient: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A recorded operation: where its gradients go, how they are made, and what is kept for them."""
+
+    inputs: list["Tensor"]  # without their storage
+    kind: str
+    saved: list[Storage]
+    scratch: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One of several results of an operation, whose gradients are put together."""
+
+    node: Node
+
+
+class Tensor:
+    """`elements` numbers of `width` bytes in a storage, and what computes its gradient, if it needs one."""
+
+    __slots__ = ("elements", "part", "source", "storage", "width")
+
+    def __init__(self, elements: int, width: float, storage: Storage, source: Any = None) -> None:
+        """View a storage."""
+        self.elements, self.width, self.storage, self.source = elements, width, storage, source
+        self.part = "activations" if storage.part == "parameters" else storage.part  # what its gradient counts as
+
+    def without_storage(self) -> "Tensor":
+        """What a gradient of this tensor needs to know."""
+        edge = Tensor(self.elements, self.width, self.storage, self.source)
+        edge.storage = None
+        return edge
+
+
+class Memory:
+    """Live bytes by part, the peak of each phase of the step, and the operations of which the step consists."""
+
+    def __init__(self, settings: "Settings") -> None:
+        """Nothing is allocated yet."""
+        self.settings = settings
+        self.live: dict[str, int] = dict.fromkeys((*PARTS, *INFERENCE_PARTS), 0)
+        self.total = self.highest = 0
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.phase, self.part = "forward", "activations"
+        self.training = settings.method != "frozen"
+        self.tape: list[Node] | None = (
+            [] if self.training else None
+        )  # None: nothing is recorded, as under torch.no_grad()
+        self.cast_weights: dict[Tensor, Tensor] = {}  # autocast keeps 16-bit copies of trained weights
+
+    def add(self, part: str, size: int) -> None:
+        """Count an allocation."""
+        self.live[part] += size
+        self.total += size
+        if self.total > self.highest:
+            self.highest = self.total
+            self.peaks[self.phase] = self.live.copy()
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase of the step."""
+        self.phase, self.highest = phase, 0
+        self.add("activations", 0)
+
+    def new(self, elements: int, width: float, part: str = "") -> Tensor:
+        """Allocate a tensor."""
+        return Tensor(elements, width, Storage(self, int(elements * width), part or self.part))
+
+    def op(
+        self,
+        elements: int,
+        width: float,
+        inputs: Iterable[Tensor | None],
+        saves: Iterable[Tensor | None] = (),
+        kind: str = "own",
+        save_result: bool = False,
+        scratch: float = 0,
+        view: bool = False,
+    ) -> Tensor:
+        """Result of an operation; a view has the storage of the first input.
+
+        `kind` says what the gradients of the inputs are: "own" allocates one of the size of each input; "same" hands
+        the incoming one on, as an addition does; "full" computes one of the size of the result, which is then summed
+        or cast to that of the input, as a product does. `scratch`: bytes that the backward needs besides.
+        """
+        inputs = [x for x in inputs if x is not None]
+        result = Tensor(elements, width, inputs[0].storage) if view else self.new(elements, width)
+        needing = [x for x in inputs if x.source is not None]
+        if self.tape is not None and needing:
+            saved = [x.storage for x in saves if x is not None] + [result.storage] * save_result
+            result.source = Node([x.without_storage() for x in needing], kind, saved, int(scratch))
+            self.tape.append(result.source)
+            for x in needing:
+                if isinstance(x.source, Leaf):
+                    x.source.uses += 1
+        return result
+
+    def backward(self, tape: list[Node], gradients: dict[Any, Tensor]) -> None:
+        """Run autograd's engine over the tape, newest operation first, freeing what each operation saved."""
+        while tape:
+            node = tape.pop()
+            gradient = gradients.pop(node, None)
+            if gradient is None:  # no path to the loss
+                continue
+            if isinstance(node, Checkpoint):
+                node.backward(self, gradient, gradients)
+                continue
+            scratch = Storage(self, node.scratch, node.inputs[0].part)
+            made = []
+            for x in node.inputs:
+                if node.kind == "own":
+                    made.append(self.new(x.elements, x.width, x.part))
+                elif node.kind == "same":
+                    made.append(gradient)
+                else:
+                    made.append(self.new(gradient.elements, gradient.width, gradient.part))
+            node.saved.clear()
+            del gradient, scratch
+            for x in node.inputs:
+                raw = made.pop(0)
+                if (raw.elements, raw.width) != (x.elements, x.width):
+                    raw = self.new(x.elements, x.width, x.part)  # summed to the input's shape, cast to its type
+                self.accumulate(x.source, raw, gradients)
+                del raw
+
+    def accumulate(self, source: Any, gradient: Tensor, gradients: dict[Any, Tensor]) -> None:
+        """Add a gradient to what has arrived there before."""
+        if isinstance(source, Leaf):
+            source.uses -= 1
+            if source.gradient is not None:
+                gradient = self.new(gradient.elements, gradient.width, gradient.part)
+            source.gradient = gradient
+            if source.is_parameter and not source.uses:
+                gradient.storage.move("gradients", -(-gradient.storage.size // self.settings.gradient_shards))
+        elif isinstance(source, Part):
+            gradients.setdefault(source.node, []).append(gradient)
+        elif source in gradients:
+            gradients[source] = self.new(gradient.elements, gradient.width, gradient.part)
+        else:
+            gradients[source] = gradient
+
+    # Operations: what each allocates, and what it saves for the backward pass
+
+    def cast(self, x: Tensor, width: float) -> Tensor:
+        """`x.to(dtype)`: a copy, unless it has that type."""
+        return x if x.width == width else self.op(x.elements, width, [x])
+
+    def split(self, x: Tensor, sizes: Iterable[int], scratch: float = 0) -> list[Tensor]:
+        """Views of parts of x; the backward joins their gradients in a new tensor."""
+        whole = self.op(x.elements, x.width, [x], view=True, scratch=scratch)
+        source = whole.source and Part(whole.source)
+        return [Tensor(size, x.width, x.storage, source) for size in sizes]
+
+    def transpose(self, x: Tensor) -> Tensor:
+        """Heads before positions: a view, whose gradient has to be copied back into order."""
+        return self.op(x.elements, x.width, [x], view=True)
+
+    def add_(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x + y`: saves nothing, and both get the incoming gradient."""
+        return self.op(x.elements, max(x.width, y.width), [x, y], kind="same")
+
+    def scale(self, x: Tensor, width: float = 0) -> Tensor:
+        """Product with a constant: saves nothing of x."""
+        return self.op(x.elements, max(width, x.width), [x], kind="full")
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        """`x * y`: each is saved if the other needs a gradient."""
+        saves = [x if y.source else None, y if x.source else None]
+        return self.op(max(x.elements, y.elements), max(x.width, y.width), [x, y], saves, kind="full")
+
+    def power(self, x: Tensor) -> Tensor:
+        """`x.pow(n)`: saves x; the backward computes n * x^(n-1) in two steps before the product."""
+        return self.op(x.elements, x.width, [x], [x], scratch=2 * x.elements * x.width)
+
+    def dropout(self, x: Tensor, probability: float) -> Tensor:
+        """Saves a mask: one byte each on CUDA (native_dropout); on the CPU, numbers of x's type."""
+        if not probability or not self.training:
+            return x
+        mask = self.new(x.elements, 1 if self.settings.device == "cuda" else x.width)
+        return self.op(x.elements, x.width, [x], [mask], kind="full")
+
+    def matmul(self, x: Tensor, weight: Tensor, elements: int, bias: Tensor | None = None) -> Tensor:
+        """`F.linear`: saves x if the weight is trained, and the weight if x needs a gradient."""
+        if self.settings.autocast:
+            x, bias = self.cast(x, 2), bias and self.cast_weight(bias)
+            weight = self.cast_weight(weight)
+        saves = [x if weight.source else None, weight if x.source else None]
+        return self.op(elements, x.width, [x, weight, bias], saves)
+
+    def cast_weight(self, weight: Tensor) -> Tensor:
+        """Autocast's 16-bit copy of a weight, which it caches if the weight is trained."""
+        if weight in self.cast_weights:
+            return self.cast_weights[weight]
+        copy = self.cast(weight, 2)
+        if weight.source is not None and copy is not weight:
+            self.cast_weights[weight] = copy
+        return copy
+
+    def rms_norm(self, x: Tensor, weight: Tensor, gemma: bool = False) -> Tensor:
+        """LlamaRMSNorm: in fp32, then `weight * hidden.to(dtype)`; Gemma multiplies before it casts."""
+        rows = x.elements // weight.elements
+        high = self.cast(x, 4)
+        variance = self.op(rows, 4, [self.power(high)])  # pow and mean
+        inverse = self.op(rows, 4, [variance], save_result=True)  # rsqrt
+        normed = self.multiply(high, inverse)
+        del high, variance, inverse
+        if gemma:
+            factor = self.scale(self.cast(weight, 4))  # 1 + weight
+            normed = self.multiply(normed, factor)
+            return self.cast(normed, x.width)
+        normed = self.cast(normed, x.width)
+        return self.multiply(weight, normed)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """native_layer_norm: saves its input, and mean and inverse deviation of each row."""
+        statistics = self.new(2 * x.elements // weight.elements, x.width)
+        return self.op(x.elements, x.width, [x, weight, bias], [x, statistics])
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        """silu and gelu save their input; gelu_new is written out, and each product in it saves its factors."""
+        if name not in ("gelu_new", "gelu_fast"):
+            return self.op(x.elements, x.width, [x], [x])
+        half = self.scale(x)  # 0.5 * x
+        inner = self.add_(x, self.scale(self.power(x)))
+        tanh = self.op(x.elements, x.width, [self.scale(inner)], save_result=True)
+        del inner
+        shifted = self.op(x.elements, x.width, [tanh], kind="same")  # 1 + tanh
+        del tanh
+        return self.multiply(half, shifted)
+
+    def rotate(self, x: Tensor, width: float) -> Tensor:
+        """Rotary embedding, `x * cos + rotate_half(x) * sin`: cosine and sine need no gradient, so x is not saved."""
+        first = self.scale(x, width)
+        half = self.new(x.elements // 2, x.width)
+        turned = self.op(x.elements, x.width, [x], scratch=x.elements * x.width)
+        del half
+        second = self.scale(turned, width)
+        del turned
+        return self.add_(first, second)
+
+
+class Checkpoint(Node):
+    """A layer of which only the input is kept; the backward runs it again (torch.utils.checkpoint, not reentrant)."""
+
+    def __init__(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        """Keep the input."""
+        super().__init__([x.without_storage()], "own", [x.storage], 0)
+        self.layer = layer
+
+    def backward(self, memory: Memory, gradient: Tensor, gradients: dict[Any, Tensor]) -> None:
+        """Run the layer on its input, then go back through it."""
+        x, outer = self.inputs[0], memory.tape
+        start = Leaf(is_parameter=False) if x.source is not None else None
+        memory.tape = []
+        result = self.layer(Tensor(x.elements, x.width, self.saved.pop(), start))
+        self.layer = None  # it holds the mask
+        memory.cast_weights.clear()
+        inner, memory.tape = memory.tape, outer
+        seed = {result.source: gradient}
+        del result, gradient
+        memory.backward(inner, seed)
+        if start is not None:
+            gradient, start.gradient = start.gradient, None
+            memory.accumulate(x.source, gradient, gradients)
+
+
+# The model, as transformers runs it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the model is run."""
+
+    batch_size: int
+    seq_len: int
+    method: str = "full"
+    optimizer: str = "adamw"
+    precision: str = "bf16"
+    gradient_checkpointing: bool = False
+    attention: str = "sdpa"
+    lora_rank: int = 16
+    lora_targets: str | tuple[str, ...] = "all-linear"
+    zero_stage: int = 0
+    num_gpus: int = 1
+    padded: bool = True
+    device: str = "cuda"
+    loss_chunks: int = 1
+    weights: str | None = None
+
+    @property
+    def autocast(self) -> bool:
+        """Whether matrix products run in 16 bit over fp32 weights."""
+        return self.precision.endswith("-mixed")
+
+    @property
+    def quantisation(self) -> str | None:
+        """How linear weights are stored."""
+        return "nf4" if self.method == "qlora" else self.weights
+
+    @property
+    def gradient_shards(self) -> int:
+        """Over how many GPUs the gradients are divided."""
+        return self.num_gpus if self.zero_stage >= 2 else 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a batch."""
+        return self.batch_size * self.seq_len
+
+
+class Model:
+    """The weights of one model, and its forward pass in the order of transformers' modeling files."""
+
+    def __init__(self, shape: "ModelShape", memory: Memory) -> None:
+        """Allocate the weights and adapters."""
+        self.shape, self.memory, self.settings = shape, memory, memory.settings
+        self.trained: list[tuple[int, ...]] = []
+        self.outer = {name: self.weight(name, size) for name, size in shape.outer_weights().items()}
+        self.layers = [
+            {name: self.weight(name, size) for name, size in shape.layer_weights(layer).items()}
+            for layer in range(shape.num_layers)
+        ]
+        frequencies = 0 if shape.family == "gpt2" else 4 * int(shape.head_dim * shape.rotary_fraction)
+        self.buffers = Storage(memory, frequencies, "parameters")  # of the rotary embedding, in fp32, twice
+        self.adapters: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.layers]
+        if self.settings.method in ("lora", "qlora"):
+            for layer, adapters in enumerate(self.adapters):
+                for name, size in shape.layer_weights(layer).items():
+                    if targeted(name, self.settings.lora_targets):
+                        adapters[name] = self.adapter(name, size)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix."""
+        return self.outer.get("lm_head", self.outer["embed_tokens"])
+
+    def weight(self, name: str, size: tuple[int, ...]) -> Tensor:
+        """A parameter of the model."""
+        settings, elements = self.settings, math.prod(size)
+        width = PRECISIONS[settings.precision]
+        shards = settings.num_gpus if settings.zero_stage == 3 else 1
+        stored = (
+            quantised_size(size, settings.quantisation)
+            if settings.quantisation and is_linear(name)
+            else elements * width
+        )
+        trained = settings.method == "full"
+        if trained:
+            self.trained.append(size)
+        storage = Storage(self.memory, -(-stored // shards), "parameters")
+        return Tensor(elements, width, storage, Leaf(is_parameter=True) if trained else None)
+
+    def adapter(self, name: str, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The two matrices of LoRA, which peft keeps in fp32; twice the rank where gate and up are one matrix."""
+        pair, shards = [], self.settings.num_gpus if self.settings.zero_stage == 3 else 1
+        rank = self.settings.lora_rank * (size[0] if len(size) == 3 else 1) * (2 if name == "experts_up" else 1)
+        for shape in ((rank, size[-1]), (size[-2], rank)):
+            self.trained.append(shape)
+            storage = Storage(self.memory, -(-4 * math.prod(shape) // shards), "parameters")
+            pair.append(Tensor(math.prod(shape), 4, storage, Leaf(is_parameter=True)))
+        return pair[0], pair[1]
+
+    def linear(self, x: Tensor, layer: int, name: str) -> Tensor:
+        """A linear layer of the model, with its adapter if it has one; peft runs adapters in fp32."""
+        memory, settings = self.memory, self.settings
+        weight, bias = self.layers[layer][name], self.layers[layer].get(f"{name}.bias")
+        outputs, inputs = self.shape.layer_weights(layer)[name]
+        rows = x.elements // inputs
+        if settings.quantisation:  # bitsandbytes: the backward makes the weight 16 bit again
+            low = memory.cast(x, 2 if settings.autocast else x.width)
+            result = memory.op(rows * outputs, low.width, [low], [weight], scratch=weight.elements * low.width)
+            result = memory.cast(result, x.width)
+        else:
+            result = memory.matmul(x, weight, rows * outputs, bias)
+        if name not in self.adapters[layer]:
+            return result
+        width = result.width
+        if settings.method == "qlora":
+            result = memory.op(result.elements, width, [result], kind="same")  # peft clones it
+        down, up = self.adapters[layer][name]
+        if not (settings.method == "qlora" and settings.autocast):
+            x = memory.cast(x, 4)
+        change = memory.matmul(memory.matmul(x, down, rows * settings.lora_rank), up, rows * outputs)
+        change = memory.scale(change)
+        if settings.method == "qlora" and not settings.autocast:
+            change = memory.cast(change, width)
+        result = memory.add_(result, change)
+        return memory.cast(result, width) if settings.method == "lora" else result
+
+    def adapted(self, layer: int, name: str) -> Tensor:
+        """The weights of the experts with their adapters, which peft adds to them as one matrix."""
+        memory, weight = self.memory, self.layers[layer][name]
+        if name not in self.adapters[layer]:
+            return weight
+        down, up = (memory.cast(matrix, weight.width) for matrix in self.adapters[layer][name])
+        return memory.op(weight.elements, weight.width, [down, up], [down, up])
+
+    def norm(self, x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+        """The family's normalisation."""
+        if f"{name}.bias" in weights:
+            return self.memory.layer_norm(x, weights[name], weights[f"{name}.bias"])
+        return self.memory.rms_norm(x, weights[name], gemma=self.shape.family == "gemma")
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over all heads. Result: (batch, seq, heads * head_dim)."""
+        memory, shape, settings = self.memory, self.shape, self.settings
+        groups = shape.num_heads // shape.num_kv_heads
+        repeat = groups > 1 and (mask is not None or settings.attention == "eager")
+        if repeat:  # repeat_kv; without a mask SDPA shares the heads by itself
+            key = memory.op(groups * key.elements, key.width, [key])
+            value = memory.op(groups * value.elements, value.width, [value])
+        rows = settings.batch_size * shape.num_heads * settings.seq_len
+        if settings.attention == "eager":
+            return self.attend_eagerly(query, key, value, mask, repeat)
+        if settings.autocast:
+            query, key, value = (memory.cast(x, 2) for x in (query, key, value))
+        if shape.attention_dropout and memory.training and settings.device == "cpu":
+            return self.attend_in_fp32(query, key, value, rows)  # the CPU has no fused kernel with dropout
+        bias = mask and memory.new(mask.elements, query.width)  # the boolean mask as 0 and -inf, in each layer
+        normaliser = memory.new(rows, 4)  # log-sum-exp, instead of the attention matrix
+        saves = [query, key, value, bias, normaliser]
+        result = memory.op(query.elements, query.width, [query, key, value], saves, save_result=True)
+        if shape.family in ("gpt_neox", "phi3") and settings.device == "cpu":
+            result = memory.op(result.elements, result.width, [result])  # its kernel keeps the queries' layout
+        return result
+
+    def attend_eagerly(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, repeated: bool) -> Tensor:
+        """The attention matrix in full: scores, scaled, masked, softmax in fp32, and its 16-bit copy."""
+        memory, shape, settings = self.memory, self.shape, self.settings
+        elements = settings.batch_size * shape.num_heads * settings.seq_len**2
+        original = value.width if shape.family == "gpt2" else query.width
+        if settings.autocast:
+            query, key, value = (memory.cast(x, 2) for x in (query, key, value))
+        if settings.batch_size > 1:  # the batched product wants contiguous inputs; repeated or joined ones are
+            joined = shape.family == "gpt_neox"
+            query = query if joined else memory.op(query.elements, query.width, [query])
+            key = key if joined or repeated else memory.op(key.elements, key.width, [key])
+            value = value if repeated else memory.op(value.elements, value.width, [value])
+        width = query.width
+        scores = memory.op(elements, width, [query, key], [query, key])
+        scores = memory.scale(scores)
+        scores = memory.op(elements, max(width, mask.width), [scores], kind="same")  # + mask
+        high = memory.cast(scores, 4) if shape.family != "gpt2" else scores
+        probabilities = memory.op(elements, high.width, [high], save_result=True)
+        del high
+        probabilities = memory.cast(probabilities, original)
+        del scores
+        probabilities = memory.dropout(probabilities, shape.attention_dropout)
+        self.attention_weights = probabilities  # returned beside the result, and so alive to the end of the layer
+        probabilities = memory.cast(probabilities, width)
+        result = memory.op(query.elements, width, [probabilities, value], [probabilities, value])
+        return memory.op(query.elements, width, [result])  # transposed back
+
+    def attend_in_fp32(self, query: Tensor, key: Tensor, value: Tensor, rows: int) -> Tensor:
+        """SDPA's own fallback, written out in fp32."""
+        memory, elements, width = self.memory, rows * self.settings.seq_len, query.width
+        query, key, value = (memory.cast(x, 4) for x in (query, key, value))
+        query, key = memory.scale(query), memory.scale(key)
+        query, key = memory.op(query.elements, 4, [query]), memory.op(key.elements, 4, [key])
+        scores = memory.op(elements, 4, [query, key], [query, key])
+        scores = memory.op(elements, 4, [scores], kind="same")
+        probabilities = memory.op(elements, 4, [scores], save_result=True)
+        del scores
+        probabilities = memory.dropout(probabilities, self.shape.attention_dropout)
+        value = memory.op(value.elements, 4, [value])
+        result = memory.op(query.elements, 4, [probabilities, value], [probabilities, value])
+        result = memory.cast(result, width)
+        return memory.op(query.elements, width, [result])
+
+    def attention(self, x: Tensor, layer: int, mask: Tensor | None, rotary_width: float) -> Tensor:
+        """Self-attention of a layer."""
+        memory, shape, weights = self.memory, self.shape, self.layers[layer]
+        tokens = self.settings.tokens
+        q, kv = tokens * shape.num_heads * shape.head_dim, tokens * shape.num_kv_heads * shape.head_dim
+        if "qkv_proj" in weights:
+            joint = self.linear(x, layer, "qkv_proj")
+            query, key, value = memory.split(joint, (q, kv, kv))
+            del joint
+        else:
+            query, key, value = (self.linear(x, layer, name) for name in ("q_proj", "k_proj", "v_proj"))
+            if shape.qk_norm:
+                query, key = memory.rms_norm(query, weights["q_norm"]), memory.rms_norm(key, weights["k_norm"])
+            query, key = memory.transpose(query), memory.transpose(key)
+        if shape.family != "gpt2":
+            query, key = (self.rotary(x, rotary_width) for x in (query, key))
+        result = self.attend(query, key, value, mask)
+        del query, key, value
+        return self.linear(result, layer, "o_proj")
+
+    def rotary(self, x: Tensor, width: float) -> Tensor:
+        """Rotary embedding of queries or keys; GPT-NeoX and Phi-3 turn a part and put the rest beside it again."""
+        memory, fraction = self.memory, self.shape.rotary_fraction
+        if self.shape.family not in ("gpt_neox", "phi3"):
+            return memory.rotate(x, width)
+        size = int(x.elements * fraction)
+        turned, rest = memory.split(x, (size, x.elements - size), scratch=2 * x.elements * x.width)
+        turned = memory.rotate(turned, width)
+        return memory.op(x.elements, turned.width, [turned, rest])
+
+    def feed_forward(self, x: Tensor, layer: int) -> Tensor:
+        """The feed-forward part of a layer."""
+        memory, name, weights = self.memory, self.shape.activation, self.layers[layer]
+        if "router" in weights:
+            return self.experts(x, layer)
+        if "gate_proj" in weights:
+            active = memory.activation(self.linear(x, layer, "gate_proj"), name)
+            product = memory.multiply(active, self.linear(x, layer, "up_proj"))
+            del active
+        elif "gate_up_proj" in weights:
+            joint = self.linear(x, layer, "gate_up_proj")
+            gate, up = memory.split(joint, (joint.elements // 2,) * 2)
+            product = memory.multiply(up, memory.activation(gate, name))
+            del joint, gate, up
+        else:
+            product = memory.activation(self.linear(x, layer, "up_proj"), name)
+        return self.linear(product, layer, "down_proj")
+
+    def experts(self, x: Tensor, layer: int) -> Tensor:
+        """Mixture of experts with grouped products: each token is copied once for each of its experts."""
+        memory, shape, weights, tokens = self.memory, self.shape, self.layers[layer], self.settings.tokens
+        copies = tokens * shape.experts_per_token
+        h, i, width = shape.hidden_size, shape.intermediate_size, x.width
+        logits = memory.matmul(x, weights["router"], tokens * shape.num_experts)
+        scores = memory.op(tokens * shape.num_experts, 4, [memory.cast(logits, 4)], save_result=True)
+        chosen = memory.op(copies, 4, [scores], [memory.new(copies, 8)])
+        order = memory.new(copies, 8)
+        selected = memory.op(copies * h, width, [x], [order], scratch=x.elements * width)
+        if "experts_up" in self.adapters[layer]:  # peft makes both matrices once to register them, and again for use
+            tape, memory.tape = memory.tape, None
+            registered = [self.adapted(layer, name) for name in ("experts_down", "experts_up")]
+            memory.tape = tape
+            del registered
+        up = self.adapted(layer, "experts_up")
+        saves = [selected if up.source else None, up if selected.source else None]
+        joint = memory.op(copies * 2 * i, width, [selected, up], saves)
+        del selected
+        gate, linear = memory.split(joint, (copies * i,) * 2)
+        product = memory.multiply(memory.activation(gate, shape.activation), linear)
+        del joint, gate, linear
+        down = self.adapted(layer, "experts_down")
+        saves = [product if down.source else None, down if product.source else None]
+        result = memory.op(copies * h, width, [product, down], saves)
+        del product
+        weighted = memory.multiply(result, chosen)  # fp32, since the router's scores are
+        del result
+        sorted_back = memory.op(copies * h, 4, [weighted], [order], scratch=copies * h * 4)
+        del weighted
+        return memory.cast(memory.op(tokens * h, 4, [sorted_back]), width)
+
+    def layer(self, x: Tensor, layer: int, mask: Tensor | None, rotary_width: float) -> Tensor:
+        """One decoder layer: norm, attention, norm, feed-forward, with residual connections."""
+        memory, shape, weights = self.memory, self.shape, self.layers[layer]
+        self.attention_weights = None
+        normed = self.norm(x, weights, "input_norm")
+        attended = memory.dropout(self.attention(normed, layer, mask, rotary_width), shape.residual_dropout)
+        del normed
+        if shape.parallel_residual:  # GPT-NeoX: both parts read the layer's input
+            changed = memory.dropout(
+                self.feed_forward(self.norm(x, weights, "post_norm"), layer), shape.residual_dropout
+            )
+            return memory.add_(memory.add_(changed, attended), x)
+        residual = memory.add_(x, attended)
+        del x, attended
+        changed = self.feed_forward(self.norm(residual, weights, "post_norm"), layer)
+        return memory.add_(residual, memory.dropout(changed, shape.residual_dropout))
+
+    def hidden_states(self) -> Tensor:
+        """Embedding, all layers and the last norm."""
+        memory, shape, settings = self.memory, self.shape, self.settings
+        batch, seq, tokens = settings.batch_size, settings.seq_len, settings.tokens
+        ids = memory.new(tokens, 8)
+        table = self.outer["embed_tokens"]
+        x = memory.op(tokens * shape.hidden_size, table.width, [table], [ids])
+        if settings.gradient_checkpointing and settings.method in ("lora", "qlora") and memory.tape is not None:
+            x.source = Leaf(is_parameter=False)  # transformers lets it require a gradient, and so it stays to the end
+            self.embedded = x
+        if shape.family == "gemma":
+            x = memory.scale(x)
+        if "positions" in self.outer:
+            positions = self.outer["positions"]
+            place = memory.op(seq * shape.hidden_size, positions.width, [positions])
+            x = memory.op(x.elements, x.width, [x, place], kind="same")
+        x = memory.dropout(x, shape.embedding_dropout)
+        rotary_width, angles = x.width, None
+        if shape.family != "gpt2":
+            angles = memory.new(2 * seq * int(shape.head_dim * shape.rotary_fraction), rotary_width)  # noqa: F841
+        mask = None
+        if settings.attention == "eager":
+            mask = memory.new(batch * seq * seq, x.width)  # 0 and -inf
+        elif settings.padded or (shape.sliding_window or seq) < seq:
+            mask = memory.new(batch * seq * seq, 1)
+        for layer in range(shape.num_layers):
+            if not (settings.gradient_checkpointing and memory.tape is not None):
+                x = self.layer(x, layer, mask, rotary_width)
+                continue
+            checkpoint = Checkpoint(lambda y, layer=layer: self.layer(y, layer, mask, rotary_width), x)
+            tape, memory.tape = memory.tape, None
+            result = self.layer(x, layer, mask, rotary_width)
+            memory.tape = tape
+            if x.source is not None or self.trained:
+                result.source = checkpoint
+                tape.append(checkpoint)
+            x = result
+            del result, checkpoint
+        self.attention_weights = None
+        return self.norm(x, self.outer, "norm")
+
+    def loss(self) -> Tensor:
+        """Cross-entropy of the next token: the logits, their fp32 copy and the log-probabilities."""
+        memory, rows = self.memory, -(-self.settings.tokens // self.settings.loss_chunks)
+        x, head = self.hidden_states(), self.head
+        if self.settings.autocast:
+            x, head = memory.cast(x, 2), memory.cast_weight(head)
+        memory.part = "logits"
+        logits = memory.matmul(x, head, rows * self.shape.vocab_size)
+        high = memory.cast(logits, 4)
+        log_probabilities = memory.op(high.elements, 4, [high], save_result=True)
+        targets = memory.new(self.settings.tokens, 8)
+        return memory.op(1, 4, [log_probabilities], [log_probabilities, targets])
+
+
+def is_linear(name: str) -> bool:
+    """Whether it is the weight of an nn.Linear or Conv1D: experts and routers are bare parameters in transformers."""
+    return name.endswith("_proj")
+
+
+def targeted(name: str, targets: str | tuple[str, ...]) -> bool:
+    """Whether LoRA adapts this weight; "all-linear" is every matrix of the layers, as in peft, experts included."""
+    if targets == "all-linear":
+        return is_linear(name) or name in ("router", "experts_up", "experts_down")
+    return name in targets
+
+
+def quantised_size(size: tuple[int, ...], quantisation: str) -> int:
+    """Bytes of a quantised matrix.
+
+    nf4: bitsandbytes with double quantisation (Dettmers et al. 2023, section 3): half a byte for each weight, a byte
+    for each block of 64 (its absolute maximum), an fp32 number for each 256 such blocks, two code books, an offset.
+    int4: GPTQ and AWQ, half a byte, and a 16-bit scale and 4-bit zero for each group of 128. int8: LLM.int8, a byte
+    and an fp32 scale for each row.
+    """
+    elements = math.prod(size)
+    if quantisation == "int8":
+        return elements + 4 * size[0]
+    if quantisation == "int4":
+        return math.ceil(elements * (0.5 + 2.5 / 128))
+    blocks = -(-elements // 64)
+    return -(-elements // 2) + blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
