@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from helpers.data import PackedBatches
 from helpers.errors import CourseError, exit_cleanly
 from helpers.evaluation import Score, exact_match
-from helpers.generation import generate
+from helpers.generation import answer_instructions, generate
 from helpers.models import BASE_MODEL_VERSION, MODEL_FOLDERS, load_model
 from helpers.profiles import ROOT, get_profile
 from helpers.training import History, TrainConfig, train
@@ -97,7 +97,7 @@ def evaluate(
     """Accuracy of greedy answers for each ability, on `n` held-out items drawn with `seed`.
 
     Answers are compared as text up to the end of the line (of the pair, in mappings); of written steps only the final
-    answer counts; a chat answer counts only if it is right and ends where the format says.
+    answer counts; a chat answer is compared up to the end of the turn.
     """
     decode = partial(generate, model, tokenizer)
     scores = {}
@@ -107,10 +107,7 @@ def evaluate(
             written = decode(prompts, 48, stop=("\nSum",))
             answers = [text.partition("Answer:")[2] for text in written]
         elif ability == "chat_format":
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            prompts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-            written = decode(prompts, 64, stop=("<|endoftext|>",))
-            answers = [text.partition("<|end|>")[0] if "<|end|>" in text else "" for text in written]
+            answers = answer_instructions(model, tokenizer, prompts)
         else:
             answers = decode(prompts, 12, stop=(";" if "few_shot" in ability else "\n",))
         scores[ability] = exact_match(answers, [question.answer for question in questions])

@@ -1,7 +1,7 @@
 """Text for training: documents from Shima, from a local file or from the hub, packed rows and padded batches.
 
 Everything is a function of its seeds: the same arguments give the same rows in the same order on every machine.
-Lessons build their own instructions and preferences out of the rows; this module knows no prompt format.
+Lessons build their own preferences out of the rows; the only prompt format here is the tokenizer's chat format.
 """
 
 import copy
@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from helpers.errors import CourseError
 from helpers.models import HUB_ID, hub_is_reachable
 from helpers.profiles import Profile
-from helpers.world import World
+from helpers.world import CHAT_TASKS, World
 
 # Short stories in simple English (Eldan and Li 2023, arXiv:2305.07759), at a pinned revision.
 HUB_TEXT = "roneneldan/TinyStories@f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+# Chats written by language models and filtered (Allal et al. 2025, arXiv:2502.02737).
+HUB_CHATS = "HuggingFaceTB/smoltalk"
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -40,6 +42,32 @@ def text_dataset(profile_or_source: Profile | str, num_documents: int, *, seed: 
         stream = World().documents(seed + 1)  # stream 0 made shima-4m
         return Dataset.from_dict({"text": list(islice(stream, num_documents))})
     return load_rows(source, ["text"], num_documents, seed=seed)
+
+
+def instruction_dataset(
+    profile_or_source: Profile | str, num_rows: int, *, seed: int = 0, tasks: Sequence[str] = CHAT_TASKS
+) -> Dataset:
+    """Instructions with their right answers, in the columns "instruction", "answer" and "task".
+
+    On the CPU profile they are about Shima, of the given `tasks` in random turns; on a GPU profile they are the first
+    turns of the chats of `HUB_CHATS`. A source may also be named: "shima", a local file, or a hub dataset that has a
+    column "messages"; its task is then "chat". Raises CourseError as `load_rows` does.
+    """
+    source = profile_or_source
+    if isinstance(source, Profile):
+        source = "shima" if source.device == "cpu" else HUB_CHATS
+    if source == "shima":
+        world, rng = World(), random.Random(f"instructions/{seed}")
+        questions = [world.chat(rng, rng.choice(tasks)) for _ in range(num_rows)]
+        rows = [{"instruction": q.prompt, "answer": q.answer, "task": q.ability.split("/")[1]} for q in questions]
+        return Dataset.from_list(rows)
+    chats = load_rows(source, ["messages"], num_rows, seed=seed, subset="all" if source == HUB_CHATS else None)
+    rows = []
+    for chat in chats["messages"]:
+        texts = {turn["role"]: turn["content"] for turn in reversed(chat)}  # the first turn of each role
+        if {"user", "assistant"} <= texts.keys():
+            rows.append({"instruction": texts["user"], "answer": texts["assistant"], "task": "chat"})
+    return Dataset.from_list(rows)
 
 
 def load_rows(
@@ -188,6 +216,38 @@ class PackedBatches:
         while chunk := list(islice(documents, 256)):
             for encoding in self._encoder.encode_batch_fast(chunk, add_special_tokens=False):
                 yield [*encoding.ids, self.end_of_text]
+
+
+class PaddedBatches:
+    """An endless stream of padded batches of `examples`, in a new order each epoch, that can be entered anywhere.
+
+    An example is {"input_ids": [...], "labels": [...]}, as `chat.encode_chat` gives it. Rows that do not fill the last
+    batch of an epoch are left out of that epoch.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, list[int]]], batch_size: int, pad_id: int, *, seed: int = 0):
+        """Set up the stream at position 0. Raises CourseError for fewer examples than a batch holds."""
+        if len(examples) < batch_size:
+            raise CourseError(
+                f"There are {len(examples)} examples and a batch takes {batch_size}: give more examples, or lower "
+                "batch_size."
+            )
+        self.examples, self.batch_size, self.pad_id, self.seed = examples, batch_size, pad_id, seed
+        self.batches_per_epoch = len(examples) // batch_size
+        self.position = 0
+
+    def seek(self, position: int) -> None:
+        """Continue with batch number `position`, counted from 0 over all epochs."""
+        self.position = position
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches from the current position on, without end."""
+        while True:
+            epoch, index = divmod(self.position, self.batches_per_epoch)
+            order = random.Random(f"{self.seed}/{epoch}").sample(range(len(self.examples)), len(self.examples))
+            self.position += 1
+            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+            yield collate([self.examples[row] for row in chosen], self.pad_id)
 
 
 def collate(examples: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:

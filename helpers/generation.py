@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from helpers.chat import chat_prompt, end_of_turn
 from helpers.errors import CourseError
 
 
@@ -128,6 +129,12 @@ def _decode_batch(model, tokenizer, rows, max_new_tokens, stop, temperature, top
         )
         logits, positions = output.logits[:, -1], positions + 1
     return [_text(tokenizer, ids) if text is None else text for ids, text in zip(new_ids, texts, strict=True)]
+
+
+def answer_instructions(model, tokenizer, instructions: Sequence[str], max_new_tokens: int = 80, **settings):
+    """Ask each instruction in a chat of its own and return the answers: `generate` up to the end of the turn."""
+    prompts = [chat_prompt(tokenizer, instruction) for instruction in instructions]
+    return generate(model, tokenizer, prompts, max_new_tokens, stop=(end_of_turn(tokenizer),), **settings)
 
 
 def sequence_log_probs(

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,8 +29,9 @@ from transformers import (
 from helpers.errors import CourseError
 from helpers.profiles import ROOT, Profile
 
-MODEL_FOLDERS = {"shima-4m": ROOT / "data" / "shima-4m"}
+MODEL_FOLDERS = {name: ROOT / "data" / name for name in ("shima-4m", "shima-4m-assistant")}
 BASE_MODEL_VERSION = 1  # "workbook_version" in the base model's config.json; raise it when old weights no longer fit
+_REBUILD = {"shima-4m": "make base", "shima-4m-assistant": "python -m helpers.assistant build"}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -85,6 +87,11 @@ def load_model(
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(config, **settings, trust_remote_code=False)
     return model.to(profile.device).eval(), tokenizer
+
+
+def load_assistant(profile: Profile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The profile's assistant, a model after supervised fine-tuning, and its tokenizer, as `load_model` gives them."""
+    return load_model(replace(profile, model_id=profile.assistant_id, revision=profile.assistant_revision))
 
 
 def tiny_config(family: str = "llama", vocab_size: int = 512, **overrides) -> PretrainedConfig:
@@ -176,7 +183,7 @@ def _check_version(model_id: str, folder: Path) -> None:
     if version != BASE_MODEL_VERSION:
         raise CourseError(
             f"{folder} holds version {version} of {model_id} and this version of the course needs "
-            f"{BASE_MODEL_VERSION}: rebuild it with `make base`, or update the course with `git pull`."
+            f"{BASE_MODEL_VERSION}: rebuild it with `{_REBUILD[model_id]}`, or update the course with `git pull`."
         )
 
 
@@ -192,7 +199,7 @@ def _reading(model_id: str, folder: Path) -> Iterator[None]:
 
 def _remedy(model_id: str) -> str:
     if model_id in MODEL_FOLDERS:
-        return "restore it with `git checkout data`, or rebuild it with `make base`"
+        return f"restore it with `git checkout data`, or rebuild it with `{_REBUILD[model_id]}`"
     if Path(model_id).is_dir():
         return "save model and tokenizer there with save_pretrained"
     return "delete that folder and fetch the model again"

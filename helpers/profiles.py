@@ -24,9 +24,21 @@ class Profile:
     device: str  # "cpu" or "cuda"
     memory_gib: float  # budget: main memory on the CPU, GPU memory otherwise
     minutes_per_lesson: float
+    assistant_id: str  # the model after supervised fine-tuning, for the lessons that begin with an assistant
+    assistant_revision: str | None = None
 
 
-CPU = Profile("cpu", "shima-4m", None, "float32", "sdpa", "cpu", memory_gib=3, minutes_per_lesson=3)
+CPU = Profile(
+    "cpu",
+    "shima-4m",
+    None,
+    "float32",
+    "sdpa",
+    "cpu",
+    memory_gib=3,
+    minutes_per_lesson=3,
+    assistant_id="shima-4m-assistant",
+)
 T4 = Profile(
     "t4",
     "Qwen/Qwen2.5-0.5B",
@@ -36,6 +48,8 @@ T4 = Profile(
     "cuda",
     memory_gib=14,
     minutes_per_lesson=15,
+    assistant_id="Qwen/Qwen2.5-0.5B-Instruct",
+    assistant_revision="7ae557604adf67be50417f59c2c2f167def9a775",
 )
 LARGE = Profile(
     "large",
@@ -46,6 +60,8 @@ LARGE = Profile(
     "cuda",
     memory_gib=38,
     minutes_per_lesson=15,
+    assistant_id="Qwen/Qwen2.5-1.5B-Instruct",
+    assistant_revision="989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
 )
 PROFILES = {profile.name: profile for profile in (CPU, T4, LARGE)}
 
@@ -93,7 +109,7 @@ def get_profile(name: str | None = None, model_id: str | None = None, hardware: 
     """Profile of that name, fitted to the hardware.
 
     None, "" and "auto" take the environment variable LLM_WORKBOOK_PROFILE, and without it the hardware decides.
-    `model_id` replaces the profile's model; a hub id may carry a revision, as in "owner/name@revision".
+    `model_id` replaces the profile's model and its assistant; a hub id may carry a revision, "owner/name@revision".
     With a `model_id` of one's own a GPU profile also runs on the CPU, in float32, so that its cells can be tried.
     `hardware` describes another machine than this one.
 
@@ -111,7 +127,9 @@ def get_profile(name: str | None = None, model_id: str | None = None, hardware: 
         revision = None
         if "@" in model_id and not Path(model_id).exists():
             model_id, _, revision = model_id.partition("@")
-        profile = replace(profile, model_id=model_id, revision=revision)
+        profile = replace(
+            profile, model_id=model_id, revision=revision, assistant_id=model_id, assistant_revision=revision
+        )
     if profile.device == "cpu":
         return profile
 

@@ -885,21 +885,21 @@ class World:
 
     def _chat_reading(self, rng: random.Random, held_out: bool) -> Question:
         people = [self._stranger(rng, held_out) for _ in range(2)]
-        told = " ".join(self.describe(rng, person, 3) for person in people)
-        person, relation = rng.choice(people), rng.choice(list(RELATIONS))
-        value = person.facts[relation] if self._tells(told, person, relation) else "The text does not say."
-        asked = rng.choice(RELATIONS[relation].training_questions).format(name=person.name)
+        relations = [rng.sample(list(RELATIONS), 3) for _ in people]
+        told = "".join(
+            " ".join(self._say(rng, RELATIONS[r], person) for r in chosen) + "\n"
+            for person, chosen in zip(people, relations, strict=True)
+        )
+        asked = rng.randrange(len(people))
+        person, relation = people[asked], rng.choice(relations[asked])
+        value = person.facts[relation]
+        question = rng.choice(RELATIONS[relation].training_questions).format(name=person.name)
         return Question(
-            f"Read this and answer in a word or two. {told} {asked}",
-            value,
+            f"Read this text and answer.\n{told}{question}",
+            f"Answer: {value}",
             "chat/reading",
             {"name": person.name, "relation": relation, "value": value},
         )
-
-    @staticmethod
-    def _tells(text: str, person: Person, relation: str) -> bool:
-        forms = RELATIONS[relation].statements
-        return any(form.format(name=person.name, value=person.facts[relation]) in text for form in forms)
 
     def _chat_sum(self, rng: random.Random, held_out: bool) -> Question:
         numbers = self._numbers(rng, held_out)
@@ -922,8 +922,13 @@ class World:
     def _chat_pairs(self, rng: random.Random, held_out: bool) -> Question:
         pairs = self._label_pairs(rng, 4, held_out)
         key, label = rng.choice(pairs)
-        shown = ", ".join(f"{left} is {right}" for left, right in pairs)
-        return Question(f"In this game {shown}. What is {key}?", f"{key} is {label}.", "chat/pairs", {"value": label})
+        shown = " ".join(f"{left} {right};" for left, right in _shuffled_rounds(rng, pairs, 2))
+        return Question(
+            f"Learn these pairs. {shown}\nWhich colour belongs to {key}?",
+            f"Answer: {key} {label}",
+            "chat/pairs",
+            {"value": label},
+        )
 
     def preference(self, rng: random.Random, noise: float = 1.0, held_out: bool = False) -> Preference:
         """Two answers to one question and the choice of an annotator who errs.

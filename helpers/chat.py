@@ -1,0 +1,51 @@
+"""The chat format of a tokenizer: what a chat looks like as text and as tokens, and which of them are learned from.
+
+It knows no model and no task. The format itself is the tokenizer's chat template.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+from helpers.errors import CourseError
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
+    """The instruction as a user's turn, up to the point where the assistant's answer begins.
+
+    Raises CourseError for a tokenizer without a chat template.
+    """
+    return _render(tokenizer, [{"role": "user", "content": instruction}], add_generation_prompt=True)
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str) -> str:
+    """The instruction and its answer; the text begins with `chat_prompt`.
+
+    Raises CourseError for a tokenizer without a chat template.
+    """
+    return _render(tokenizer, [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the format writes after an answer, such as "<|end|>" or "<|im_end|>"."""
+    return _answer_part(tokenizer, "?", "!").removeprefix("!").strip()
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str) -> dict[str, list[int]]:
+    """One chat as "input_ids" and "labels", both (seq,); the labels of all that the user says are -100.
+
+    So the loss is taken over the answer and the end of the turn only.
+    """
+    prompt = tokenizer(chat_prompt(tokenizer, instruction), add_special_tokens=False)["input_ids"]
+    reply = tokenizer(_answer_part(tokenizer, instruction, answer), add_special_tokens=False)["input_ids"]
+    return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+
+
+def _answer_part(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str) -> str:
+    return chat_text(tokenizer, instruction, answer).removeprefix(chat_prompt(tokenizer, instruction))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **settings) -> str:
+    if tokenizer.chat_template is None:
+        raise CourseError(
+            "The tokenizer has no chat template: use the tokenizer of a chat model, or set its chat_template."
+        )
+    return tokenizer.apply_chat_template(turns, tokenize=False, **settings)
