@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.chat import encode_chat
+from helpers.chat import encode_chat, end_of_turn
 from helpers.data import PaddedBatches, instruction_dataset
 from helpers.errors import CourseError, exit_cleanly
 from helpers.evaluation import Score, exact_match
@@ -54,6 +54,8 @@ def build(folder: Path = MODEL_FOLDER, config: TrainConfig = CONFIG) -> dict[str
     try:
         model = model.to(torch.bfloat16)
         model.config.workbook_version = BASE_MODEL_VERSION
+        end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]  # an answer ends with its turn
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         scores = evaluate(model.float(), tokenizer, seed=0, n=200)  # of the rounded weights, as shipped
