@@ -201,12 +201,15 @@ FAMILIES = {  # model_type -> what the family has, and transformers' default whe
 
 
 def _nearest(word: str, choices: Iterable[str]) -> str:
+    """The choice that looks most like the word; a common beginning counts more than letters elsewhere."""
     import difflib
 
-    choices = list(choices)
-    lowered = {str(choice).lower(): choice for choice in choices}
-    found = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0)
-    return lowered[found[0]] if found else choices[0]
+    def likeness(choice: str) -> float:
+        first, second = str(word).lower(), str(choice).lower()
+        same = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
+        return difflib.SequenceMatcher(None, first, second).ratio() + 0.1 * same
+
+    return max(choices, key=likeness)
 
 
 def _choose(field_name: str, value: Any, choices: Iterable[str]) -> None:
@@ -238,9 +241,12 @@ def _find_config(name: str) -> dict:
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if path.is_file():
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CourseError(f"{path} is no JSON ({error}): save the model's config there again.") from None
+        if not isinstance(config, dict):
+            raise CourseError(f"{path} holds no JSON object: save the model's config there again.")
+        return config
     nearest = f"the nearest bundled model is {_nearest(name, bundled)}"
     if Path(name).is_dir():
         raise CourseError(f"model {name!r} is a folder without a config.json: save the model there, or {nearest}.")
@@ -260,10 +266,14 @@ def _find_config(name: str) -> dict:
 
 def _parse(config: dict, name: str) -> ModelShape:
     """ModelShape of a config in transformers' format."""
-    if config.get("kv_lora_rank") or config.get("q_lora_rank"):
-        raise CourseError("kv_lora_rank is set: multi-head latent attention (MLA) is not modelled, use a GQA model.")
+    for lora_rank in ("kv_lora_rank", "q_lora_rank"):
+        if config.get(lora_rank):
+            raise CourseError(
+                f"{lora_rank} is {config[lora_rank]}: multi-head latent attention (MLA) is not modelled, "
+                "the nearest model_type that is has grouped queries, 'llama'."
+            )
     if config.get("is_encoder_decoder"):
-        raise CourseError("is_encoder_decoder is true: only decoder-only models are modelled, such as llama.")
+        raise CourseError("is_encoder_decoder is true: only decoder-only models are modelled, the nearest is 'llama'.")
     _choose("model_type", config.get("model_type"), FAMILIES)
     model_type = config["model_type"]
     values: dict[str, Any] = {"name": str(name), "family": "llama"} | FAMILIES[model_type]
@@ -298,6 +308,11 @@ def _parse(config: dict, name: str) -> ModelShape:
         head_dim=values["head_dim"],
         intermediate_size=values["intermediate_size"],
     )
+    if values["head_dim"] % 2 and model_type != "gpt2":
+        raise CourseError(
+            f"head_dim is {values['head_dim']}, and rotary embeddings turn pairs: "
+            f"the nearest is {values['head_dim'] + 1}."
+        )
     if heads % values["num_kv_heads"]:
         near = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: abs(n - values["num_kv_heads"]))
         raise CourseError(
@@ -329,12 +344,22 @@ def _parse(config: dict, name: str) -> ModelShape:
         rope = config.get("rope_parameters") or {}
         values["rotary_fraction"] = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
         values["residual_dropout"] = values["embedding_dropout"] = config.get("hidden_dropout", 0.0)
-    if values.get("num_experts"):
+    if "num_experts" in values:
         step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+        _positive(
+            num_experts=values["num_experts"], num_experts_per_tok=values["experts_per_token"], decoder_sparse_step=step
+        )
+        if values["experts_per_token"] > values["num_experts"]:
+            raise CourseError(
+                f"num_experts_per_tok is {values['experts_per_token']} of {values['num_experts']} experts: "
+                f"use at most {values['num_experts']}."
+            )
         layers = range(values["num_layers"])
         values["dense_layers"] = tuple(i for i in layers if i in dense or (i + 1) % step)
         values["dense_intermediate_size"] = config.get("intermediate_size") or 0
     window = config.get("sliding_window")
+    if window is not None:
+        _positive(sliding_window=window)
     if window and config.get("use_sliding_window", True) and values["family"] in ("llama", "phi3"):
         kinds = config.get("layer_types") or ["sliding_attention"] * values["num_layers"]
         values |= {"sliding_window": window, "num_sliding_layers": kinds.count("sliding_attention")}
@@ -530,9 +555,9 @@ def estimate_training(
             f"seq_len is {seq_len}, and {shape.name} has only {shape.max_positions} positions: use at most that."
         )
     if lora_targets != "all-linear":
-        lora_targets = (lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets)
         names = sorted({name for name, _ in shape.linear_weights()})
-        for name in lora_targets:
+        lora_targets = tuple(lora_targets) if isinstance(lora_targets, list | tuple | set) else (lora_targets,)
+        for name in lora_targets or [None]:
             _choose("lora_targets", name, names)
     settings = Settings(
         batch_size,
@@ -716,8 +741,8 @@ class Recommendation:
 def recommend(shape: ModelShape | str, gpu: GPU | str, **settings: Any) -> Recommendation:
     """The cheapest changes that make training fit, in order, each with its price.
 
-    `settings` are those of `estimate_training`. Changes are tried from the cheapest to the dearest until it fits;
-    those that turn out not to be needed are left out again.
+    `settings` are those of `estimate_training`. The cheapest change that lowers the peak is made until
+    it fits; those that turn out not to be needed are left out again, the dearest first.
     """
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
     shape = ModelShape.from_config(shape)
@@ -735,21 +760,22 @@ def recommend(shape: ModelShape | str, gpu: GPU | str, **settings: Any) -> Recom
     for num_gpus in (2, 4, 8, 16, 64):
         ladder.append(({"zero_stage": 3, "num_gpus": num_gpus}, f"{num_gpus} GPUs, and weights sent at each layer"))
     chosen: list[tuple[dict[str, Any], str]] = []
-    current, used = start, dict(settings)
-    for change, price in ladder:
-        if current.fits(gpu):
-            break
-        if current.settings["method"] == "qlora" and change.get("method") == "lora":
-            continue
-        tried = estimate_training(shape, **(used | change))
-        if tried.total < current.total:
-            chosen, used, current = [*chosen, (change, price)], used | change, tried
+    current, helps = start, True
+    while helps and not current.fits(gpu):
+        helps = False
+        for step in ladder:  # from the cheapest again, since another phase may now have the peak
+            if current.settings["method"] == "qlora" and step[0].get("method") == "lora":
+                continue
+            tried = estimate_training(shape, **_merged(settings, [*chosen, step]))
+            if tried.total < current.total:
+                chosen = [other for other in chosen if not set(other[0]) <= set(step[0])] + [step]
+                current, helps = tried, True
+                break
     if current.fits(gpu):
-        for change in list(chosen):
-            rest = [other for other in chosen if other is not change]
+        for step in sorted(chosen, key=ladder.index, reverse=True):
+            rest = [other for other in chosen if other is not step]
             if estimate_training(shape, **_merged(settings, rest)).fits(gpu):
                 chosen = rest
-        chosen = [c for i, c in enumerate(chosen) if not any(set(c[0]) <= set(later[0]) for later in chosen[i + 1 :])]
     changes = []
     for count, (change, price) in enumerate(chosen, 1):
         changes.append(Change(change, price, estimate_training(shape, **_merged(settings, chosen[:count]))))

@@ -277,8 +277,8 @@ class Memory:
         if name not in ("gelu_new", "gelu_fast"):
             return self.op(x.elements, x.width, [x], [x])
         half = self.scale(x)  # 0.5 * x
-        inner = self.add_(x, self.scale(self.power(x)))
-        tanh = self.op(x.elements, x.width, [self.scale(inner)], save_result=True)
+        inner = self.scale(self.add_(x, self.scale(self.power(x))))
+        tanh = self.op(x.elements, x.width, [inner], save_result=True)
         del inner
         shifted = self.op(x.elements, x.width, [tanh], kind="same")  # 1 + tanh
         del tanh
@@ -309,12 +309,12 @@ class Checkpoint(Node):
         start = Leaf(is_parameter=False) if x.source is not None else None
         memory.tape = []
         result = self.layer(Tensor(x.elements, x.width, self.saved.pop(), start))
-        self.layer = None  # it holds the mask
         memory.cast_weights.clear()
         inner, memory.tape = memory.tape, outer
         seed = {result.source: gradient}
         del result, gradient
         memory.backward(inner, seed)
+        self.layer = None  # it holds the mask, as torch's frame does until the layer's last saved tensor is gone
         if start is not None:
             gradient, start.gradient = start.gradient, None
             memory.accumulate(x.source, gradient, gradients)
@@ -463,8 +463,10 @@ class Model:
         groups = shape.num_heads // shape.num_kv_heads
         repeat = groups > 1 and (mask is not None or settings.attention == "eager")
         if repeat:  # repeat_kv; without a mask SDPA shares the heads by itself
-            key = memory.op(groups * key.elements, key.width, [key])
-            value = memory.op(groups * value.elements, value.width, [value])
+            single = shape.num_kv_heads == 1  # one head is repeated by a view
+            key = memory.op(groups * key.elements, key.width, [key], view=single)
+            value = memory.op(groups * value.elements, value.width, [value], view=single)
+            repeat = not single
         rows = settings.batch_size * shape.num_heads * settings.seq_len
         if settings.attention == "eager":
             return self.attend_eagerly(query, key, value, mask, repeat)
@@ -476,6 +478,7 @@ class Model:
         normaliser = memory.new(rows, 4)  # log-sum-exp, instead of the attention matrix
         saves = [query, key, value, bias, normaliser]
         result = memory.op(query.elements, query.width, [query, key, value], saves, save_result=True)
+        del bias, normaliser, saves
         if shape.family in ("gpt_neox", "phi3") and settings.device == "cpu":
             result = memory.op(result.elements, result.width, [result])  # its kernel keeps the queries' layout
         return result
@@ -485,26 +488,28 @@ class Model:
         memory, shape, settings = self.memory, self.shape, self.settings
         elements = settings.batch_size * shape.num_heads * settings.seq_len**2
         original = value.width if shape.family == "gpt2" else query.width
-        if settings.autocast:
-            query, key, value = (memory.cast(x, 2) for x in (query, key, value))
-        if settings.batch_size > 1:  # the batched product wants contiguous inputs; repeated or joined ones are
-            joined = shape.family == "gpt_neox"
-            query = query if joined else memory.op(query.elements, query.width, [query])
-            key = key if joined or repeated else memory.op(key.elements, key.width, [key])
-            value = value if repeated else memory.op(value.elements, value.width, [value])
-        width = query.width
-        scores = memory.op(elements, width, [query, key], [query, key])
-        scores = memory.scale(scores)
+        width = 2 if settings.autocast else query.width
+        joined = shape.family == "gpt_neox"
+
+        def ready(x: Tensor, contiguous: bool) -> Tensor:
+            x = memory.cast(x, width)  # the batched product wants contiguous inputs; repeated or joined ones are
+            return x if contiguous or settings.batch_size == 1 else memory.op(x.elements, width, [x])
+
+        def product(x: Tensor, y: Tensor, elements: int) -> Tensor:
+            return memory.op(elements, width, [x, y], [x, y])
+
+        scores = memory.scale(product(ready(query, joined), ready(key, joined or repeated), elements))
         scores = memory.op(elements, max(width, mask.width), [scores], kind="same")  # + mask
         high = memory.cast(scores, 4) if shape.family != "gpt2" else scores
         probabilities = memory.op(elements, high.width, [high], save_result=True)
         del high
+        if shape.family == "gpt2":  # a statement of its own
+            del scores
         probabilities = memory.cast(probabilities, original)
-        del scores
+        scores = None
         probabilities = memory.dropout(probabilities, shape.attention_dropout)
-        self.attention_weights = probabilities  # returned beside the result, and so alive to the end of the layer
-        probabilities = memory.cast(probabilities, width)
-        result = memory.op(query.elements, width, [probabilities, value], [probabilities, value])
+        self.attention_weights = probabilities  # returned beside the result
+        result = product(memory.cast(probabilities, width), ready(value, repeated), query.elements)
         return memory.op(query.elements, width, [result])  # transposed back
 
     def attend_in_fp32(self, query: Tensor, key: Tensor, value: Tensor, rows: int) -> Tensor:
@@ -609,6 +614,7 @@ class Model:
         self.attention_weights = None
         normed = self.norm(x, weights, "input_norm")
         attended = memory.dropout(self.attention(normed, layer, mask, rotary_width), shape.residual_dropout)
+        attention_weights, self.attention_weights = self.attention_weights, None  # noqa: F841 - alive to the end
         del normed
         if shape.parallel_residual:  # GPT-NeoX: both parts read the layer's input
             changed = memory.dropout(
@@ -616,7 +622,9 @@ class Model:
             )
             return memory.add_(memory.add_(changed, attended), x)
         residual = memory.add_(x, attended)
-        del x, attended
+        del x
+        if shape.family != "gpt2":  # whose variable for it lives to the end of the layer
+            del attended
         changed = self.feed_forward(self.norm(residual, weights, "post_norm"), layer)
         return memory.add_(residual, memory.dropout(changed, shape.residual_dropout))
 
@@ -627,11 +635,12 @@ class Model:
         ids = memory.new(tokens, 8)
         table = self.outer["embed_tokens"]
         x = memory.op(tokens * shape.hidden_size, table.width, [table], [ids])
+        if shape.family == "gemma":
+            x = memory.scale(x)
         if settings.gradient_checkpointing and settings.method in ("lora", "qlora") and memory.tape is not None:
             x.source = Leaf(is_parameter=False)  # transformers lets it require a gradient, and so it stays to the end
             self.embedded = x
-        if shape.family == "gemma":
-            x = memory.scale(x)
+        embedded = x  # noqa: F841 - `inputs_embeds`, alive until the last layer is through
         if "positions" in self.outer:
             positions = self.outer["positions"]
             place = memory.op(seq * shape.hidden_size, positions.width, [positions])
@@ -664,11 +673,13 @@ class Model:
     def loss(self) -> Tensor:
         """Cross-entropy of the next token: the logits, their fp32 copy and the log-probabilities."""
         memory, rows = self.memory, -(-self.settings.tokens // self.settings.loss_chunks)
-        x, head = self.hidden_states(), self.head
+        hidden = self.hidden_states()
+        x, head = hidden, self.head
         if self.settings.autocast:
             x, head = memory.cast(x, 2), memory.cast_weight(head)
         memory.part = "logits"
         logits = memory.matmul(x, head, rows * self.shape.vocab_size)
+        del x, head  # the 16-bit copies: autocast keeps that of a trained weight only, autograd what it needs
         high = memory.cast(logits, 4)
         log_probabilities = memory.op(high.elements, 4, [high], save_result=True)
         targets = memory.new(self.settings.tokens, 8)
