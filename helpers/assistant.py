@@ -102,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measuring.add_argument("--n", type=int, default=100, help="instructions of each task")
     measuring.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
+    if options.command == "evaluate" and options.n < 1:
+        raise CourseError(f"--n is {options.n}: ask at least one instruction of each task.")
     if options.command == "build":
         scores = build(options.out)
     else:

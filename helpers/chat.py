@@ -17,7 +17,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str) -> str:
-    """The instruction and its answer; the text begins with `chat_prompt`.
+    """The instruction and its answer, as far as the end of the assistant's turn.
 
     Raises CourseError for a tokenizer without a chat template.
     """
@@ -26,13 +26,14 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str)
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the format writes after an answer, such as "<|end|>" or "<|im_end|>"."""
-    return _answer_part(tokenizer, "?", "!").removeprefix("!").strip()
+    return _answer_part(tokenizer, "?", "!").partition("!")[2].strip()
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str) -> dict[str, list[int]]:
     """One chat as "input_ids" and "labels", both (seq,); the labels of all that the user says are -100.
 
-    So the loss is taken over the answer and the end of the turn only.
+    So the loss is taken over the answer and the end of the turn only. Raises CourseError for a tokenizer without a
+    chat template, and for a template in which a chat does not begin with its prompt.
     """
     prompt = tokenizer(chat_prompt(tokenizer, instruction), add_special_tokens=False)["input_ids"]
     reply = tokenizer(_answer_part(tokenizer, instruction, answer), add_special_tokens=False)["input_ids"]
@@ -40,7 +41,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: st
 
 
 def _answer_part(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str) -> str:
-    return chat_text(tokenizer, instruction, answer).removeprefix(chat_prompt(tokenizer, instruction))
+    prompt, text = chat_prompt(tokenizer, instruction), chat_text(tokenizer, instruction, answer)
+    if not text.startswith(prompt):
+        raise CourseError(
+            "With this tokenizer's chat template a chat does not begin with its prompt, so its answer cannot be told "
+            "apart: set a template whose generation prompt is only what stands before an answer."
+        )
+    return text.removeprefix(prompt)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **settings) -> str:

@@ -7,7 +7,7 @@ Lessons build their own preferences out of the rows; the only prompt format here
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from helpers.world import CHAT_TASKS, World
 # Short stories in simple English (Eldan and Li 2023, arXiv:2305.07759), at a pinned revision.
 HUB_TEXT = "roneneldan/TinyStories@f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 # Chats written by language models and filtered (Allal et al. 2025, arXiv:2502.02737).
-HUB_CHATS = "HuggingFaceTB/smoltalk"
+HUB_CHATS = "HuggingFaceTB/smoltalk@4c8b6d9a7d43209176160d6e60732f7806f6f543"
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -50,8 +50,8 @@ def instruction_dataset(
     """Instructions with their right answers, in the columns "instruction", "answer" and "task".
 
     On the CPU profile they are about Shima, of the given `tasks` in random turns; on a GPU profile they are the first
-    turns of the chats of `HUB_CHATS`. A source may also be named: "shima", a local file, or a hub dataset that has a
-    column "messages"; its task is then "chat". Raises CourseError as `load_rows` does.
+    user's turns of the chats of `HUB_CHATS` that are answered. A source may also be named: "shima", a local file, or a
+    hub dataset that has a column "messages"; its task is then "chat". Raises CourseError as `load_rows` does.
     """
     source = profile_or_source
     if isinstance(source, Profile):
@@ -64,9 +64,10 @@ def instruction_dataset(
     chats = load_rows(source, ["messages"], num_rows, seed=seed, subset="all" if source == HUB_CHATS else None)
     rows = []
     for chat in chats["messages"]:
-        texts = {turn["role"]: turn["content"] for turn in reversed(chat)}  # the first turn of each role
-        if {"user", "assistant"} <= texts.keys():
-            rows.append({"instruction": texts["user"], "answer": texts["assistant"], "task": "chat"})
+        for question, reply in pairwise(chat):
+            if (question["role"], reply["role"]) == ("user", "assistant"):
+                rows.append({"instruction": question["content"], "answer": reply["content"], "task": "chat"})
+                break
     return Dataset.from_list(rows)
 
 
@@ -226,7 +227,9 @@ class PaddedBatches:
     """
 
     def __init__(self, examples: Sequence[dict[str, list[int]]], batch_size: int, pad_id: int, *, seed: int = 0):
-        """Set up the stream at position 0. Raises CourseError for fewer examples than a batch holds."""
+        """Set up the stream at position 0. Raises CourseError for an empty batch, or fewer examples than it holds."""
+        if batch_size < 1:
+            raise CourseError(f"batch_size is {batch_size}: a batch takes at least one example.")
         if len(examples) < batch_size:
             raise CourseError(
                 f"There are {len(examples)} examples and a batch takes {batch_size}: give more examples, or lower "

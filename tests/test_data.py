@@ -1,4 +1,5 @@
 import json
+import random
 import resource
 import time
 from dataclasses import replace
@@ -12,10 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import data
-from helpers.data import PackedBatches, collate, load_rows, pack, shuffled_blocks, text_dataset
+from helpers.data import (
+    PackedBatches,
+    PaddedBatches,
+    collate,
+    instruction_dataset,
+    load_rows,
+    pack,
+    shuffled_blocks,
+    text_dataset,
+)
 from helpers.errors import CourseError
 from helpers.profiles import PROFILES
-from helpers.world import World
+from helpers.world import CHAT_TASKS, World
 
 token_lists = st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=20)
 
@@ -333,3 +343,153 @@ def test_the_examples_themselves_are_not_changed():
     before = json.dumps(examples)
     collate(examples, pad_id=9)
     assert json.dumps(examples) == before
+
+
+# ---------------------------------------------------------------- instructions
+
+
+def test_the_cpu_profile_gives_instructions_about_shima_of_all_tasks_in_random_turns():
+    rows = instruction_dataset(PROFILES["cpu"], 300)
+    assert rows.column_names == ["instruction", "answer", "task"] and len(rows) == 300
+    assert set(rows["task"]) == set(CHAT_TASKS)
+    assert all(rows["answer"]) and all(rows["instruction"])
+    assert len({tuple(rows["task"][start : start + 3]) for start in range(0, 60, 3)}) > 5
+
+
+def test_the_seed_decides_which_instructions_come_and_fewer_are_the_first_of_more():
+    first, again, other = (instruction_dataset("shima", 40, seed=seed).to_list() for seed in (1, 1, 2))
+    assert first == again != other
+    assert instruction_dataset("shima", 7, seed=1).to_list() == first[:7]
+
+
+def test_only_the_tasks_asked_for_come():
+    assert set(instruction_dataset("shima", 30, tasks=("sum", "mood"))["task"]) == {"sum", "mood"}
+
+
+def test_none_of_the_instructions_is_held_out():
+    trained = set(instruction_dataset("shima", 3000)["instruction"])
+    assert not trained & {question.prompt for question in World().chat_questions(600, 0)}
+
+
+def test_a_chat_becomes_its_first_question_and_answer(tmp_path):
+    chats = [
+        [("system", "Be kind."), ("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D.")],
+        [("user", "E?"), ("assistant", "F.")],
+        [("user", "nobody answers")],
+        [("assistant", "nobody asks")],
+        [("assistant", "Hello!"), ("user", "G?"), ("assistant", "H.")],
+    ]
+    file = tmp_path / "chats.jsonl"
+    lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = instruction_dataset(str(file), 10)
+    found = {(row["instruction"], row["answer"]) for row in rows}
+    assert found == {("A?", "B."), ("E?", "F."), ("G?", "H.")}  # an answer comes after its question
+    assert set(rows["task"]) == {"chat"}
+
+
+def test_a_gpu_profile_asks_for_the_pinned_chats_of_the_hub(monkeypatch, messages_file):
+    requests = []
+
+    def stream(**request):
+        requests.append(request)
+        return Dataset.from_json(str(messages_file)).to_iterable_dataset()
+
+    monkeypatch.setattr(data, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(data, "load_dataset", stream)
+    rows = instruction_dataset(PROFILES["t4"], 5)
+    assert len(rows) == 5 and rows[0]["instruction"] == f"Repeat: {rows[0]['answer']}"
+    (request,) = requests
+    assert (request["path"], request["name"], request["streaming"]) == ("HuggingFaceTB/smoltalk", "all", True)
+    assert len(request["revision"]) == 40
+
+
+def test_instructions_from_the_hub_without_a_network_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(data, "hub_is_reachable", lambda: False)
+    with pytest.raises(CourseError, match="The dataset HuggingFaceTB/smoltalk has to be read from the Hugging Face"):
+        instruction_dataset(PROFILES["t4"], 5)
+
+
+def test_a_file_without_chats_is_named(text_file):
+    with pytest.raises(CourseError, match="has no column 'messages' but text"):
+        instruction_dataset(str(text_file), 5)
+
+
+# ---------------------------------------------------------------- padded batches
+
+
+EXAMPLES = [
+    {"input_ids": [number] * (1 + number % 4), "labels": [-100] + [number] * (number % 4)} for number in range(10)
+]
+
+
+def rows_in(batch) -> list[int]:
+    """Which examples a batch of EXAMPLES holds."""
+    return batch["input_ids"][:, 0].tolist()
+
+
+def rows_in_next(batches, n) -> list[int]:
+    """Which examples the next n batches hold."""
+    return [number for batch in islice(batches, n) for number in rows_in(batch)]
+
+
+def test_each_epoch_passes_over_the_examples_once_in_a_new_order():
+    batches = PaddedBatches(EXAMPLES, 5, pad_id=99)
+    epochs = [rows_in_next(batches, 2) for _ in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_rows_that_fill_no_batch_wait_for_another_epoch():
+    batches = PaddedBatches(EXAMPLES, 4, pad_id=99)
+    epoch = rows_in_next(batches, 2)
+    assert len(set(epoch)) == 8
+    seen = set(rows_in_next(batches, 20))
+    assert seen == set(range(10))
+
+
+def test_a_batch_is_padded_to_its_longest_row_and_padding_has_no_label():
+    for batch in islice(PaddedBatches(EXAMPLES, 3, pad_id=99), 6):
+        numbers = rows_in(batch)
+        assert batch["input_ids"].shape == batch["labels"].shape == (3, max(1 + number % 4 for number in numbers))
+        padding = batch["attention_mask"] == 0
+        assert (batch["input_ids"][padding] == 99).all() and (batch["labels"][padding] == -100).all()
+
+
+@given(st.integers(1, 10), st.integers(0, 30), st.integers(0, 3))
+def test_seeking_in_padded_batches_equals_iterating_to_that_batch(batch_size, position, seed):
+    whole = list(islice(PaddedBatches(EXAMPLES, batch_size, 99, seed=seed), position + 2))
+    batches = PaddedBatches(EXAMPLES, batch_size, 99, seed=seed)
+    batches.seek(position)
+    for batch, expected in zip(islice(batches, 2), whole[position:], strict=True):
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_iterating_padded_batches_again_continues_where_the_stream_stood():
+    batches = PaddedBatches(EXAMPLES, 5, 99)
+    whole = [rows_in(batch) for batch in islice(PaddedBatches(EXAMPLES, 5, 99), 4)]
+    assert [rows_in(next(iter(batches))) for _ in range(4)] == whole
+
+
+def test_the_seed_decides_the_order_of_padded_batches():
+    first, again, other = (rows_in(next(iter(PaddedBatches(EXAMPLES, 9, 99, seed=seed)))) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_drawing_padded_batches_leaves_random_alone():
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    next(iter(PaddedBatches(EXAMPLES, 2, 99)))
+    assert random.random() == expected
+
+
+def test_a_batch_larger_than_the_examples_is_refused_in_one_sentence():
+    with pytest.raises(CourseError, match="There are 10 examples and a batch takes 11: give more examples"):
+        PaddedBatches(EXAMPLES, 11, 99)
+
+
+@pytest.mark.parametrize("batch_size", [0, -2])
+def test_a_batch_of_no_rows_is_refused_in_one_sentence(batch_size):
+    with pytest.raises(CourseError, match=f"batch_size is {batch_size}"):
+        PaddedBatches(EXAMPLES, batch_size, 99)

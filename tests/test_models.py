@@ -119,7 +119,9 @@ def test_an_unknown_tiny_family_is_named():
 
 @pytest.mark.parametrize("name", ["shima-5m", "no such/model name", "../nowhere"])
 def test_an_unknown_model_name_is_answered_with_the_known_kinds(name):
-    with pytest.raises(CourseError, match=r"There is no model .* use shima-4m, shima-4m-assistant, a folder in hub format, or a hub id"):
+    with pytest.raises(
+        CourseError, match=r"There is no model .* use shima-4m, shima-4m-assistant, a folder in hub format, or a hub id"
+    ):
         load_tokenizer(name)
 
 
