@@ -213,9 +213,19 @@ def test_an_interrupted_run_leaves_no_process_behind_and_the_next_one_continues(
     write_notebook(folder / "02_waits.ipynb", WAITS)
     arguments = ["run", "--notebooks", folder, "--out", out]
 
+    def hear_interrupts() -> None:
+        """A shell starts its background jobs, such as these tests, deaf to SIGINT, and processes inherit that."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     def interrupt(number: int) -> subprocess.Popen:
         """Start a run, send it the signal while the second notebook is running, and see that its processes end."""
-        runner = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        runner = subprocess.Popen(
+            command(*arguments),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=hear_interrupts,
+        )
         try:
             wait_until(lambda: (folder / "ids").exists())
             processes = [psutil.Process(int(text)) for text in (folder / "ids").read_text().split()]
