@@ -1,7 +1,7 @@
 # `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help course test lab base refresh format clean
+.PHONY: help course test lab base refresh lesson newest format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,6 +26,12 @@ base: .venv/installed  ## train shima-4m anew (about an hour; continues where it
 
 refresh: .venv/installed  ## run the lessons and write their outputs into the committed notebooks
 	$(BIN)/python -m helpers.course refresh
+
+lesson: .venv/installed  ## start a new lesson, for example: make lesson NAME=11_topic
+	$(BIN)/python -m helpers.template "$(NAME)"
+
+newest:  ## try the newest versions of the packages, apart from .venv; the report is build/newest/report.txt
+	PYTHON=$(PYTHON) .ci/newest
 
 format: .venv/installed  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix

@@ -1,6 +1,7 @@
 """A new lesson runs, keeps every convention and comes with a test that passes; bad names are refused."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,18 @@ from tests import notebook_structure as structure
 NAME = "98_trial_lesson"
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A new lesson in a folder like the course's, after `refresh`."""
-    root = tmp_path_factory.mktemp("course")
+def empty_course(root: Path) -> Path:
+    """Make a folder like the course's, without lessons."""
     (root / "helpers").symlink_to(ROOT / "helpers")
     for folder in ("notebooks", "tests"):
         (root / folder).mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A new lesson in a folder like the course's, after `refresh`."""
+    root = empty_course(tmp_path_factory.mktemp("course"))
     notebook, test = write_lesson(NAME, root)
     (row,) = course.run([notebook], root / "build", refresh=True)
     assert row.status == "ok", row.error
@@ -58,12 +64,12 @@ def test_the_test_of_a_new_lesson_passes(written: tuple[Path, Path]) -> None:
 
 
 def test_a_new_lesson_is_formatted_and_free_of_lint(tmp_path: Path) -> None:
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "tests").mkdir()
-    files = [str(path) for path in write_lesson(NAME, tmp_path)]
+    root = empty_course(tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    write_lesson(NAME, root)
     for command in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--config", str(ROOT / "pyproject.toml"), *files]
-        result = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True, check=False)
+        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "notebooks", "tests"]
+        result = subprocess.run(ruff, cwd=root, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout
 
 
@@ -77,17 +83,17 @@ def test_a_bad_name_is_refused_in_one_sentence(name: str, tmp_path: Path) -> Non
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "tests").mkdir()
-    for path in write_lesson("11_topic", tmp_path):
-        path.write_text("mine")
+    root = empty_course(tmp_path)
+    notebook, test = write_lesson("11_topic", root)
+    notebook.write_text("mine")
+    test.write_text("mine")
     for name in ("11_topic", "11_other"):
-        with pytest.raises(CourseError, match=re.escape("11_topic.ipynb is there already")):
-            write_lesson(name, tmp_path)
-    (tmp_path / "notebooks" / "11_topic.ipynb").unlink()
-    with pytest.raises(CourseError, match=re.escape("test_lesson_11.py is there already")):
-        write_lesson("11_other", tmp_path)
-    assert [path.read_text() for path in tmp_path.glob("*/*")] == ["mine"]
+        with pytest.raises(CourseError, match=r"^11_topic\.ipynb is there already: "):
+            write_lesson(name, root)
+    notebook.unlink()
+    with pytest.raises(CourseError, match=r"^test_lesson_11\.py is there already: "):
+        write_lesson("11_other", root)
+    assert test.read_text() == "mine" and list(notebook.parent.iterdir()) == []
 
 
 def test_the_command_says_in_one_line_why_it_refuses() -> None:
