@@ -106,11 +106,9 @@ MEASUREMENT = """\
 texts = text_dataset(text_id or machine, max(20, round(settings["documents"] * budget)), seed=seed)["text"]
 documents = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 rows = torch.tensor(list(pack(documents, 128)))  # (rows, seq)
+parts = [part.to(machine.device) for part in rows.split(16)]
 with torch.no_grad():
-    losses = torch.cat([
-        token_losses(model(input_ids=part.to(machine.device)).logits, part.to(machine.device)).cpu()
-        for part in rows.split(16)
-    ])  # (rows, seq - 1)
+    losses = torch.cat([token_losses(model(input_ids=part).logits, part).cpu() for part in parts])  # (rows, seq - 1)
 by_position = losses.mean(0)
 early, late = by_position[:8].mean().item(), by_position[-32:].mean().item()
 measured["loss of tokens 2 to 9, of the last 32"] = f"{early:.2f}, {late:.2f} nats ({len(rows)} rows)"
