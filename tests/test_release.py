@@ -24,7 +24,7 @@ def test_project_citation_and_changelog_name_the_same_version_and_day() -> None:
 def test_the_changelog_has_headings_of_its_format_only_newest_first_and_a_link_for_each() -> None:
     headings = re.findall(r"^## (.+)$", CHANGELOG, re.MULTILINE)
     assert headings == ["[Unreleased]", *(f"[{version}] - {day}" for version, day in RELEASES)]
-    assert RELEASES == sorted(RELEASES, key=lambda r: tuple(map(int, r[0].split("."))), reverse=True)
+    assert sorted(RELEASES, key=lambda r: tuple(map(int, r[0].split("."))), reverse=True) == RELEASES
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.+)$", CHANGELOG, re.MULTILINE)) <= kinds
     links = re.findall(r"^\[(.+)\]: https://\S+$", CHANGELOG, re.MULTILINE)
