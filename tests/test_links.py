@@ -1,0 +1,130 @@
+"""One command says where the course is published, in every place, and changes nothing else."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from helpers.colab import REPOSITORY, TAG
+from helpers.profiles import ROOT
+
+HERE = REPOSITORY.removeprefix("https://github.com/")
+OTHER = "ada-l/LLM_course.2"
+
+
+@pytest.fixture(scope="module")
+def fresh_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The course in a folder of its own."""
+    folder = tmp_path_factory.mktemp("course") / "copy"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("build", "runs", ".*", "__pycache__"))
+    return folder
+
+
+@pytest.fixture
+def copy(fresh_copy: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fresh_copy, tmp_path / "copy"))
+
+
+def links(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "helpers.links", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_there_and_back_is_byte_for_byte_the_same_and_a_second_time_changes_nothing(copy):
+    assert links(copy).returncode == 0  # the constants, in every place
+    before = files(copy)
+    again = links(copy)
+    assert again.stdout == f"{HERE} at {TAG}: 0 files changed.\n" and files(copy) == before
+
+    there = links(copy, OTHER, "--version", "12.3.4")
+    assert there.returncode == 0, there.stderr
+    moved = files(copy)
+    assert moved.keys() == before.keys()
+    for name, content in moved.items():
+        if not name.startswith("tests/"):
+            assert REPOSITORY.encode() not in content and f"github/{HERE}".encode() not in content, name
+    assert links(copy, OTHER, "--version", "12.3.4").stdout.endswith(": 0 files changed.\n") and files(copy) == moved
+
+    assert links(copy, HERE, "--version", TAG.removeprefix("v")).returncode == 0
+    assert files(copy) == before
+
+
+def test_only_badges_addresses_and_the_setup_cell_change(copy):
+    before = {path.name: nbformat.read(path, as_version=4) for path in (copy / "notebooks").glob("*.ipynb")}
+    links(copy, OTHER, "--version", "12.3.4")
+    for name, old in before.items():
+        new = nbformat.read(copy / "notebooks" / name, as_version=4)
+        for was, cell in zip(old.cells, new.cells, strict=True):
+            if "COLAB_RELEASE_TAG" in was.source:
+                assert cell.source.count(f'"v12.3.4", "https://github.com/{OTHER}"') == 1
+            else:
+                back = cell.source.replace(OTHER, HERE).replace("/blob/v12.3.4/", "/blob/X/")
+                assert back == re.sub(r"(?<=/blob/)[\w.]+(?=/notebooks/)", "X", was.source)
+            was.source = cell.source
+        assert f"github/{OTHER}/blob/v12.3.4/notebooks/{name}" in new.cells[0].source
+        old.metadata.workbook.source_hash = new.metadata.workbook.source_hash
+        assert new == old
+    project = tomllib.loads((copy / "pyproject.toml").read_text())["project"]
+    assert project["version"] == "12.3.4" and project["urls"]["repository"] == f"https://github.com/{OTHER}"
+
+
+@pytest.mark.slow
+def test_the_conventions_of_notebooks_and_the_table_of_the_readme_hold_afterwards(copy):
+    links(copy, OTHER, "--version", "12.3.4")
+    tests = ["tests/test_notebooks.py", "-k", "committed or table or names", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", *tests]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 50
+
+
+def test_outputs_that_were_stale_remain_stale(copy):
+    path = copy / "notebooks" / "01_overview.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].source += " More."
+    nbformat.write(notebook, path)
+    stale = notebook.metadata.workbook.source_hash
+    links(copy, OTHER)
+    assert nbformat.read(path, as_version=4).metadata.workbook.source_hash == stale
+
+
+@pytest.mark.parametrize(
+    "name", ["course", "a/b/c", "-a/b", "a--b/c", "a/..", "a/b c", "a/b.git", "https://x.org/a/b", "a/b'"]
+)
+def test_what_is_no_repository_is_one_sentence_and_changes_nothing(copy, name):
+    before = files(copy)
+    result = links(copy, "--", name)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {name!r} is no GitHub repository: give owner/name, such as ada/llm-course.\n"
+    assert files(copy) == before
+
+
+def test_what_is_no_version_is_one_sentence(copy):
+    result = links(copy, "--version", "v1")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: 'v1' is no version: give three numbers, such as 1.0.0.\n",
+    )
+
+
+def test_a_damaged_notebook_is_named_and_nothing_is_changed(copy):
+    (copy / "notebooks" / "10_compression.ipynb").write_text("{")
+    before = files(copy)
+    result = links(copy, OTHER)
+    assert result.returncode == 2 and "10_compression.ipynb is not a readable notebook" in result.stderr
+    assert files(copy) == before
