@@ -389,3 +389,7 @@ def test_the_resume_cell_survives_killed_runtimes_with_the_losses_of_a_run_that_
     assert all(text.startswith("Continuing from step-") for text in said[1:])
     losses = json.loads((tmp_path / "third.json").read_text())
     assert len(losses) == 150 and losses == json.loads((tmp_path / "whole.json").read_text())
+
+
+def test_the_documentation_shows_the_resume_cell():
+    assert f"```python\n{RESUME_CELL}```" in (ROOT / "docs" / "colab.md").read_text()

@@ -12,6 +12,8 @@ import nbformat
 import pytest
 
 from helpers.colab import REPOSITORY, TAG
+from helpers.errors import CourseError
+from helpers.links import main
 from helpers.profiles import ROOT
 
 HERE = REPOSITORY.removeprefix("https://github.com/")
@@ -106,20 +108,20 @@ def test_outputs_that_were_stale_remain_stale(copy):
 @pytest.mark.parametrize(
     "name", ["course", "a/b/c", "-a/b", "a--b/c", "a/..", "a/b c", "a/b.git", "https://x.org/a/b", "a/b'"]
 )
-def test_what_is_no_repository_is_one_sentence_and_changes_nothing(copy, name):
+def test_what_is_no_repository_is_one_sentence(name, monkeypatch):
+    monkeypatch.setattr("helpers.links.relink", lambda *_: pytest.fail("files were about to change"))
+    with pytest.raises(
+        CourseError, match=f"^{re.escape(repr(name))} is no GitHub repository: give owner/name, such as"
+    ):
+        main(["--", name])
+
+
+def test_what_is_no_version_is_one_sentence_and_changes_nothing(copy):
     before = files(copy)
-    result = links(copy, "--", name)
+    result = links(copy, OTHER, "--version", "v1")
     assert result.returncode == 2
-    assert result.stderr == f"error: {name!r} is no GitHub repository: give owner/name, such as ada/llm-course.\n"
+    assert result.stderr == "error: 'v1' is no version: give three numbers, such as 1.0.0.\n"
     assert files(copy) == before
-
-
-def test_what_is_no_version_is_one_sentence(copy):
-    result = links(copy, "--version", "v1")
-    assert (result.returncode, result.stderr) == (
-        2,
-        "error: 'v1' is no version: give three numbers, such as 1.0.0.\n",
-    )
 
 
 def test_a_damaged_notebook_is_named_and_nothing_is_changed(copy):
