@@ -81,16 +81,27 @@ def test_only_badges_addresses_and_the_setup_cell_change(copy):
     assert project["version"] == "12.3.4" and project["urls"]["repository"] == f"https://github.com/{OTHER}"
 
 
-@pytest.mark.slow
-def test_the_conventions_of_notebooks_and_the_table_of_the_readme_hold_afterwards(copy):
-    shutil.copytree(ROOT / "notebooks", copy / "notebooks", dirs_exist_ok=True)
+CONVENTIONS = """
+from helpers.colab import badge
+from helpers.course import select_notebooks
+from helpers.profiles import ROOT
+from tests import notebook_structure as structure
+
+for path in select_notebooks():
+    for check in structure.CHECKS:
+        print(*(f"{path.stem}: {problem}" for problem in check(structure.read(path), path.stem)), sep="\\n", end="")
+    if badge(path.stem) not in (ROOT / "README.md").read_text():
+        print(f"{path.stem}: README.md lacks its badge")
+print("looked at", len(select_notebooks()))
+"""
+
+
+def test_the_conventions_of_notebooks_hold_afterwards_and_the_readme_has_the_new_badges(copy):
     links(copy, OTHER, "--version", "12.3.4")
-    tests = ["tests/test_notebooks.py", "-k", "committed or table", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests], cwd=copy, capture_output=True, text=True, check=False
+        [sys.executable, "-c", CONVENTIONS], cwd=copy, capture_output=True, text=True, timeout=300, check=False
     )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 50
+    assert result.stdout == "looked at 2\n", result.stderr
 
 
 def test_outputs_that_were_stale_remain_stale(copy):
