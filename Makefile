@@ -1,13 +1,13 @@
 # `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help course test lab base refresh lesson newest format clean
+.PHONY: help course test lab base refresh lesson newest colab-test links format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 course: .venv/installed  ## run all lessons on the CPU; report in build/course/report.html
 	$(BIN)/python -m helpers.course run
@@ -17,6 +17,9 @@ test: .venv/installed  ## lint, unit tests, and every notebook cell by cell
 	$(BIN)/ruff format --check
 	$(BIN)/pytest
 	LLM_WORKBOOK_PROFILE=cpu HF_HUB_OFFLINE=1 $(BIN)/pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 600 notebooks
+
+colab-test: .venv/installed  ## lesson 06 in environments with Colab's versions (needs a package index; about 15 minutes)
+	$(BIN)/pytest -m colab --timeout 3600 tests/test_colab_runtime.py
 
 lab: .venv/installed  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -32,6 +35,9 @@ lesson: .venv/installed  ## start a new lesson, for example: make lesson NAME=11
 
 newest:  ## try the newest versions of the packages, apart from .venv; the report is build/newest/report.txt
 	PYTHON=$(PYTHON) .ci/newest
+
+links: .venv/installed  ## say where the course is published: make links REPO=owner/name [VERSION=1.0.0]
+	$(BIN)/python -m helpers.links $(if $(REPO),"$(REPO)") $(if $(VERSION),--version "$(VERSION)")
 
 format: .venv/installed  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix

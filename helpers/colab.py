@@ -1,10 +1,12 @@
 """Running a lesson in Google Colab: its badge, its setup cell, and the packages that Colab lacks.
 
-Colab's own torch, numpy and transformers are never replaced: pip may install what is missing and move a few pure
-data packages, and everything else is held at the version that the runtime came with. Elsewhere nothing happens.
+Colab's own torch, numpy, pandas and transformers are never replaced: pip may install what is missing and move a few
+pure data packages, and everything else is held at the version that the runtime came with. Elsewhere nothing happens.
 """
 
+import importlib
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -19,14 +21,16 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from helpers.errors import CourseError
-from helpers.profiles import ROOT
+from helpers.profiles import ROOT, detect_hardware, get_profile
 
+# `python -m helpers.links` changes these two lines, and with them every place that repeats them.
 REPOSITORY = "https://github.com/llm-workbook/llm-workbook"
-BRANCH = "main"
+TAG = "v0.1.0"  # of the release that the badges open and the setup cell fetches: the version in pyproject.toml
+BRANCH = "main"  # for links to sources as they are now
 
 # The first code cell of every notebook, word for word.
 SETUP_CELL = f"""\
-# Finds the course's files; in Colab it fetches them first.
+# Finds the course's files. In Colab it first fetches them, installs what is missing and says what it runs on.
 import os
 import subprocess
 import sys
@@ -35,23 +39,31 @@ from pathlib import Path
 clone = Path.cwd() / "llm-workbook"
 places = [Path.cwd(), *Path.cwd().parents, clone]
 if "COLAB_RELEASE_TAG" in os.environ and not any((place / "helpers/profiles.py").exists() for place in places):
-    address = "{REPOSITORY}"
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, str(clone)], check=False)
+    tag, address = "{TAG}", "{REPOSITORY}"
+    git = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", tag]
+    subprocess.run([*git, address, str(clone)], check=False)
 ROOT = next((place for place in places if (place / "helpers/profiles.py").exists()), None)
 if ROOT is None:
-    raise FileNotFoundError("The course's files are not here: start Jupyter in them; in Colab, check the network.")
+    raise FileNotFoundError("The course's files are not here: start Jupyter in them; in Colab, git says why above.")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+from helpers import colab
+
+colab.set_up()
 """
 
+# What a student's session relies on most, and what Colab has often loaded before the first cell runs.
+NEVER_MOVED = ("torch", "numpy", "pandas", "transformers")
 # trl needs newer ones than Colab has, and nothing that Colab has loaded by then depends on their exact version.
 FREE_TO_MOVE = {"datasets", "pyarrow", "fsspec", "dill", "multiprocess"}
+SHOWN = (*NEVER_MOVED, "datasets", "peft", "trl", "bitsandbytes")
 
 
 def badge(notebook_stem: str) -> str:
     """Markdown of the badge that opens notebooks/<notebook_stem>.ipynb in Colab."""
     path = REPOSITORY.removeprefix("https://github.com/")
-    address = f"https://colab.research.google.com/github/{path}/blob/{BRANCH}/notebooks/{notebook_stem}.ipynb"
+    address = f"https://colab.research.google.com/github/{path}/blob/{TAG}/notebooks/{notebook_stem}.ipynb"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
 
 
@@ -79,6 +91,11 @@ def plan(packages: Sequence[str], requirements: Mapping[str, Requirement], insta
     if unknown:
         raise CourseError(f"requirements.txt has no line for {unknown[0]}: add one, or mend the name.")
     install = [name for name in packages if not _satisfies(installed.get(name), requirements[name])]
+    if unfit := [name for name in install if name in NEVER_MOVED and name in installed]:
+        raise CourseError(
+            f"This runtime has {unfit[0]} {installed[unfit[0]]} and the course needs {requirements[unfit[0]]}: "
+            "choose Runtime > Change runtime type, and the latest version there."
+        )
     # peft refuses to add adapters while a torchao older than 0.16 is there, and the course does not use torchao.
     old_torchao = installed.get("torchao") and not _satisfies(installed["torchao"], Requirement("torchao>=0.16"))
     fixed = {
@@ -89,6 +106,23 @@ def plan(packages: Sequence[str], requirements: Mapping[str, Requirement], insta
         remove=("torchao",) if old_torchao else (),
         constraints=tuple(f"{name}=={version}" for name, version in sorted(fixed.items()) if _is_version(version)),
     )
+
+
+def set_up() -> None:
+    """In Colab, install what any lesson needs and say what it runs on; elsewhere, do nothing.
+
+    The setup cell calls this before anything large is imported, so that a restart is hardly ever needed. Raises
+    CourseError as `prepare` does.
+    """
+    if not on_colab():
+        return
+    prepare(*lesson_packages(ROOT / "requirements.txt"))
+    installed, hardware = _installed(), detect_hardware()
+    versions = [f"{name} {installed[name]}" for name in SHOWN if name in installed]
+    print(", ".join([f"Python {platform.python_version()}", *versions]))
+    profile = get_profile(hardware=hardware)
+    place = f"a GPU of {hardware.gpu_memory_gib:.0f} GiB" if profile.device == "cuda" else "the CPU"
+    print(f"profile {profile.name}: {profile.model_id} in {profile.dtype} on {place}")
 
 
 def prepare(*packages: str) -> None:
@@ -109,6 +143,7 @@ def prepare(*packages: str) -> None:
             constraints = Path(folder) / "constraints.txt"
             constraints.write_text("\n".join(todo.constraints))
             _pip("install", "--constraint", str(constraints), *todo.install)
+        importlib.invalidate_caches()
     stale = replaced_while_loaded(before, _installed(), sys.modules)
     if stale:
         raise CourseError(
@@ -131,7 +166,16 @@ def replaced_while_loaded(
 
 def read_requirements(path: Path) -> dict[str, Requirement]:
     """The lines of a requirements file by the canonical name of their package."""
-    lines = [re.sub(r"\s*#.*", "", line).strip() for line in path.read_text().splitlines()]
+    return _parse(path.read_text())
+
+
+def lesson_packages(path: Path) -> list[str]:
+    """Names of the packages that stand in a requirements file under its heading "# the lessons"."""
+    return list(_parse(path.read_text().partition("# the lessons\n")[2].partition("\n#")[0]))
+
+
+def _parse(text: str) -> dict[str, Requirement]:
+    lines = [re.sub(r"\s*#.*", "", line).strip() for line in text.splitlines()]
     return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines if line}
 
 

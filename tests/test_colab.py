@@ -1,3 +1,4 @@
+import ast
 import json
 import os
 import re
@@ -5,30 +6,36 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 
 from helpers import colab
 from helpers.colab import (
+    NEVER_MOVED,
     REPOSITORY,
     SETUP_CELL,
+    TAG,
     badge,
+    lesson_packages,
     on_colab,
     plan,
     prepare,
     read_requirements,
     replaced_while_loaded,
+    set_up,
 )
 from helpers.errors import CourseError
 from helpers.profiles import ROOT
 
 REQUIREMENTS = read_requirements(ROOT / "requirements.txt")
 RUNTIMES = json.loads((ROOT / "data" / "colab_packages.json").read_text())["runtimes"]
-NEVER_MOVED = ("torch", "numpy", "pandas", "transformers")
 
 
 @pytest.fixture(params=RUNTIMES, ids=lambda runtime: runtime["date"])
@@ -57,6 +64,44 @@ def test_the_exact_versions_of_the_tests_are_within_the_requirements():
     exact = read_requirements(ROOT / "constraints.txt")
     for name, requirement in REQUIREMENTS.items():
         assert requirement.specifier.contains(next(iter(exact[name].specifier)).version), f"{exact[name]}"
+
+
+def test_lesson_packages_are_those_of_the_lessons_and_not_those_of_the_tests(tmp_path):
+    packages = set(lesson_packages(ROOT / "requirements.txt"))
+    assert {*NEVER_MOVED, "trl", "bitsandbytes", "bm25s"} <= packages
+    assert packages.isdisjoint({"pytest", "papermill", "jupyterlab", "ruff"})
+    path = tmp_path / "requirements.txt"
+    path.write_text("wheel\n# the lessons\nnumpy>=2.0  # arrays\nScikit_Learn\n\n# the tests\npytest\n")
+    assert lesson_packages(path) == ["numpy", "scikit-learn"]
+
+
+def imported(source: str) -> set[str]:
+    """First names of the modules that some Python code imports, anywhere in it; helpers with their module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "helpers":
+            found |= {f"helpers.{name.name}" for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return {name if name.startswith("helpers.") else name.split(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_package_that_a_lesson_imports_is_one_that_the_setup_sees_to(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    todo = set().union(*(imported(TransformerManager().transform_cell(cell.source)) for cell in cells))
+    modules = set()
+    while todo:
+        modules.add(name := todo.pop())
+        if name.startswith("helpers."):
+            todo |= imported((ROOT / f"{name.replace('.', '/')}.py").read_text()) - modules
+    provided = {"sklearn" if name == "scikit-learn" else name for name in lesson_packages(ROOT / "requirements.txt")}
+    # These come with torch, numpy, matplotlib, transformers or IPython, or are Colab's own.
+    provided |= {"scipy", "IPython", "matplotlib_inline", "huggingface_hub", "packaging", "google", "psutil"}
+    missing = {name for name in modules if not name.startswith("helpers")} - provided - sys.stdlib_module_names
+    assert missing == set()
 
 
 def test_requirements_are_parsed_without_comments_under_canonical_names(tmp_path):
@@ -94,6 +139,19 @@ def test_a_package_too_old_for_the_course_may_be_replaced_by_name():
     todo = plan(["peft"], REQUIREMENTS, {"peft": "0.10.0", "numpy": "2.0.2"})
     assert todo.install == (str(REQUIREMENTS["peft"]),)
     assert todo.constraints == ("numpy==2.0.2",)
+
+
+@pytest.mark.parametrize("name", NEVER_MOVED)
+def test_a_runtime_too_old_for_the_course_is_left_as_it_is(name, runtime):
+    old = runtime | {"pandas": "2.2.2", name: "1.0.0"}
+    with pytest.raises(CourseError, match=f"^This runtime has {name} 1.0.0 and the course needs {name}[<>].*latest"):
+        plan(lesson_packages(ROOT / "requirements.txt"), REQUIREMENTS, old)
+
+
+def test_all_that_the_lessons_need_leaves_what_colab_has(runtime):
+    todo = plan(lesson_packages(ROOT / "requirements.txt"), REQUIREMENTS, runtime)
+    assert {Requirement(line).name for line in todo.install}.isdisjoint(runtime)
+    assert {"trl", "bitsandbytes", "bm25s"} <= {Requirement(line).name for line in todo.install}
 
 
 def test_packages_without_a_proper_version_are_left_out_of_the_constraints():
@@ -199,6 +257,22 @@ def test_elsewhere_nothing_happens(no_colab, monkeypatch):
     prepare("no-such-package")
 
 
+def test_elsewhere_the_setup_does_nothing(no_colab, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    set_up()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_in_colab_the_setup_says_versions_and_profile(no_colab, monkeypatch, capsys):
+    monkeypatch.setenv("LLM_WORKBOOK_COLAB", "1")
+    monkeypatch.setenv("LLM_WORKBOOK_PROFILE", "cpu")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("everything is here, and pip was started"))
+    set_up()
+    versions, profile = capsys.readouterr().out.splitlines()
+    assert versions.startswith(f"Python {sys.version.split()[0]}, torch {version('torch')}, numpy {version('numpy')}, ")
+    assert profile == "profile cpu: shima-4m in float32 on the CPU"
+
+
 def test_colab_is_recognised_and_may_be_overridden(no_colab, monkeypatch):
     assert not on_colab()
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260801")
@@ -213,41 +287,49 @@ def test_colab_is_recognised_and_may_be_overridden(no_colab, monkeypatch):
 # ---------------------------------------------------------------- the badge and the setup cell
 
 
-def test_a_badge_opens_the_notebook_of_this_repository_in_colab():
+def test_a_badge_opens_the_notebook_of_the_release_in_colab():
+    path = f"{REPOSITORY.removeprefix('https://github.com/')}/blob/{TAG}/notebooks/03_pretraining.ipynb"
     assert badge("03_pretraining") == (
         "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        "(https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/main/notebooks/03_pretraining.ipynb)"
+        f"(https://colab.research.google.com/github/{path})"
     )
 
 
-def test_the_address_of_the_repository_is_that_of_the_project():
-    assert f'repository = "{REPOSITORY}"' in (ROOT / "pyproject.toml").read_text()
-    assert SETUP_CELL.count(REPOSITORY) == 1
+def test_the_address_and_the_tag_are_those_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["urls"]["repository"] == REPOSITORY
+    assert f"v{project['version']}" == TAG
+    assert SETUP_CELL.count(REPOSITORY) == SETUP_CELL.count(f'"{TAG}"') == 1
 
 
 def run_setup_cell(folder, address=REPOSITORY, **environment):
-    """Run the cell as the first one of a notebook in `folder`, twice, and say where the course was found."""
+    """Run the cell as the first one of a notebook in `folder`, twice, and say where the course was found.
+
+    It fetches, and installs nothing: tests/test_colab_runtime.py does that, in an environment of its own.
+    """
     cell = SETUP_CELL.replace(REPOSITORY, address)
     code = f"{cell}\n{cell}\nimport helpers.profiles\nprint(ROOT, helpers.profiles.ROOT, sys.path.count(str(ROOT)))"
     return subprocess.run(
         [sys.executable, "-P", "-c", code],
         cwd=folder,
-        env={"PATH": os.environ["PATH"], "HOME": str(folder), **environment},
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), "LLM_WORKBOOK_COLAB": "0", **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
 
 @pytest.fixture
 def repository(tmp_path):
-    """A repository of its own with what the setup cell looks for."""
+    """A repository of its own with what the setup cell looks for, under the tag; later commits are broken."""
     folder = tmp_path / "origin"
     shutil.copytree(ROOT / "helpers", folder / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-C", folder, "-c", "user.name=test", "-c", "user.email=test@example.org"]
-    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"]):
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "all"], ["tag", TAG]):
         subprocess.run([*git, *arguments], check=True)
+    (folder / "helpers" / "profiles.py").write_text("raise SystemExit('this is what came after the release')")
+    subprocess.run([*git, "commit", "--quiet", "--all", "--message", "more"], check=True)
     return f"file://{folder}"
 
 
@@ -264,6 +346,14 @@ def test_the_setup_cell_fetches_the_course_in_colab_once(tmp_path, repository):
     for address in (repository, "file:///nowhere"):  # the second session finds what the first has fetched
         result = run_setup_cell(content, address, COLAB_RELEASE_TAG="release-colab_20260801")
         assert result.stdout.split() == [str(clone), str(clone), "1"], result.stderr
+        assert result.stderr == ""
+
+
+def test_the_setup_cell_names_a_tag_that_is_missing(tmp_path, repository):
+    subprocess.run(["git", "-C", repository.removeprefix("file://"), "tag", "--delete", TAG], check=True)
+    result = run_setup_cell(tmp_path, repository, COLAB_RELEASE_TAG="release-colab_20260801")
+    assert result.returncode == 1 and f"Remote branch {TAG} not found" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("in Colab, git says why above.")
 
 
 def test_the_setup_cell_fetches_nothing_outside_of_colab(tmp_path, repository):
@@ -276,5 +366,5 @@ def test_the_setup_cell_fetches_nothing_outside_of_colab(tmp_path, repository):
 def test_the_setup_cell_says_what_to_do_where_colab_cannot_fetch_the_course(tmp_path):
     result = run_setup_cell(tmp_path, "file:///nowhere", COLAB_RELEASE_TAG="release-colab_20260801")
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].endswith("in Colab, check the network.")
+    assert result.stderr.splitlines()[-1].endswith("in Colab, git says why above.")
     assert not (tmp_path / "llm-workbook").exists()
