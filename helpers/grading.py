@@ -57,8 +57,8 @@ LONGEST_ANSWER = 2**16  # bytes
 NUMBER = re.compile(r"\bcheck\(\s*[\"']([\d.]+)[\"']")  # of an exercise, in its check cell
 # What honest answers to exercises have no use for.
 SUSPICIOUS = re.compile(
-    r"\b(gc|ctypes|inspect|_getframe|__globals__|__builtins__|f_back|sys\.modules|settrace|setprofile|__eq__|globals\(\)"
-    r"|helpers\.exercises|monkeypatch|subprocess|os\.(?:system|fork|kill|_exit|write)|socket|/proc)\b"
+    r"\b(?:gc|ctypes|inspect|_getframe|__globals__|__builtins__|f_back|sys\.modules|settrace|setprofile|__eq__|socket"
+    r"|helpers\.exercises|subprocess|os\.(?:system|fork|kill|_exit|write))\b|globals\(|/proc\b"
 )
 COLUMNS = ["student", "notebook", "exercise", "status", "message", "seconds", "memory"]
 WORKER = [sys.executable, "-s", "-m", "helpers.grading_worker"]

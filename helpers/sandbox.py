@@ -31,7 +31,7 @@ SETUP = """\
 set -eu
 root=$1 size=$2 owner=$3
 shift 3
-mount -t tmpfs -o "size=$size,nr_inodes=50000,mode=755" sandbox "$root"
+mount -t tmpfs -o "size=$size,nr_inodes=20000,mode=755" sandbox "$root"
 cd "$root"
 mkdir -p proc dev tmp old course/notebooks
 while IFS="$(printf '\\t')" read -r kind source place && [ -n "$kind" ]; do
