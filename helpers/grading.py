@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from string import Template
@@ -60,6 +60,12 @@ SUSPICIOUS = re.compile(
     r"\b(?:gc|ctypes|inspect|_getframe|__globals__|__builtins__|f_back|sys\.modules|settrace|setprofile|__eq__|socket"
     r"|helpers\.exercises|subprocess|os\.(?:system|fork|kill|_exit|write))\b|globals\(|/proc\b"
 )
+STATUSES = ("correct", "not yet", "not attempted", "error")  # of an exercise that was run
+ANSWERS = {  # of the worker, by what it was asked to do
+    "context": {"error": str},
+    "attempt": {"error": str, "missing": list, "replaced": list},
+    "check": {"status": str, "message": str},
+}
 COLUMNS = ["student", "notebook", "exercise", "status", "message", "seconds", "memory"]
 WORKER = [sys.executable, "-s", "-m", "helpers.grading_worker"]
 
@@ -118,7 +124,8 @@ class Lesson:
     """What the grader needs of an instructor's notebook."""
 
     stem: str
-    steps: tuple[str | Exercise, ...]  # sources of the lesson's cells and exercises, in order
+    steps: tuple[str | Exercise, ...]  # sources of the lesson's cells and exercises, in order, up to the last check
+    sources: frozenset[str]  # of all its code cells
     key: str  # changes with everything that the grades depend on, but for the submissions
 
     @property
@@ -149,7 +156,6 @@ class Submission:
     lesson: Lesson | None
     problem: str = ""
     key: str = ""
-    content: bytes = field(default=b"", repr=False)
 
 
 class _EndedError(Exception):
@@ -203,7 +209,8 @@ def read_lesson(path: Path, hidden: Path | None, settings: Settings) -> Lesson:
     if not steps:
         raise CourseError(f"{path.name} has no exercises: hand in another lesson, or tag its exercises and checks.")
     parts = [source_hash(notebook), extra_source, surroundings_hash(), asdict(settings)]
-    return Lesson(path.stem, tuple(steps), hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+    sources = frozenset(cell.source.strip() for cell in notebook.cells if cell.cell_type == "code")
+    return Lesson(path.stem, tuple(steps), sources, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
@@ -235,7 +242,7 @@ def find_submissions(folder: Path, lessons: dict[str, Lesson], known: list[str])
             if path.name.startswith("."):
                 continue
             lesson = lessons.get(path.stem) if path.suffix == ".ipynb" else None
-            submission = Submission(student.name, path, lesson)
+            submission = Submission(_readable(student), path, lesson)
             if path.is_symlink() or not path.is_file():
                 submission.problem = "not a plain file"
             elif lesson is None:
@@ -243,10 +250,14 @@ def find_submissions(folder: Path, lessons: dict[str, Lesson], known: list[str])
             elif path.stat().st_size > LARGEST_FILE:
                 submission.problem = f"larger than {LARGEST_FILE >> 20} MiB"
             else:
-                submission.content = path.read_bytes()
-                submission.key = hashlib.sha256(lesson.key.encode() + submission.content).hexdigest()
+                submission.key = hashlib.sha256(lesson.key.encode() + path.read_bytes()).hexdigest()
             found.append(submission)
     return found
+
+
+def _readable(path: Path) -> str:
+    """Its name as text that can be written; Linux allows names that are none."""
+    return path.name.encode("utf-8", "replace").decode()
 
 
 def find_attempts(lesson: Lesson, notebook: NotebookNode) -> tuple[dict[str, str], int]:
@@ -267,10 +278,7 @@ def find_attempts(lesson: Lesson, notebook: NotebookNode) -> tuple[dict[str, str
             if cells := [cell for cell in code if matches(cell)]:
                 attempts[exercise.number] = cells[-1].source
                 break
-    known = {step.strip() for step in lesson.steps if isinstance(step, str)} | {
-        text.strip() for text in attempts.values()
-    }
-    known |= {source.strip() for exercise in lesson.exercises for _, source in exercise.checks}
+    known = lesson.sources | {source.strip() for source in attempts.values()}
     return attempts, sum(bool(cell.source.strip()) and cell.source.strip() not in known for cell in code)
 
 
@@ -317,7 +325,9 @@ class Session:
         try:
             answer = json.loads(line)
             genuine = hmac.compare_digest(str(answer.pop("token")).encode(), self.token.encode())
-        except (ValueError, KeyError, AttributeError, RecursionError):
+            genuine = genuine and all(isinstance(answer.get(k), kind) for k, kind in ANSWERS[request["do"]].items())
+            genuine = genuine and answer.get("status", "correct") in STATUSES
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             genuine = False
         if not genuine or self.received:
             raise _EndedError("wrote to the grader's channel")
@@ -425,9 +435,14 @@ def grade_submission(
     rows: dict[str, Row] = {}
     end = time.monotonic() + settings.notebook_seconds
 
-    def note(exercise: Exercise, status: str, message: str, seconds: float = 0.0, gib: float = 0.0) -> None:
+    def note(
+        exercise: Exercise, status: str, message: str, seconds: float = 0.0, gib: float = 0.0, only: str = ""
+    ) -> None:
+        """Fill in the rows of the exercise that are still empty, or only one of them."""
+        row = Row(student, lesson.stem, "", status, one_line(message), round(seconds, 1), round(gib, 2))
         for name, _ in exercise.checks:
-            rows.setdefault(name, Row(student, lesson.stem, name, status, one_line(message), round(seconds, 1), gib))
+            if only in ("", name):
+                rows.setdefault(name, replace(row, exercise=name))
 
     pending = []
     for exercise in lesson.exercises:
@@ -446,10 +461,10 @@ def grade_submission(
                     started, worker.gib = time.monotonic(), 0.0
                     try:
                         for name, status, message in _judge(worker, exercise, attempts[exercise.number], settings):
-                            seconds, gib = round(time.monotonic() - started, 1), round(worker.gib, 2)
-                            rows[name] = Row(student, lesson.stem, name, status, one_line(message), seconds, gib)
+                            note(exercise, status, message, time.monotonic() - started, worker.gib, only=name)
+                            started = time.monotonic()
                     except _EndedError as ended:
-                        note(exercise, "error", f"it {ended}", time.monotonic() - started, round(worker.gib, 2))
+                        note(exercise, "error", f"it {ended}", time.monotonic() - started, worker.gib)
                         raise
         except (_EndedError, _LessonError) as error:
             if not begun:  # the lesson itself, so there is nothing to try again
@@ -499,10 +514,10 @@ def _judge(worker: Session, exercise: Exercise, source: str, settings: Settings)
     if answer["error"]:
         problem = f"the cell {answer['error']}"
     elif answer["missing"]:
-        names = ", ".join(answer["missing"])
+        names = ", ".join(map(str, answer["missing"]))
         problem = f"the cell does not define {names}: its name must stay as it is"
     if answer["replaced"]:
-        note = f" (put back what the cell replaced: {', '.join(answer['replaced'])})"
+        note = f" (put back what the cell replaced: {', '.join(map(str, answer['replaced']))})"
     for name, check in exercise.checks:
         if problem:
             yield name, "error", problem + note
@@ -554,11 +569,11 @@ def grade(
         waiting = []
         for place, submission in enumerate(found):
             if submission.problem:
-                name = submission.path.name
+                name = _readable(submission.path)
                 reports[place] = [Row(submission.student, name, "", "rejected", submission.problem)]
             elif submission.key in known:
                 reports[place] = state[submission.key] = [
-                    Row(**{**asdict(row), "student": submission.student}) for row in known[submission.key]
+                    replace(row, student=submission.student) for row in known[submission.key]
                 ]
             else:
                 waiting.append(place)
@@ -578,7 +593,9 @@ def grade(
                 futures = {pool.submit(_grade, found[place], settings, users, stop): place for place in waiting}
                 for future in as_completed(futures):
                     place = futures[future]
-                    reports[place] = state[found[place].key] = future.result()
+                    reports[place] = future.result()
+                    if all(row.status != "not graded" for row in reports[place]):
+                        state[found[place].key] = reports[place]
                     print_submission(found[place], reports[place])
                     _write(out, reports, state)
             except BaseException:
@@ -621,17 +638,20 @@ def _grade(submission: Submission, settings: Settings, users: SimpleQueue, stop:
     """Rows of a submission, whatever it is."""
     student, lesson = submission.student, submission.lesson
     try:
-        notebook = _parse(submission.content)
+        notebook = _parse(submission.path.read_bytes())
         attempts, extra = find_attempts(lesson, notebook)
     except Exception as error:  # whatever nbformat makes of a damaged file
         return [Row(student, lesson.stem, "", "rejected", f"not a readable notebook ({one_line(error)})")]
     user = users.get()
     try:
         rows = grade_submission(student, lesson, attempts, settings, user, stop)
+    except Exception as error:  # one submission is not to end the grading of all
+        return [Row(student, lesson.stem, "", "not graded", f"{type(error).__name__}: {one_line(error)}")]
     finally:
         users.put(user)
     if extra:
-        rows.append(Row(student, lesson.stem, "", "note", f"{extra} code cells of its own or changed were not run"))
+        message = f"not run, since new or changed: {extra} code cell{'s' if extra > 1 else ''}"
+        rows.append(Row(student, lesson.stem, "", "note", message))
     return rows
 
 
@@ -679,7 +699,7 @@ def print_submission(submission: Submission, rows: list[Row], note: str = "") ->
     result = f"{correct}/{len(exercises)} correct" if exercises else f"{rows[0].status}: {rows[0].message}"
     wrong = [f"{row.exercise} {row.status}" for row in exercises if row.status not in ("correct", "not attempted")]
     seconds, gib = sum(row.seconds for row in rows), max(row.gib for row in rows)
-    name = f"{submission.student}/{submission.path.name}"
+    name = f"{submission.student}/{_readable(submission.path)}"
     line = f"{one_line(name):<44}{seconds:>7.0f} s{gigabytes(gib):>9}  {result}"
     if wrong:
         line += f"; {', '.join(wrong)}"

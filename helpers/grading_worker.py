@@ -134,7 +134,8 @@ class Worker:
         for owner, before in self.guarded:
             now = vars(owner)
             for name, value in before.items():
-                if callable(value) and now.get(name) is not value:
+                # torch itself exchanges torch.Storage when the default number format changes.
+                if callable(value) and now.get(name) is not value and name != "Storage":
                     setattr(owner, name, value)
                     replaced.append(f"{owner.__name__}.{name}")
         return replaced

@@ -244,8 +244,17 @@ CASES = {
         "error",
         "^it wrote to the grader's channel",
     ),
+    "steal-token": Case(  # with the token it could say anything; here it says something that makes no sense
+        body(
+            "import os, sys\nframe = sys._getframe()\nwhile 'token' not in frame.f_locals:\n    frame = frame.f_back\n"
+            'line = \'{"token": "%s", "status": 7}\\n\' % frame.f_locals[\'token\']\n'
+            "os.write(frame.f_locals['answers'], line.encode())\nreturn 5"
+        ),
+        "error",
+        "^it wrote to the grader's channel.*read it: it uses _getframe, f_back, os.write",
+    ),
     "changed-check": Case(
-        body("return 5"), "not yet", "gave 5", changes={"check-first": 'print("correct")'}, note="1 code cells"
+        body("return 5"), "not yet", "gave 5", changes={"check-first": 'print("correct")'}, note=": 1 code cell"
     ),
     # What belongs to others
     "read-solution": Case(body("return open(NOTEBOOK).read()"), "not yet", "raised FileNotFoundError"),
@@ -288,10 +297,10 @@ CASES = {
         "correct",
         "2 checks",
         extra=("while True:\n    pass", "x = 1"),
-        note="2 code cells",
+        note=": 2 code cells",
     ),
     "helper-elsewhere": Case(
-        body("return mine(numbers)"), "not yet", "NameError", extra=("mine = sum",), note="1 code cells"
+        body("return mine(numbers)"), "not yet", "NameError", extra=("mine = sum",), note=": 1 code cell"
     ),
     "no-checks": Case(
         body("return sum(numbers)"), "correct", "2 checks", changes={"check-first": None, "check-second": None}
@@ -313,7 +322,7 @@ REJECTED = {
     "unknown-lesson": ("07_other.ipynb", b"{}", "no lesson has this name: expected for example 01_small.ipynb"),
     "script": ("01_small.py", b"1", "no lesson has this name"),
 }
-NUM_HONEST = 100 - len(CASES) - len(REJECTED) - 6  # six more are made in `folder`
+NUM_HONEST = 100 - len(CASES) - len(REJECTED) - 7  # seven more are made in `folder`
 
 
 @dataclass
@@ -390,6 +399,8 @@ def graded(course_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with hand_in(submissions, "too-large", b"").open("wb") as file:
         file.truncate(51 * 2**20)
     hand_in(submissions, '=1+1<b>"', notebook({"first": f"{TITLE}\n{RIGHT}", "second": RIGHT_2}))
+    no_text = submissions / os.fsdecode(b"no-text-\xff")  # a name that is not UTF-8
+    hand_in(submissions, no_text.name, notebook({"first": f"{TITLE}\n{RIGHT}", "second": RIGHT_2}))
     assert len(list(submissions.iterdir())) == 100
 
     arguments = [submissions, "--notebooks", course_folder / "notebooks", "--hidden", course_folder / "hidden"]
@@ -420,7 +431,7 @@ def test_a_submission_gets_the_row_that_says_what_it_did(graded: Graded, student
     assert re.search(case.message, found["message"]), found
     assert graded.row(student, "1.1 hidden")["status"] == (case.hidden or case.status)
     notes = [row["message"] for row in graded.rows if row["student"] == student and not row["exercise"]]
-    assert len(notes) == bool(case.note) and all(note.startswith(case.note) for note in notes)
+    assert len(notes) == bool(case.note) and all(note.endswith(case.note) for note in notes)
 
 
 @slow
@@ -473,7 +484,7 @@ def test_nothing_reaches_the_network_the_disk_or_stays_behind(graded: Graded) ->
 @slow
 @pytest.mark.slow
 def test_the_table_and_the_page_hold_names_as_text(graded: Graded) -> None:
-    assert graded.row("'=1+1<b>\"", "1.1")["status"] == "correct"
+    assert graded.row("'=1+1<b>\"", "1.1")["status"] == graded.row("no-text-?", "1.1")["status"] == "correct"
     page = graded.out.with_suffix(".html").read_text()
     assert "=1+1&lt;b&gt;" in page and "<b>" not in page
     lines = graded.result.stdout.splitlines()
