@@ -238,9 +238,12 @@ def find_submissions(folder: Path, lessons: dict[str, Lesson], known: list[str])
         if student.is_symlink() or not student.is_dir():
             found.append(Submission("", student, None, "expected a folder for each student"))
             continue
-        for path in sorted(student.iterdir()):
-            if path.name.startswith("."):
-                continue
+        try:
+            files = sorted(path for path in student.iterdir() if not path.name.startswith("."))
+        except OSError as error:
+            found.append(Submission("", student, None, f"cannot be read ({error.strerror})"))
+            continue
+        for path in files:
             lesson = lessons.get(path.stem) if path.suffix == ".ipynb" else None
             submission = Submission(_readable(student), path, lesson)
             if path.is_symlink() or not path.is_file():
@@ -250,7 +253,10 @@ def find_submissions(folder: Path, lessons: dict[str, Lesson], known: list[str])
             elif path.stat().st_size > LARGEST_FILE:
                 submission.problem = f"larger than {LARGEST_FILE >> 20} MiB"
             else:
-                submission.key = hashlib.sha256(lesson.key.encode() + path.read_bytes()).hexdigest()
+                try:
+                    submission.key = hashlib.sha256(lesson.key.encode() + path.read_bytes()).hexdigest()
+                except OSError as error:
+                    submission.problem = f"cannot be read ({error.strerror})"
             found.append(submission)
     return found
 
@@ -356,8 +362,11 @@ def _resident(processes: list[psutil.Process], shared_once: bool = False) -> flo
     """GiB of memory that the processes hold; what they share counts for each, or in equal parts for all."""
     total = 0
     for process in processes:
-        with suppress(psutil.Error):
-            total += process.memory_full_info().pss if shared_once else process.memory_info().rss
+        with suppress(psutil.NoSuchProcess):
+            try:
+                total += process.memory_full_info().pss if shared_once else process.memory_info().rss
+            except psutil.AccessDenied:
+                total += process.memory_info().rss
     return total / 2**30
 
 
@@ -468,8 +477,9 @@ def grade_submission(
                         raise
         except (_EndedError, _LessonError) as error:
             if not begun:  # the lesson itself, so there is nothing to try again
+                late = time.monotonic() >= end
                 for exercise in pending:
-                    note(exercise, "not graded", str(error))
+                    note(exercise, "error" if late else "not graded", str(error))
                 break
         pending = [exercise for exercise in pending if exercise not in begun]
     order = [name for exercise in lesson.exercises for name, _ in exercise.checks]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +107,9 @@ def start(
         start_new_session=True,
     )
     lines = ["\t".join(entry) for entry in _visible()]
-    process.stdin.write(("\n".join(lines) + "\n\n").encode())
-    process.stdin.flush()
+    with suppress(BrokenPipeError):  # its making failed, as the complaints say
+        process.stdin.write(("\n".join(lines) + "\n\n").encode())
+        process.stdin.flush()
     return process
 
 
