@@ -1,7 +1,7 @@
 # `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help course test lab base refresh lesson newest colab-test links format clean
+.PHONY: help course test lab base refresh lesson newest colab-test links student format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,6 +26,9 @@ lab: .venv/installed  ## open JupyterLab
 
 base: .venv/installed  ## train shima-4m anew (about an hour; continues where it was stopped)
 	$(BIN)/python -m helpers.base_model build
+
+student: .venv/installed  ## write the lessons without solutions, to hand out, to build/student
+	$(BIN)/python -m helpers.course student
 
 refresh: .venv/installed  ## run the lessons and write their outputs into the committed notebooks
 	$(BIN)/python -m helpers.course refresh

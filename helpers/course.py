@@ -645,6 +645,22 @@ def main(arguments: list[str] | None = None) -> int | None:
         "--jobs", type=partial(natural, low=1), default=1, help="notebooks at a time; above 1 each has one thread"
     )
     refreshing.set_defaults(refresh=True)
+    handing_out = commands.add_parser("student", help="write the edition without solutions")
+    handing_out.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder with the notebooks")
+    handing_out.add_argument("--out", type=Path, default=ROOT / "build" / "student", help="folder, which is replaced")
+    grading = commands.add_parser("grade", help="run the checks on handed-in notebooks")
+    grading.add_argument("submissions", type=Path, help="folder that holds <student>/<NN_name>.ipynb")
+    grading.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder with the notebooks")
+    grading.add_argument("--out", type=Path, default=ROOT / "build" / "grades" / "grades.csv", help="table to write")
+    grading.add_argument("--hidden", type=Path, help="folder with further checkers, NN_name.py")
+    grading.add_argument("--jobs", type=partial(natural, low=1), default=1, help="submissions at a time")
+    grading.add_argument("--timeout", type=partial(natural, low=1), default=120, help="seconds for each cell")
+    grading.add_argument("--notebook-timeout", type=partial(natural, low=1), default=1800, help="seconds for each file")
+    grading.add_argument("--memory", type=float, default=4.0, help="GiB for each submission")
+    grading.add_argument("--disk", type=partial(natural, low=1), default=512, help="MiB that each may write")
+    grading.add_argument("--processes", type=partial(natural, low=16), default=256, help="and threads, for each")
+    grading.add_argument("--fresh", action="store_true", help="grade again what has not changed")
+    grading.add_argument("--unsafe", action="store_true", help="without a sandbox: only in a container to throw away")
     options = vars(parser.parse_args(arguments))
 
     command, folder, only = options.pop("command"), options.pop("notebooks").resolve(), options.pop("only", None)
@@ -656,7 +672,18 @@ def main(arguments: list[str] | None = None) -> int | None:
             for number, title, minutes, memory, after in lessons(notebooks):
                 print(f"{number}  {title:<40}{minutes:>9}{memory:>9}  after {after}")
         return 0
+    if command == "student":
+        from helpers.student import exercises_without_hint, write_student_edition
+
+        write_student_edition(notebooks, out := options["out"].resolve())
+        without = len(exercises_without_hint(notebooks))
+        print(f"{len(notebooks)} notebooks without solutions are in {out}; exercises without a hint: {without}")
+        return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops the kernels as Ctrl-C does
+    if command == "grade":
+        from helpers.grading import grade_command
+
+        return grade_command(folder, options)
     out = options.pop("out").resolve()
     try:
         rows = run(notebooks, out, **options)

@@ -176,8 +176,8 @@ def code_cells_are_short(notebook: NotebookNode, stem: str) -> Iterator[str]:
 
 @convention
 def there_are_3_to_6_exercises_with_check_and_solution(notebook: NotebookNode, stem: str) -> Iterator[str]:
-    # Text without a tag, such as a hint, may stand between the three.
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code" or course.tags(cell)]
+    # Hints, and text without a tag, may stand between the three.
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" or {*course.tags(cell)} - {"hint"}]
     starts = [i for i, cell in enumerate(cells) if "exercise" in course.tags(cell)]
     if not 3 <= len(starts) <= 6:
         yield f"it has {len(starts)} exercises"
