@@ -27,7 +27,7 @@ from pathlib import Path
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from helpers.course import BUDGET, NOTEBOOKS, output_text, read_notebook, select_notebooks, tags
+from helpers.course import BUDGET, NOTEBOOKS, read_notebook, select_notebooks, tags
 from helpers.errors import CourseError, exit_cleanly
 from helpers.profiles import ROOT
 
@@ -140,6 +140,11 @@ def condensed(text: str) -> list[str]:
     return chosen
 
 
+def leads_nowhere(chosen: list[str]) -> bool:
+    """Whether the blocks are sentences without a bold lead, which only lead over to the next cell."""
+    return all(kind_of(block) == "text" and not block.startswith("**") for block in chosen)
+
+
 # Pages
 
 
@@ -201,7 +206,8 @@ def pages(chosen: list[str]) -> list[str]:
             continue
         if left < min(ROOM / 2, height(block)):  # too little to begin it here
             # What announces a formula, a list or a table stays with it.
-            announces = kind_of(block) != "text" and len(packed[-1]) > 1 and packed[-1][-1].endswith(":")
+            announces = kind_of(block) == "formula" or (kind_of(block) != "text" and packed[-1][-1].endswith(":"))
+            announces = announces and len(packed[-1]) > 1 and kind_of(packed[-1][-1]) == "text"
             packed.append([packed[-1].pop()] if announces else [])
             left = ROOM - sum(map(height, packed[-1]))
         first, *others = divided(block, left)
@@ -211,8 +217,10 @@ def pages(chosen: list[str]) -> list[str]:
 
 
 def text_slides(heading: str, chosen: list[str], notes: str) -> Iterator[Slide]:
-    """Slides with the chosen blocks; the first has the whole text in its notes."""
+    """Slides with the chosen blocks; the first has the whole text in its notes, also what no page is left for."""
     for number, page in enumerate(pages(chosen)):
+        if number and leads_nowhere(page.split("\n\n")):
+            continue
         yield Slide("text", heading, page, [notes] if number == 0 else [])
 
 
@@ -226,7 +234,7 @@ def figures(cell: NotebookNode) -> Iterator[tuple[str, str]]:
 
 def claims(cell: NotebookNode) -> list[str]:
     """What a code cell printed about its numbers: claims that held, and differences to a library."""
-    lines = "\n".join(output_text(output) for output in cell.get("outputs", [])).split("\n")
+    lines = "\n".join(output.get("text", "") for output in cell.get("outputs", [])).split("\n")
     held = [line.removeprefix("holds: ") for line in lines if line.startswith("holds: ")]
     equal = [" ".join(line.split()) for line in lines if "largest difference" in line][:1]
     return [html.escape(line, quote=False) for line in held + equal]
@@ -338,8 +346,7 @@ def section_slides(section: Section) -> Iterator[Slide]:
             chosen = [block for block in chosen if not block.startswith("**What you see.**")]
             for block in seen:
                 yield seen_slide(section.title, block)
-            if all(kind_of(block) == "text" and not block.startswith("**") for block in chosen):
-                chosen = []  # it only leads to the next cell
+            chosen = [] if leads_nowhere(chosen) else chosen
             yield from text_slides(section.title, chosen, source)
             after_formula = "$$" in source
 
@@ -374,10 +381,12 @@ def joined(slides: Iterable[Slide]) -> Iterator[Slide]:
 def deck(notebook: NotebookNode, stem: str) -> NotebookNode:
     """A notebook of markdown cells with the slide types of nbconvert, made from the lesson `stem`."""
     opening, *others = sections(notebook)
-    columns = [opening_slides(opening, stem), *map(section_slides, others)]
+    columns = [list(joined(opening_slides(opening, stem)))]
+    for section in others:  # one whose text only leads over to code has its heading
+        columns.append(list(joined(section_slides(section))) or [Slide("title", section.title, "")])
     cells = []
     for column in columns:
-        for number, slide in enumerate(joined(column)):
+        for number, slide in enumerate(column):
             mark = "##" if slide.kind == "title" else "###"
             metadata = {"slideshow": {"slide_type": "subslide" if number else "slide"}, "kind": slide.kind}
             cells.append(new_markdown_cell(f"{mark} {slide.heading}\n\n{slide.body}", metadata=metadata))
