@@ -5,6 +5,10 @@ import json
 import re
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -88,14 +92,30 @@ def test_a_page_loads_nothing_but_files_beside_it(exported, stem):
         assert (exported[stem].parent / address).is_file(), address
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(exported: dict[str, Path]) -> Iterator[str]:
+    """Address at which a server on this machine has the pages: a browser lists what it loads only from servers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=exported[EXPORTED[0]].parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 @pytest.mark.parametrize("stem", EXPORTED)
-def test_in_a_browser_every_slide_fits_on_its_page_and_nothing_is_fetched(exported, stem, tmp_path):
+def test_in_a_browser_every_slide_fits_on_its_page_and_nothing_is_fetched(exported, address, stem, tmp_path):
     page = exported[stem]
     measured = page.with_name(f"measured_{page.name}")
     measured.write_text(page.read_text(encoding="utf-8").replace("</body>", REPORT), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,720", "--virtual-time-budget=60000"]
-    command = [BROWSER, *options, f"--user-data-dir={tmp_path}", "--dump-dom", measured.as_uri()]
+    command = [BROWSER, *options, f"--user-data-dir={tmp_path}", "--dump-dom", address + measured.name]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     found = re.search(r'data-report="([^"]*)"', dom)
     assert found, "the page was never ready"
@@ -104,8 +124,8 @@ def test_in_a_browser_every_slide_fits_on_its_page_and_nothing_is_fetched(export
     for text, height, width, errors, has_images in report["pages"]:
         assert height <= 720 and width <= 1280, f"does not fit: {text}"
         assert not errors and has_images, f"is not drawn: {text}"
-    assert any(address.endswith("assets/reveal/reveal.js") for address in report["loaded"])
-    assert not [address for address in report["loaded"] if not address.startswith(("file:", "data:", "blob:"))]
+    assert f"{address}assets/reveal/reveal.js" in report["loaded"]
+    assert not [name for name in report["loaded"] if not name.startswith((address, "data:", "blob:"))]
 
 
 def small_lesson(*cells):
