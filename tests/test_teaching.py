@@ -2,18 +2,20 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from helpers import slides
-from helpers.course import output_text, read_notebook, select_notebooks
+from helpers import course, slides
+from helpers.course import output_text, select_notebooks
 from helpers.profiles import ROOT
 from tests.exercise_proof import read_exercises
 
 FOLDER = ROOT / "docs" / "teaching"
 PLAN = ROOT / "docs" / "teaching.md"
 LESSONS = select_notebooks()
+read_notebook = cache(course.read_notebook)
 NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w])")
 
 
@@ -31,9 +33,8 @@ def titles_of(source: str) -> list[re.Pattern]:
     """Patterns of the titles of a cell's plots; what an f-string fills in may be anything."""
     given = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.keyword) and node.arg == "title":
-            given.append(node.value)
-        elif isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "title" for target in node.targets):
+        names = [getattr(target, "id", "") for target in node.targets] if isinstance(node, ast.Assign) else []
+        if "title" in names or (isinstance(node, ast.keyword) and node.arg == "title"):
             given.append(node.value)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("set_title", "suptitle"):
             given.append(node.args[0])
