@@ -40,6 +40,7 @@ NEVER_SHOWN = {"setup", "parameters", "check", "solution", "skip"}
 PROTECTED = re.compile(r"\$[^$]+\$|`[^`]+`")  # formulas and code, in which no sentence ends
 SENTENCE_END = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)[.!?][*\")]*\s+(?=[A-Z*\"(\x00])")
 LEAD = re.compile(r"\*\*[^*]+[.?:]\*\*\s+")  # such as **What you see.**
+MEASURED = "**Measured here**"
 SPEAKING_RATE = 130  # words of a lesson's text that a lecturer covers in a minute
 FIGURE_MINUTES, CODE_MINUTES = 2.0, 0.5  # for a figure, and for a code cell that is shown
 LECTURE = 90  # minutes
@@ -288,7 +289,7 @@ def claimed(heading: str, shown: Slide | tuple[str, str] | None, found: list[str
         yield figure_slide(heading, *shown, found)
     elif shown or found:
         held = "\n".join(f"- {claim}" for claim in found)
-        kind, above = (shown.kind, shown.body) if shown else ("text", "**Measured here**")
+        kind, above = (shown.kind, shown.body) if shown else ("text", MEASURED)
         yield Slide(kind, heading, f"{above}\n\n{held}")
 
 
@@ -328,12 +329,9 @@ def section_slides(section: Section) -> Iterator[Slide]:
     for is_text, group in groupby(shown, key=lambda cell: cell.cell_type == "markdown"):
         cells = list(group)
         if not is_text:
-            tables = [
-                o.data["text/markdown"]
-                for c in cells
-                for o in c.get("outputs", [])
-                if "text/markdown" in o.get("data", {})
-            ]
+            printed = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+            # A double bar is a sign of mathematics, and would break the table.
+            tables = [data["text/markdown"].replace("||", r"\|\|") for data in printed if "text/markdown" in data]
             yield from text_slides(section.title, tables, "")
             yield from code_slides(section.title, cells, after_formula)
             continue
@@ -368,6 +366,7 @@ def joined(slides: Iterable[Slide]) -> Iterator[Slide]:
     last: Slide | None = None
     for slide in slides:
         both = f"{last.body}\n\n{slide.body}" if last and last.kind == slide.kind == "text" else ""
+        both = re.sub(rf"({re.escape(MEASURED)}\n\n(?:- .*\n)+)\n{re.escape(MEASURED)}\n\n", r"\1", both)
         if both and sum(map(height, both.split("\n\n"))) <= ROOM:
             last = Slide("text", last.heading, both, [*last.notes, *slide.notes])
             continue

@@ -75,6 +75,14 @@ def test_no_solution_no_check_and_no_hint_is_in_the_slides(path):
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(path):
+    for cell in slides.deck(read_notebook(path), path.stem).cells:
+        for table in re.findall(r"(?:^\|.*\n?){2,}", cell.source, re.MULTILINE):
+            rows = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+            assert len(set(rows)) == 1, table
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_the_slides_list_every_exercise_by_number(path):
     text = everything(path)
     assert all(f"- **{number}** (" in text for number in read_exercises(path))
