@@ -1,7 +1,7 @@
 # `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help course test lab base refresh lesson newest colab-test links student format clean
+.PHONY: help course test lab base refresh lesson newest colab-test links student slides format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,6 +41,9 @@ newest:  ## try the newest versions of the packages, apart from .venv; the repor
 
 links: .venv/installed  ## say where the course is published: make links REPO=owner/name [VERSION=1.0.0]
 	$(BIN)/python -m helpers.links $(if $(REPO),"$(REPO)") $(if $(VERSION),--version "$(VERSION)")
+
+slides: .venv/installed  ## lecture slides of all lessons in build/slides; they need no network
+	$(BIN)/python -m helpers.slides export
 
 format: .venv/installed  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix
