@@ -132,14 +132,15 @@ EXERCISES = """\
 ## 2 · Exercises
 
 Three to six, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the
-check below it, which answers at once. The solution is folded away under the check."""
+check below it, which answers at once. A hint and the solution are folded away under the check."""
 
-# What the student sees, the cases of the check, and the solution's one line.
+# What the student sees, the cases of the check, the hint, and the solution's one line.
 EXERCISE_PARTS = [
     (
         "easy: from losses to perplexity",
         'def perplexity(losses: Tensor) -> float:\n    """exp of the mean of the losses (nats), any shape."""',
         ['"of 2 losses", {name}(torch.tensor([0.0, 2.0])), math.e', '"of 0", {name}(torch.zeros(2, 3)), 1.0'],
+        "Averaging comes before the exponential.",
         "math.exp(losses.mean())",
     ),
     (
@@ -147,6 +148,7 @@ EXERCISE_PARTS = [
         "def mean_loss(means: list[float], tokens: list[int]) -> float:\n"
         '    """Loss per token, from the mean loss and the number of tokens of each batch."""',
         ['"of 1 and 3 tokens", {name}([4.0, 0.0], [1, 3]), 1.0', '"of 1 batch", {name}([2.5], [7]), 2.5'],
+        "Go back from each mean to the sum that it was made of.",
         "sum(mean * count for mean, count in zip(means, tokens, strict=True)) / sum(tokens)",
     ),
     (
@@ -154,6 +156,7 @@ EXERCISE_PARTS = [
         "def bits_per_byte(nats: float, tokens: int, size: int) -> float:\n"
         '    """The loss per token (nats) as bits per byte of a text of so many tokens and bytes."""',
         ['"1 bit a token", {name}(math.log(2), 10, 20), 0.5', '"1 nat a byte", {name}(1.0, 8, 8), 1 / math.log(2)'],
+        "How many bits are one nat?",
         "nats * tokens / size / math.log(2)",
     ),
 ]
@@ -256,8 +259,8 @@ def lesson_notebook(name: str) -> NotebookNode:
     return new_notebook(cells=cells, metadata=metadata)
 
 
-def _exercise(number: str, headline: str, stub: str, cases: list[str], answer: str) -> list[NotebookNode]:
-    """Stub, check and folded solution."""
+def _exercise(number: str, headline: str, stub: str, cases: list[str], hint: str, answer: str) -> list[NotebookNode]:
+    """Stub, check, folded hint and folded solution."""
     function = re.match(r"def (\w+)", stub)[1]
     expectations = "\n".join(f"    expect_close({case.format(name=function)})" for case in cases)
     check = f'def check_{function}({function}):\n{expectations}\n\n\ncheck("{number}", check_{function}, {function})'
@@ -265,10 +268,11 @@ def _exercise(number: str, headline: str, stub: str, cases: list[str], answer: s
     texts = {
         "exercise": f"# Exercise {number}, {headline}.\n{stub}\n    raise NotImplementedError",
         "check": check,
+        "hint": f"<details><summary>Hint</summary>\n\n{hint}\n\n</details>",
         "solution": f"<details><summary>Solution</summary>\n\nWhy it is so, in a sentence.\n\n"
         f"```python\n{solution}\n```\n\n</details>",
     }
-    make = {"exercise": new_code_cell, "check": new_code_cell, "solution": new_markdown_cell}
+    make = {"exercise": new_code_cell, "check": new_code_cell, "hint": new_markdown_cell, "solution": new_markdown_cell}
     place = number.replace(".", "-")
     return [make[tag](text, id=f"{tag}-{place}", metadata={"tags": [tag]}) for tag, text in texts.items()]
 

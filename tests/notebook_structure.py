@@ -214,6 +214,18 @@ def the_check_of_an_exercise_says_not_attempted_yet(notebook: NotebookNode, stem
 
 
 @convention
+def every_exercise_has_a_folded_hint(notebook: NotebookNode, stem: str) -> Iterator[str]:
+    hints = tagged(notebook, "hint")
+    if len(hints) != len(tagged(notebook, "exercise")):
+        yield f"it has {len(tagged(notebook, 'exercise'))} exercises and {len(hints)} hints"
+    for number, cell in enumerate(hints, start=1):
+        if cell.cell_type != "markdown" or not re.fullmatch(
+            r"<details><summary>Hint</summary>\n\n.+\n\n</details>", cell.source, re.DOTALL
+        ):
+            yield f"hint {number} is not a markdown cell, a text between blank lines in <details>"
+
+
+@convention
 def solutions_are_folded_markdown(notebook: NotebookNode, stem: str) -> Iterator[str]:
     for number, cell in enumerate(tagged(notebook, "solution"), start=1):
         folded = re.search(r"<details>\s*<summary>.+</summary>.*</details>", cell.source, re.DOTALL)
