@@ -294,9 +294,14 @@ def claimed(heading: str, shown: Slide | tuple[str, str] | None, found: list[str
 
 
 def exercise_slide(heading: str, cells: list[NotebookNode]) -> Slide:
-    """A page that lists the exercises by the first line of their cells."""
-    lines = [re.match(r"#+ *Exercise ([\d.]+), (\w+): (.+?)\.?$", cell.source, re.MULTILINE) for cell in cells]
-    listed = [f"- **{line[1]}** ({line[2]}) {line[3]}" for line in lines if line]
+    """A page that lists the exercises, each by the line that names it in its cell or in the text above it."""
+    named = []
+    for cell in cells:
+        if cell.cell_type == "code":
+            named += re.findall(r"^# Exercise ([\d.]+), (\w+): (.+)$", cell.source, re.MULTILINE)
+        else:
+            named += re.findall(r"^\*\*Exercise ([\d.]+)\*\* \((\w+)[^)]*\)\.? (.+)$", cell.source, re.MULTILINE)
+    listed = [f"- **{number}** ({level}) {sentences(task)[0].rstrip('.')}" for number, level, task in named]
     ask = "Write the answer in place of `raise NotImplementedError`; the check below it answers at once."
     return Slide("text", heading, "\n".join(listed) + f"\n\n{ask}")
 
@@ -323,7 +328,7 @@ def section_slides(section: Section) -> Iterator[Slide]:
     if question:
         yield Slide("title", section.title, question)
     if exercises:
-        yield exercise_slide(section.title, exercises)
+        yield exercise_slide(section.title, [*texts, *exercises])
         shown = [cell for cell in shown if "exercise" not in tags(cell) and cell.cell_type == "code"]
     after_formula = False
     for is_text, group in groupby(shown, key=lambda cell: cell.cell_type == "markdown"):

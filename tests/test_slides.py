@@ -174,6 +174,16 @@ def test_claims_that_a_cell_printed_stand_under_its_figure():
     assert "- it is wide &amp; &lt;low&gt;" in figure.source and "some table" not in figure.source
 
 
+def test_exercises_are_named_in_their_cells_or_in_the_text_above_them():
+    cells = [
+        new_markdown_cell("**Exercise 99.1** (easy, 5 minutes). *Add.* The sum of two numbers. Mind the sign."),
+        new_code_cell("def add(a, b):\n    raise NotImplementedError", metadata={"tags": ["exercise"]}),
+        new_code_cell("# Exercise 99.2, hard: divide.\ndef divide(): ...", metadata={"tags": ["exercise"]}),
+    ]
+    (page,) = (c.source for c in slides.deck(small_lesson(*cells), "99_title").cells if "99.1" in c.source)
+    assert "- **99.1** (easy) *Add.*\n" in page and "- **99.2** (hard) divide\n" in page
+
+
 def test_long_lists_and_tables_are_divided_and_each_part_of_a_table_has_its_head():
     table = "\n".join(["| a | b |", "|---|---|", *(f"| {i} | {'word ' * 30} |" for i in range(30))])
     parts = slides.pages([table])

@@ -45,6 +45,9 @@ def titles_of(source: str) -> list[re.Pattern]:
             patterns.append(re.compile("".join(pieces)))
         elif isinstance(value, ast.Constant):
             patterns.append(re.compile(re.escape(value.value)))
+        else:  # it has a name: any text of the cell may be meant
+            texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+            patterns += [re.compile(re.escape(text)) for text in texts if isinstance(text, str)]
     return patterns
 
 
