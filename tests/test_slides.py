@@ -165,6 +165,18 @@ def test_a_slide_has_first_sentences_and_the_notes_have_the_whole_text():
     assert "proof" not in kinds["slide"]
 
 
+def test_a_text_that_only_leads_over_stands_in_the_notes_of_the_next_slide():
+    cells = [new_markdown_cell("Now the sum."), new_code_cell("x = 1"), new_markdown_cell("**Lead.** It holds.")]
+    (notes,) = (c.source for c in slides.deck(small_lesson(*cells), "99_title").cells[2:] if "Now" in c.source)
+    assert notes == "Now the sum.\n\n**Lead.** It holds."
+
+
+def test_a_long_row_of_formulas_is_drawn_one_below_the_other():
+    first, second = "a = " + " + ".join("bcdefgh"), "y = " + " + ".join("zxwvut" * 6)
+    assert slides.in_lines(f"$${first} \\qquad {second}$$").count("\\\\") == 1
+    assert slides.in_lines(f"$${first} \\qquad {first}$$") == f"$${first} \\qquad {first}$$"
+
+
 def test_claims_that_a_cell_printed_stand_under_its_figure():
     image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
     picture = new_output("display_data", {"image/png": image}, metadata={"image/png": {"alt": "two pixels"}})
