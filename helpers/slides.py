@@ -48,7 +48,10 @@ LECTURE = 90  # minutes
 
 @dataclass
 class Slide:
-    """One page: its kind is title, text, code, figure or tall (a figure that is as high as it is wide)."""
+    """One page: its kind is title, text, code, figure or tall (a figure that is as high as it is wide).
+
+    One of kind notes is no page; its notes belong to the next one.
+    """
 
     kind: str
     heading: str
@@ -68,13 +71,14 @@ class Section:
 
 
 def sections(notebook: NotebookNode) -> list[Section]:
-    """The lesson's parts in order. A markdown cell that holds headings is divided at them."""
+    """The lesson's parts in order, without what is folded. A markdown cell that holds headings is divided at them."""
     found = [Section("", [])]
     for cell in notebook.cells:
         if cell.cell_type != "markdown" or tags(cell):
             found[-1].cells.append(cell)
             continue
-        for number, part in enumerate(re.split(r"^## +", cell.source, flags=re.MULTILINE)):
+        open_text = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.DOTALL)
+        for number, part in enumerate(re.split(r"^## +", open_text, flags=re.MULTILINE)):
             if number:
                 title, _, part = part.partition("\n")
                 found.append(Section(title.strip(), []))
@@ -88,8 +92,7 @@ def sections(notebook: NotebookNode) -> list[Section]:
 
 
 def blocks(text: str) -> list[str]:
-    """Paragraphs, formulas, lists, tables and code of a markdown text, without headings and folded parts."""
-    text = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    """Paragraphs, formulas, lists, tables, headings and code of a markdown text."""
     text = re.sub(r"^(\$\$.+?\$\$)$", r"\n\1\n", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"([^\n])\n((?:[-*]|\d+\.) )", lambda m: "\n".join(m.groups()), text)
     return [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
@@ -136,9 +139,20 @@ def condensed(text: str) -> list[str]:
             chosen.append(" ".join([said[0], *([said[-1]] if leads_on else [])]))
         elif kind == "list":
             chosen.append("\n".join(f"{mark} {sentences(item)[0]}" for mark, item in items(block)))
-        elif kind in ("formula", "table"):
+        elif kind == "formula":
+            chosen.append(in_lines(block))
+        elif kind == "table":
             chosen.append(block)
     return chosen
+
+
+def in_lines(formula: str) -> str:
+    """A long formula that consists of several, each on a line of its own."""
+    parts = formula.strip("$").split(r"\qquad")
+    if len(parts) == 1 or drawn_length(formula) < LINE or "&" in formula or r"\begin" in formula:
+        return formula
+    below = r" \\[6pt] ".join(part for part in parts if part.strip())
+    return rf"$$\begin{{gathered}} {below} \end{{gathered}}$$"
 
 
 def leads_nowhere(chosen: list[str]) -> bool:
@@ -170,16 +184,9 @@ def row_height(row: str) -> float:
     """Lines of a row of a table, whose letters are smaller; long cells share what width there is."""
     lengths = [len(cell) for cell in row.strip("| ").split("|")]
     widths = [max(length, 12) ** 0.7 for length in lengths]
-    available = LINE * 1.3
-    return (
-        0.82
-        * max(
-            math.ceil(length / (available * width / sum(widths))) for length, width in zip(lengths, widths, strict=True)
-        )
-        + 0.2
-        if lengths
-        else 0.0
-    )
+    share = LINE * 1.3 / sum(widths)
+    lines = max(math.ceil(length / (width * share)) for length, width in zip(lengths, widths, strict=True))
+    return 0.82 * lines + 0.2
 
 
 def divided(block: str, room: float) -> list[str]:
@@ -294,9 +301,14 @@ def claimed(heading: str, shown: Slide | tuple[str, str] | None, found: list[str
 
 
 def exercise_slide(heading: str, cells: list[NotebookNode]) -> Slide:
-    """A page that lists the exercises by the first line of their cells."""
-    lines = [re.match(r"#+ *Exercise ([\d.]+), (\w+): (.+?)\.?$", cell.source, re.MULTILINE) for cell in cells]
-    listed = [f"- **{line[1]}** ({line[2]}) {line[3]}" for line in lines if line]
+    """A page that lists the exercises, each by the line that names it in its cell or in the text above it."""
+    named = []
+    for cell in cells:
+        if cell.cell_type == "code":
+            named += re.findall(r"^# Exercise ([\d.]+), (\w+): (.+)$", cell.source, re.MULTILINE)
+        else:
+            named += re.findall(r"^\*\*Exercise ([\d.]+)\*\* \((\w+)[^)]*\)\.? (.+)$", cell.source, re.MULTILINE)
+    listed = [f"- **{number}** ({level}) {sentences(task)[0].rstrip('.')}" for number, level, task in named]
     ask = "Write the answer in place of `raise NotImplementedError`; the check below it answers at once."
     return Slide("text", heading, "\n".join(listed) + f"\n\n{ask}")
 
@@ -323,7 +335,7 @@ def section_slides(section: Section) -> Iterator[Slide]:
     if question:
         yield Slide("title", section.title, question)
     if exercises:
-        yield exercise_slide(section.title, exercises)
+        yield exercise_slide(section.title, [*texts, *exercises])
         shown = [cell for cell in shown if "exercise" not in tags(cell) and cell.cell_type == "code"]
     after_formula = False
     for is_text, group in groupby(shown, key=lambda cell: cell.cell_type == "markdown"):
@@ -344,8 +356,10 @@ def section_slides(section: Section) -> Iterator[Slide]:
             chosen = [block for block in chosen if not block.startswith("**What you see.**")]
             for block in seen:
                 yield seen_slide(section.title, block)
-            chosen = [] if leads_nowhere(chosen) else chosen
-            yield from text_slides(section.title, chosen, source)
+            if leads_nowhere(chosen):
+                yield Slide("notes", "", "", [source])
+            else:
+                yield from text_slides(section.title, chosen, source)
             after_formula = "$$" in source
 
 
@@ -364,7 +378,12 @@ def seen_slide(heading: str, block: str) -> Slide:
 def joined(slides: Iterable[Slide]) -> Iterator[Slide]:
     """The slides of a column, where short pages of text are put together."""
     last: Slide | None = None
+    waiting: list[str] = []
     for slide in slides:
+        slide.notes, waiting = waiting + slide.notes, []
+        if slide.kind == "notes":
+            waiting = slide.notes
+            continue
         both = f"{last.body}\n\n{slide.body}" if last and last.kind == slide.kind == "text" else ""
         both = re.sub(rf"({re.escape(MEASURED)}\n\n(?:- .*\n)+)\n{re.escape(MEASURED)}\n\n", r"\1", both)
         if both and sum(map(height, both.split("\n\n"))) <= ROOM:
@@ -374,6 +393,7 @@ def joined(slides: Iterable[Slide]) -> Iterator[Slide]:
             yield last
         last = slide
     if last:
+        last.notes += waiting
         yield last
 
 

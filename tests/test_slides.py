@@ -165,6 +165,18 @@ def test_a_slide_has_first_sentences_and_the_notes_have_the_whole_text():
     assert "proof" not in kinds["slide"]
 
 
+def test_a_text_that_only_leads_over_stands_in_the_notes_of_the_next_slide():
+    cells = [new_markdown_cell("Now the sum."), new_code_cell("x = 1"), new_markdown_cell("**Lead.** It holds.")]
+    (notes,) = (c.source for c in slides.deck(small_lesson(*cells), "99_title").cells[2:] if "Now" in c.source)
+    assert notes == "Now the sum.\n\n**Lead.** It holds."
+
+
+def test_a_long_row_of_formulas_is_drawn_one_below_the_other():
+    first, second = "a = " + " + ".join("bcdefgh"), "y = " + " + ".join("zxwvut" * 6)
+    assert slides.in_lines(f"$${first} \\qquad {second}$$").count("\\\\") == 1
+    assert slides.in_lines(f"$${first} \\qquad {first}$$") == f"$${first} \\qquad {first}$$"
+
+
 def test_claims_that_a_cell_printed_stand_under_its_figure():
     image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
     picture = new_output("display_data", {"image/png": image}, metadata={"image/png": {"alt": "two pixels"}})
@@ -172,6 +184,16 @@ def test_claims_that_a_cell_printed_stand_under_its_figure():
     cells = slides.deck(small_lesson(new_code_cell("draw()", outputs=[picture, printed])), "99_title").cells
     (figure,) = (cell for cell in cells if cell.metadata.get("kind") == "figure")
     assert "- it is wide &amp; &lt;low&gt;" in figure.source and "some table" not in figure.source
+
+
+def test_exercises_are_named_in_their_cells_or_in_the_text_above_them():
+    cells = [
+        new_markdown_cell("**Exercise 99.1** (easy, 5 minutes). *Add.* The sum of two numbers. Mind the sign."),
+        new_code_cell("def add(a, b):\n    raise NotImplementedError", metadata={"tags": ["exercise"]}),
+        new_code_cell("# Exercise 99.2, hard: divide.\ndef divide(): ...", metadata={"tags": ["exercise"]}),
+    ]
+    (page,) = (c.source for c in slides.deck(small_lesson(*cells), "99_title").cells if "99.1" in c.source)
+    assert "- **99.1** (easy) *Add.*\n" in page and "- **99.2** (hard) divide\n" in page
 
 
 def test_long_lists_and_tables_are_divided_and_each_part_of_a_table_has_its_head():
