@@ -466,7 +466,7 @@ def grade_submission(
         begun: list[Exercise] = []
         try:
             with session(settings, user, stop) as worker:
-                for exercise in _run(worker, lesson, pending, attempts, settings, end, begun):
+                for exercise in _run(worker, lesson, pending, settings, end, begun):
                     started, worker.gib = time.monotonic(), 0.0
                     try:
                         for name, status, message in _judge(worker, exercise, attempts[exercise.number], settings):
@@ -493,7 +493,6 @@ def _run(
     worker: Session,
     lesson: Lesson,
     pending: list[Exercise],
-    attempts: dict[str, str],
     settings: Settings,
     end: float,
     begun: list[Exercise],

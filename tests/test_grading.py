@@ -131,7 +131,7 @@ CASES = {
         "^it did not end within 4 s and had to be killed",
     ),
     "infinite-output": Case(body("while True:\n    print('x' * 1000)"), "error", "^took more than 4 s"),
-    "huge-output": Case(body("print('x' * 10**8)\nreturn sum(numbers)"), "correct", r"correct \(2 checks\)$"),
+    "huge-output": Case(body("print('x' * 10**7)\nreturn sum(numbers)"), "correct", r"correct \(2 checks\)$"),
     # The process
     "exit": Case(body("import os\nos._exit(0)"), "error", "^it ended its process"),
     "exit-at-top": Case(body("return 5", "import os\nos._exit(0)"), "error", "^it ended its process"),
@@ -211,7 +211,7 @@ CASES = {
             "globals().update(expect_equal=nothing, expect_close=nothing)\nreturn 5"
         ),
         "error",
-        "replaced expect_close, expect_equal while it was being checked",
+        "replaced expect_equal, expect_close while it was being checked",
     ),
     "equals-all": Case(
         body("return Yes()", "class Yes:\n    def __eq__(self, _):\n        return True"),
