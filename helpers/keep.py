@@ -88,13 +88,12 @@ def back_up(folder: Path, place: Path) -> Path | None:
                 _copy(newest, copy)
             _remove_all_but(_complete_before(copy)[: GENERATIONS - 1], copy)
             return copy
-        except (OSError, CourseError) as error:
+        except OSError as error:
             if not newest.exists():  # the run has saved newer ones since, and removed this one
                 continue
-            reason = error if isinstance(error, CourseError) else (error.strerror or error)
             raise CourseError(
-                f"{newest.name} could not be copied to {place} ({reason}): see that it is mounted and has room for "
-                f"{GENERATIONS + 1} checkpoints; the run itself is safe in {folder}."
+                f"{newest.name} could not be copied to {place} ({error.strerror or error}): see that it is mounted "
+                f"and has room for {GENERATIONS + 1} checkpoints; the run itself is safe in {folder}."
             ) from error
     return None
 
@@ -169,10 +168,10 @@ def _copy(source: Path, target: Path) -> None:
                 copy.flush()
                 os.fsync(copy.fileno())
         if damage := find_damage(partial):
-            raise CourseError(f"the copy differs from its manifest: {damage}")
+            raise OSError(f"the copy differs from its manifest: {damage}")
         _remove(target)
         partial.rename(target)
-    except (OSError, CourseError):
+    except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -97,9 +97,9 @@ def test_every_package_that_a_lesson_imports_is_one_that_the_setup_sees_to(path)
         modules.add(name := todo.pop())
         if name.startswith("helpers."):
             todo |= imported((ROOT / f"{name.replace('.', '/')}.py").read_text()) - modules
-    provided = {"sklearn" if name == "scikit-learn" else name for name in lesson_packages(ROOT / "requirements.txt")}
-    # These come with torch, numpy, matplotlib, transformers or IPython, or are Colab's own.
-    provided |= {"scipy", "IPython", "matplotlib_inline", "huggingface_hub", "packaging", "google", "psutil"}
+    provided = {*lesson_packages(ROOT / "requirements.txt"), *RUNTIMES[0]["packages"], "sklearn"}
+    provided |= {"IPython", "matplotlib_inline", "cycler", "google"}  # come with these, or are Colab's own
+    provided |= {"submitit"}  # for clusters, and only there
     missing = {name for name in modules if not name.startswith("helpers")} - provided - sys.stdlib_module_names
     assert missing == set()
 

@@ -316,15 +316,28 @@ def test_drive_is_for_colab_only():
 # ---------------------------------------------------------------- the resume cell
 
 NOTEBOOK = """
-import json, sys
+import json, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import torch
-sys.path[:0] = [{tests!r}, {root!r}]
-from training_worker import random_batches, tiny_llama
+sys.path.insert(0, {root!r})
 from helpers.training import TrainConfig, train
 torch.set_num_threads(1)
 ROOT = Path({machine!r})
-model, batches = tiny_llama(dropout=0.1), random_batches(7)
+
+class Model(torch.nn.Sequential):
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=super().forward(input_ids))
+
+class SlowList(list):
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.02)
+            yield batch
+
+torch.manual_seed(0)
+model = Model(torch.nn.Embedding(64, 32), torch.nn.Dropout(0.1), torch.nn.Linear(32, 64))
+batches = SlowList(dict(input_ids=torch.randint(0, 64, (4, 16))) for _ in range(7))
 {cell}
 Path({out!r}).write_text(json.dumps(history.losses))
 """
@@ -356,7 +369,6 @@ def runtime(tmp_path):
 
     def start(machine: str) -> subprocess.Popen:
         code = NOTEBOOK.format(
-            tests=str(ROOT / "tests"),
             root=str(ROOT),
             machine=str(tmp_path / machine),
             cell=cell,
