@@ -30,6 +30,7 @@ html_show_sphinx = False
 html_last_updated_fmt = None
 html_copy_source = True  # the notebooks to download, as they are committed
 html_sourcelink_suffix = ""
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "repository_url": REPOSITORY,
     "repository_branch": BRANCH,
