@@ -34,8 +34,10 @@ def collect(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     notebooks = course.select_notebooks()
-    documents = "\n".join(f"docs/{path.stem}" for path in sorted(folder.glob("docs/*.md")))
-    fill(folder / "index.md", lessons=lesson_map.table(notebooks), documents=documents)
+    cards = sorted(path.parent.name for path in folder.glob("data/*/README.md"))
+    entries = [f"Model card: {name} <data/{name}/README>" for name in cards]
+    entries += [f"docs/{path.stem}" for path in sorted(folder.glob("docs/*.md"))]
+    fill(folder / "index.md", lessons=lesson_map.table(notebooks), documents="\n".join(entries))
     fill(folder / "lesson_map.md", map=lesson_map.draw(notebooks))
     tables = "const CALCULATOR = " + json.dumps(calculator_tables(), separators=(",", ":")) + ";\n"
     (folder / "static/calculator_tables.js").write_text(tables, encoding="utf-8")
@@ -69,8 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         sources, made = Path(name) / "sources", Path(name) / "made"
         sources.mkdir()
         collect(sources)
-        quiet = ["--quiet", "--fail-on-warning", "--keep-going", "--define", "html_domain_indices=0"]
-        status = build_main([*quiet, "-b", "html", "-c", str(SITE), "-d", f"{name}/read", str(sources), str(made)])
+        options = ["--quiet", "--fail-on-warning", "--define", f"html_static_path={sources / 'static'}"]
+        status = build_main([*options, "-b", "html", "-c", str(SITE), "-d", f"{name}/read", str(sources), str(made)])
         if status:
             raise CourseError("The book was not built: mend what Sphinx says above, and run make site again.")
         shutil.rmtree(made / ".doctrees", ignore_errors=True)

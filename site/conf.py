@@ -1,4 +1,4 @@
-"""Sphinx's settings for the book. `site/build.py` collects the sources and starts it; nothing is executed or fetched."""
+"""Sphinx's settings for the book. `site/build.py` collects the sources and starts it; nothing is run or fetched."""
 
 import pages
 
@@ -22,12 +22,10 @@ mathjax3_config = {"options": {"enableMenu": False}}
 
 html_theme = "sphinx_book_theme"
 html_title = "LLM Workbook"
-html_static_path = ["static"]
 html_css_files = ["book.css"]
 html_js_files = ["book.js"]
 html_show_copyright = False
 html_show_sphinx = False
-html_last_updated_fmt = None
 html_copy_source = True  # the notebooks to download, as they are committed
 html_sourcelink_suffix = ""
 html_context = {"default_mode": "auto"}

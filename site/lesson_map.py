@@ -1,12 +1,13 @@
 """The lessons and what they need, as a table and as a drawing, from the metadata of their notebooks."""
 
+import textwrap
 from functools import cache
 from html import escape
 from pathlib import Path
 
 from helpers import course
 
-BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 160, 44, 216, 60, 8
+BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 132, 62, 168, 76, 4
 
 
 def table(notebooks: list[Path]) -> str:
@@ -65,12 +66,12 @@ def draw(notebooks: list[Path]) -> str:
     rows = course.lessons(notebooks)
     for path, (number, title, minutes, memory, _) in zip(notebooks, rows, strict=True):
         x, y = place[number]
-        page, name = f"notebooks/{path.stem}.html", path.stem[3:].replace("_", " ")
+        lines_of_title = textwrap.wrap(title.partition(":")[0], width=16)
+        text = "".join(f'<tspan x="{x + 10}" dy="17">{escape(line)}</tspan>' for line in lines_of_title)
         boxes.append(
-            f'<a href="{page}"><title>{escape(title)}</title>'
+            f'<a href="notebooks/{path.stem}.html"><title>{escape(title)}</title>'
             f'<rect x="{x}" y="{y:g}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
-            f'<text x="{x + 10}" y="{y + 18:g}"><tspan class="number">{number}</tspan>'
-            f'<tspan x="{x + 10}" dy="16">{escape(name)}</tspan></text></a>'
+            f'<text x="{x + 10}" y="{y + 19:g}"><tspan class="number">{number}</tspan>{text}</text></a>'
         )
         after = f"after {', '.join(sorted(needs[number]))}" if needs[number] else "the start"
         items.append(f"- [{number} · {title}](notebooks/{path.name}): {after}; {minutes}, {memory}")

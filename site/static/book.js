@@ -1,0 +1,14 @@
+// What is wider than the page scrolls by itself; a keyboard reaches it only if it can have the focus.
+"use strict";
+
+function letScrollableHaveFocus() {
+  const selector = "pre, div.math, .pst-scrollable-table-container, .lesson-map";
+  for (const region of document.querySelectorAll(selector)) {
+    if (region.scrollWidth > region.clientWidth) region.tabIndex = 0;
+    else region.removeAttribute("tabindex");
+  }
+}
+
+window.addEventListener("load", letScrollableHaveFocus);
+window.addEventListener("resize", letScrollableHaveFocus);
+document.addEventListener("toggle", letScrollableHaveFocus, true);
