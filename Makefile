@@ -1,7 +1,7 @@
 # `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help course test lab base refresh format clean
+.PHONY: help course test lab base refresh site format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,6 +26,9 @@ base: .venv/installed  ## train shima-4m anew (about an hour; continues where it
 
 refresh: .venv/installed  ## run the lessons and write their outputs into the committed notebooks
 	$(BIN)/python -m helpers.course refresh
+
+site: .venv/installed  ## build the book in build/site from the committed notebooks
+	PYTHONPATH=. $(BIN)/python site/build.py
 
 format: .venv/installed  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix

@@ -20,7 +20,7 @@ from helpers.memory import CONTEXT, FRAGMENTATION, GPUS, ModelShape, bundled_sha
 from helpers.profiles import ROOT
 
 SITE = ROOT / "site"
-SOURCES = ("notebooks/[0-9][0-9]_*.ipynb", "docs/*.md", "docs/*.png", "docs/*.svg", "data/*/README.md")
+SOURCES = ("notebooks/[0-9][0-9]_*.ipynb", "docs/**/*.md", "docs/**/*.png", "docs/**/*.svg", "data/*/README.md")
 
 
 def collect(folder: Path) -> None:
@@ -36,7 +36,12 @@ def collect(folder: Path) -> None:
     notebooks = course.select_notebooks()
     cards = sorted(path.parent.name for path in folder.glob("data/*/README.md"))
     entries = [f"Model card: {name} <data/{name}/README>" for name in cards]
-    entries += [f"docs/{path.stem}" for path in sorted(folder.glob("docs/*.md"))]
+    for path in sorted(folder.glob("docs/*.md")):
+        entries.append(f"docs/{path.stem}")
+        if parts := sorted(path.with_suffix("").glob("*.md")):  # the parts of docs/NAME.md are in docs/NAME/
+            names = "\n".join(f"{path.stem}/{part.stem}" for part in parts)
+            text = path.read_text(encoding="utf-8")
+            path.write_text(f"{text}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n", encoding="utf-8")
     fill(folder / "index.md", lessons=lesson_map.table(notebooks), documents="\n".join(entries))
     fill(folder / "lesson_map.md", map=lesson_map.draw(notebooks))
     tables = "const CALCULATOR = " + json.dumps(calculator_tables(), separators=(",", ":")) + ";\n"

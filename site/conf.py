@@ -13,6 +13,8 @@ exclude_patterns = ["static"]
 # The notebooks are shown as they are committed.
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_code_prompt_show = "Show the setup"  # the one cell that is folded, the same in every lesson
+nb_code_prompt_hide = "Hide the setup"
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 

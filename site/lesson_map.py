@@ -12,9 +12,10 @@ BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 132, 62, 168, 76, 4
 
 def table(notebooks: list[Path]) -> str:
     """Markdown table with a link to each lesson."""
-    lines = ["| lesson | | time | memory | after |", "|---|---|---|---|---|"]
-    for path, (number, title, minutes, memory, after) in zip(notebooks, course.lessons(notebooks), strict=True):
-        lines.append(f"| {number} | [{title}](notebooks/{path.name}) | {minutes} | {memory} | {after} |")
+    lines = ["| lesson | time | memory | after |", "|---|---|---|---|"]
+    for path, (number, title, *measured, after) in zip(notebooks, course.lessons(notebooks), strict=True):
+        time, memory = (value.replace(" ", "\u00a0") for value in measured)  # a number stays with its unit
+        lines.append(f"| [{number} · {title}](notebooks/{path.name}) | {time} | {memory} | {after} |")
     return "\n".join(lines)
 
 

@@ -72,10 +72,11 @@ def content(page: BeautifulSoup) -> Tag:
 
 def test_every_lesson_document_and_model_card_has_a_page_that_the_contents_list(pages):
     expected = {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
-    expected |= {f"docs/{path.stem}.html" for path in ROOT.glob("docs/*.md")}
-    expected |= {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob("data/*/README.md")}
+    for pattern in ("docs/*.md", "data/*/README.md"):
+        expected |= {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob(pattern)}
     expected |= {"index.html", "lesson_map.html", "memory_calculator.html", "search.html"}
     assert expected <= pages.keys()
+    assert {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob("docs/*/*.md")} <= pages.keys()
     listed = {link["href"] for link in pages["index.html"].select("nav.bd-links a[href]")}
     assert expected - {"index.html", "search.html"} <= listed
 
@@ -242,12 +243,26 @@ def show(page, site: Path, name: str) -> None:
     page.evaluate("() => document.querySelectorAll('details').forEach(box => box.open = true)")
 
 
+# A lesson holds up to 20,000 pieces of coloured code, and axe would look at each. One of each kind stays, with the
+# colours that all of its kind have; a formula, drawn in the colour of the text, stays as a name.
+ONE_OF_EACH_KIND = """() => {
+    const seen = new Set();
+    for (const span of document.querySelectorAll('.highlight pre span')) {
+        const kind = (span.closest('.cell_output') ? 'output ' : '') + span.className;
+        if (seen.has(kind)) span.replaceWith(...span.childNodes);
+        seen.add(kind);
+    }
+    for (const pre of document.querySelectorAll('pre')) pre.normalize();
+    for (const drawing of document.querySelectorAll('mjx-container > *')) drawing.replaceWith('formula');
+    const style = document.createElement('style');
+    style.textContent = '* {transition: none !important}';
+    document.head.append(style);
+}"""
+
+
 def serious(page) -> list[str]:
     """What axe-core calls serious or critical on the page as it is."""
-    results = page.evaluate(
-        "() => axe.run(document, {resultTypes: ['violations'], runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', "
-        "'best-practice']})"
-    )
+    results = page.evaluate("() => axe.run(document, {resultTypes: ['violations'], preload: false})")
     return [
         f"{finding['id']}: {node['html'][:150]} {node.get('failureSummary', '')[:200]}"
         for finding in results["violations"]
@@ -264,10 +279,6 @@ def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site,
     wrong = []
     for name in pages:
         show(page, site, name)
-        page.evaluate(axe)
-        for scheme in ("light", "dark"):
-            page.evaluate(f"() => {{ document.documentElement.dataset.theme = '{scheme}' }}")
-            wrong += [f"{name}, {scheme}: {finding}" for finding in serious(page)]
         errors = page.locator("mjx-merror, [data-mjx-error]").count()
         wrong += [f"{name}: a formula has errors"] * errors
         page.set_viewport_size({"width": 390, "height": 844})
@@ -275,6 +286,11 @@ def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site,
         if width > 390:
             wrong.append(f"{name}: {width} pixels wide on a phone of 390")
         page.set_viewport_size({"width": 1280, "height": 900})
+        page.evaluate(ONE_OF_EACH_KIND)
+        page.evaluate(axe)
+        for scheme in ("light", "dark"):
+            page.evaluate(f"() => {{ document.documentElement.dataset.theme = '{scheme}' }}")
+            wrong += [f"{name}, {scheme}: {finding}" for finding in serious(page)]
         wrong += [f"{name}: {problem}" for problem in page.wrong]
         page.wrong.clear()
     assert not wrong, "\n".join(wrong)

@@ -91,7 +91,9 @@
 
   function table(result) {
     const phases = Object.keys(result.phases);
+    const frame = element("div", undefined, { class: "pst-scrollable-table-container" });
     const made = element("table", undefined, { class: "table" });
+    frame.append(made);
     made.append(element("caption", "GiB (2³⁰ bytes) on each GPU, at the peak of each phase"));
     const head = made.createTHead().insertRow();
     head.append(element("th", "part", { scope: "col" }));
@@ -111,7 +113,7 @@
     };
     for (const part of Object.keys(result.parts)) add(part, TEXT[part], (parts) => parts[part]);
     add("total", "total", (parts) => Object.values(parts).reduce((sum, bytes) => sum + bytes, 0));
-    return made;
+    return frame;
   }
 
   function update() {
