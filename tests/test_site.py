@@ -243,6 +243,12 @@ def show(page, site: Path, name: str) -> None:
     page.evaluate("() => document.querySelectorAll('details').forEach(box => box.open = true)")
 
 
+def resize(page, width: int) -> None:
+    """Change the width of the window, and wait until the page has followed."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 # A lesson holds up to 20,000 pieces of coloured code, and axe would look at each. One of each kind stays, with the
 # colours that all of its kind have; a formula, drawn in the colour of the text, stays as a name.
 ONE_OF_EACH_KIND = """() => {
@@ -281,11 +287,11 @@ def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site,
         show(page, site, name)
         errors = page.locator("mjx-merror, [data-mjx-error]").count()
         wrong += [f"{name}: a formula has errors"] * errors
-        page.set_viewport_size({"width": 390, "height": 844})
+        resize(page, 390)
         width = page.evaluate("() => document.documentElement.scrollWidth")
         if width > 390:
             wrong.append(f"{name}: {width} pixels wide on a phone of 390")
-        page.set_viewport_size({"width": 1280, "height": 900})
+        resize(page, 1280)
         page.evaluate(ONE_OF_EACH_KIND)
         page.evaluate(axe)
         for scheme in ("light", "dark"):
@@ -353,7 +359,7 @@ def enter(field, value) -> None:
 
 
 def test_the_form_shows_the_numbers_of_the_table(site, page):
-    page.set_viewport_size({"width": 390, "height": 844})
+    resize(page, 390)
     show(page, site, "memory_calculator.html")
     for case in CASE_ROWS[::9]:
         fill_form(page, case)
