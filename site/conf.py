@@ -40,7 +40,6 @@ html_theme_options = {
     "show_toc_level": 2,
     "home_page_in_toc": True,
     "show_navbar_depth": 1,
-    "navigation_depth": 1,  # the parts of a document are reached from it, without unnamed buttons in the contents
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

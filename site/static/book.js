@@ -9,6 +9,11 @@ function letScrollableHaveFocus() {
   }
 }
 
+// The theme's button that unfolds the parts of a page in the contents has an icon and no name.
+for (const button of document.querySelectorAll("nav.bd-links summary")) {
+  button.setAttribute("aria-label", "Show the parts");
+}
+
 window.addEventListener("load", letScrollableHaveFocus);
 window.addEventListener("resize", letScrollableHaveFocus);
 document.addEventListener("toggle", letScrollableHaveFocus, true);
