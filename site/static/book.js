@@ -10,9 +10,11 @@ function letScrollableHaveFocus() {
 }
 
 // The theme's button that unfolds the parts of a page in the contents has an icon and no name.
-for (const button of document.querySelectorAll("nav.bd-links summary")) {
-  button.setAttribute("aria-label", "Show the parts");
-}
+document.addEventListener("DOMContentLoaded", () => {
+  for (const button of document.querySelectorAll("nav.bd-links summary")) {
+    button.setAttribute("aria-label", "Show the parts");
+  }
+});
 
 window.addEventListener("load", letScrollableHaveFocus);
 window.addEventListener("resize", letScrollableHaveFocus);
