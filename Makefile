@@ -1,7 +1,7 @@
 # `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help course test lab base refresh lesson newest colab-test links student slides format clean
+.PHONY: help course test lab base refresh lesson newest colab-test links student slides site format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -44,6 +44,9 @@ links: .venv/installed  ## say where the course is published: make links REPO=ow
 
 slides: .venv/installed  ## lecture slides of all lessons in build/slides; they need no network
 	$(BIN)/python -m helpers.slides export
+
+site: .venv/installed  ## build the book in build/site from the committed notebooks
+	PYTHONPATH=. $(BIN)/python site/build.py
 
 format: .venv/installed  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix

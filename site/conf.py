@@ -1,0 +1,54 @@
+"""Sphinx's settings for the book. `site/build.py` collects the sources and starts it; nothing is run or fetched."""
+
+import pages
+
+from helpers.colab import REPOSITORY, TAG
+
+project = "LLM Workbook"
+author = "LLM Workbook"
+copyright = ""
+extensions = ["myst_nb", "sphinx_copybutton"]
+exclude_patterns = ["static"]
+
+# The notebooks are shown as they are committed.
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_code_prompt_show = "Show the setup"  # the one cell that is folded, the same in every lesson
+nb_code_prompt_hide = "Hide the setup"
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+
+# MathJax comes from an installed package instead of a server; only the files that are used are copied.
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax3_config = {"options": {"enableMenu": False}}
+
+html_theme = "sphinx_book_theme"
+html_title = "LLM Workbook"
+html_css_files = ["book.css"]
+html_js_files = ["book.js"]
+html_show_copyright = False
+html_show_sphinx = False
+html_copy_source = True  # the notebooks to download, as they are committed
+html_sourcelink_suffix = ""
+html_context = {"default_mode": "auto"}
+html_theme_options = {
+    "repository_url": REPOSITORY,
+    "repository_branch": TAG,
+    "use_download_button": False,  # each lesson has its own at the top, where a phone shows it too
+    "use_repository_button": True,
+    "use_fullscreen_button": False,
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "show_navbar_depth": 1,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+copybutton_selector = "div.highlight pre"
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def setup(app):
+    """Let `pages` change what Sphinx reads."""
+    app.connect("source-read", pages.prepare_source)
+    app.connect("doctree-read", pages.describe_images)
+    app.connect("build-finished", pages.copy_mathjax)
