@@ -26,7 +26,6 @@ from helpers.profiles import ROOT, detect_hardware, get_profile
 # `python -m helpers.links` changes these two lines, and with them every place that repeats them.
 REPOSITORY = "https://github.com/llm-workbook/llm-workbook"
 TAG = "v0.1.0"  # of the release that the badges open and the setup cell fetches: the version in pyproject.toml
-BRANCH = "main"  # for links to sources as they are now
 
 # The first code cell of every notebook, word for word.
 SETUP_CELL = f"""\
