@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 
 from helpers.colab import REPOSITORY, SETUP_CELL, TAG
-from helpers.course import read_notebook, select_notebooks, source_hash, write_atomically
+from helpers.course import read_notebook, select_notebooks, source_hash, tags, write_atomically
 from helpers.errors import CourseError, exit_cleanly
 from helpers.profiles import ROOT
 
@@ -42,7 +42,7 @@ def relink(root: Path, repository: str, tag: str) -> list[Path]:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = relinked(cell.source)
-            elif "COLAB_RELEASE_TAG" in cell.source:
+            elif "setup" in tags(cell):
                 cell.source = setup
         if fresh:
             notebook.metadata.workbook.source_hash = source_hash(notebook)

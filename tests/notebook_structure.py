@@ -135,6 +135,8 @@ def the_setup_is_the_first_code_cell_after_you_will(notebook: NotebookNode, stem
     first = next((i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"), None)
     if first is None or notebook.cells[first].source.strip() != SETUP_CELL.strip():
         yield "the first code cell is not helpers.colab.SETUP_CELL"
+    elif "setup" not in course.tags(notebook.cells[first]):
+        yield "the first code cell is not tagged setup"
     if not any("You will" in cell.source for cell in notebook.cells[:first]):
         yield 'no cell before the setup says "You will"'
 
