@@ -254,7 +254,8 @@ def find_submissions(folder: Path, lessons: dict[str, Lesson], known: list[str])
                 submission.problem = f"larger than {LARGEST_FILE >> 20} MiB"
             else:
                 try:
-                    submission.key = hashlib.sha256(lesson.key.encode() + path.read_bytes()).hexdigest()
+                    owned = os.fsencode(f"{lesson.key}/{student.name}/") + path.read_bytes()
+                    submission.key = hashlib.sha256(owned).hexdigest()
                 except OSError as error:
                     submission.problem = f"cannot be read ({error.strerror})"
             found.append(submission)
@@ -581,9 +582,7 @@ def grade(
                 name = _readable(submission.path)
                 reports[place] = [Row(submission.student, name, "", "rejected", submission.problem)]
             elif submission.key in known:
-                reports[place] = state[submission.key] = [
-                    replace(row, student=submission.student) for row in known[submission.key]
-                ]
+                reports[place] = state[submission.key] = known[submission.key]
             else:
                 waiting.append(place)
                 continue
