@@ -48,8 +48,11 @@ def test_the_table_of_the_readme_is_the_one_that_the_runner_lists(capsys: pytest
 # A small notebook that keeps all conventions
 
 
+HINT = "<details><summary>Hint</summary>\n\nTwice.\n\n</details>"
+
+
 def exercise(number: int) -> list[NotebookNode]:
-    """Stub, check and solution of one exercise."""
+    """Stub, check, hint and solution of one exercise."""
     stub = "def double(number):\n    raise NotImplementedError"
     check = (
         "from helpers.exercises import check, expect_equal\n\n\n"
@@ -63,6 +66,7 @@ def exercise(number: int) -> list[NotebookNode]:
         new_markdown_cell(f"### Exercise 3.{number} (easy)\nWrite `double`."),
         new_code_cell(stub, metadata={"tags": ["exercise"]}),
         new_code_cell(check, metadata={"tags": ["check"]}),
+        new_markdown_cell(HINT, metadata={"tags": ["hint"]}),
         new_markdown_cell(solution, metadata={"tags": ["solution"]}),
     ]
 
@@ -79,7 +83,7 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cells = [
         new_markdown_cell(f"# Lines\n\n{badge(STEM)}\n\ncpu 0 s · 0 GB | t4 1 min · 1 GB"),
         new_markdown_cell("**You will** draw a line.\n\nPrerequisites: 01."),
-        new_code_cell(SETUP_CELL),
+        new_code_cell(SETUP_CELL, metadata={"tags": ["setup"]}),
         new_code_cell('profile = "auto"\nseed: int = 0\nmodel_id = ""', metadata={"tags": ["parameters"]}),
         new_markdown_cell("## A line\n\n```python\n## not a heading\n```\n\n![a line](../figures/line.png)"),
         new_code_cell(plot),
@@ -163,6 +167,7 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: cell_with(n, "COLAB").update(source=SETUP_CELL.replace("--quiet", "")),
         lambda n: n.cells.insert(2, new_code_cell("import torch")),
         lambda n: n.cells.append(n.cells.pop(1)),
+        lambda n: cell_with(n, "COLAB").metadata.clear(),
     ],
     structure.one_cell_is_tagged_parameters_and_follows_the_setup: [
         lambda n: cell_with(n, "profile =").metadata.update(tags=[]),
@@ -182,7 +187,7 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: cell_with(n, "raise Not").metadata.clear(),
         lambda n: n.cells.extend(cell for number in range(4, 8) for cell in exercise(number)),
         lambda n: n.cells.remove(cell_with(n, '"3.2"')),
-        lambda n: n.cells.remove(cell_with(n, "<details>")),
+        lambda n: n.cells.remove(cell_with(n, "<summary>Solution")),
         lambda n: n.cells.append(new_markdown_cell("1", metadata={"tags": ["solution"]})),
         lambda n: n.cells.append(new_code_cell("1", metadata={"tags": ["exercise"]})),
     ],
@@ -195,10 +200,17 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: cell_with(n, '"3.2"').update(deepcopy(cell_with(n, '"3.1"'))),
         lambda n: cell_with(n, '"3.2"').update(source="assert double(2) == 4"),
     ],
+    structure.every_exercise_has_a_folded_hint: [
+        lambda n: n.cells.remove(cell_with(n, "<summary>Hint")),
+        lambda n: cell_with(n, "<summary>Hint").update(source="Twice."),
+        lambda n: cell_with(n, "<summary>Hint").update(source=HINT.replace("\n\n", "\n")),
+    ],
     structure.solutions_are_folded_markdown: [
-        lambda n: cell_with(n, "<details>").update(source="```python\n2\n```"),
-        lambda n: cell_with(n, "<details>").update(source=cell_with(n, "<details>").source.replace("\n\n", "\n")),
-        lambda n: cell_with(n, "<details>").update(cell_type="code", outputs=[], execution_count=None),
+        lambda n: cell_with(n, "<summary>Solution").update(source="```python\n2\n```"),
+        lambda n: cell_with(n, "<summary>Solution").update(
+            source=cell_with(n, "<summary>Solution").source.replace("\n\n", "\n")
+        ),
+        lambda n: cell_with(n, "<summary>Solution").update(cell_type="code", outputs=[], execution_count=None),
     ],
     structure.outputs_are_those_of_the_sources: [
         lambda n: cell_with(n, "print(").update(source="print(seed)"),
@@ -263,7 +275,7 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
                 "def :",
             )
         ),
-        lambda n: cell_with(n, "<details>").update(source="<details>\n\n```python\neval('1')\n```"),
+        lambda n: cell_with(n, "<summary>Solution").update(source="<details>\n\n```python\neval('1')\n```"),
     ],
 }
 
