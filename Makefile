@@ -10,7 +10,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 course: .venv/installed  ## run all lessons on the CPU; report in build/course/report.html
-	$(BIN)/python -m helpers.course run
+	$(BIN)/python -m course.runner run
 
 test: .venv/installed  ## lint, unit tests, and every notebook cell by cell
 	$(BIN)/ruff check
@@ -25,25 +25,25 @@ lab: .venv/installed  ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 base: .venv/installed  ## train shima-4m anew (about an hour; continues where it was stopped)
-	$(BIN)/python -m helpers.base_model build
+	$(BIN)/python -m recipes.base_model build
 
 student: .venv/installed  ## write the lessons without solutions, to hand out, to build/student
-	$(BIN)/python -m helpers.course student
+	$(BIN)/python -m course.runner student
 
 refresh: .venv/installed  ## run the lessons and write their outputs into the committed notebooks
-	$(BIN)/python -m helpers.course refresh
+	$(BIN)/python -m course.runner refresh
 
 lesson: .venv/installed  ## start a new lesson, for example: make lesson NAME=11_topic
-	$(BIN)/python -m helpers.template "$(NAME)"
+	$(BIN)/python -m course.new_lesson "$(NAME)"
 
 newest:  ## try the newest versions of the packages, apart from .venv; the report is build/newest/report.txt
 	PYTHON=$(PYTHON) .ci/newest
 
 links: .venv/installed  ## say where the course is published: make links REPO=owner/name [VERSION=1.0.0]
-	$(BIN)/python -m helpers.links $(if $(REPO),"$(REPO)") $(if $(VERSION),--version "$(VERSION)")
+	$(BIN)/python -m course.links $(if $(REPO),"$(REPO)") $(if $(VERSION),--version "$(VERSION)")
 
 slides: .venv/installed  ## lecture slides of all lessons in build/slides; they need no network
-	$(BIN)/python -m helpers.slides export
+	$(BIN)/python -m course.slides export
 
 site: .venv/installed  ## build the book in build/site from the committed notebooks
 	PYTHONPATH=. $(BIN)/python site/build.py

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +32,7 @@ from helpers.profiles import ROOT, Profile
 
 MODEL_FOLDERS = {name: ROOT / "data" / name for name in ("shima-4m", "shima-4m-assistant")}
 BASE_MODEL_VERSION = 1  # "workbook_version" in the base model's config.json; raise it when old weights no longer fit
-_REBUILD = {"shima-4m": "make base", "shima-4m-assistant": "python -m helpers.assistant build"}
+_REBUILD = {"shima-4m": "make base", "shima-4m-assistant": "python -m recipes.assistant build"}
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -137,6 +138,29 @@ def _find_folder(model_id: str, revision: str | None, with_weights: bool) -> Pat
     if model_id in MODEL_FOLDERS:
         _check_version(model_id, folder)
     return folder
+
+
+def load_in_4_bit(folder: Path | str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A saved model with its matrices in NF4, double quantised, as bitsandbytes holds them for QLoRA (2305.14314).
+
+    Multiplies in `dtype`. The weights stay trainable around: on a CPU bitsandbytes would repack weights that are read
+    once, and then train adapters on another copy of them.
+    """
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=four_bit,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
 
 
 def _fetch(model_id: str, revision: str | None, with_weights: bool) -> Path:

@@ -84,6 +84,11 @@ def show(figure: Figure, alt: str | None = None) -> None:
     )
 
 
+def scored_line(x: Sequence[float], scores: Sequence[Score]) -> tuple[Sequence[float], list, list, list]:
+    """A series for `curve`: the accuracies of the scores with their intervals as a band."""
+    return x, [s.accuracy for s in scores], [s.low for s in scores], [s.high for s in scores]
+
+
 @plt.rc_context(STYLE)
 def curve(
     series: Mapping[str, tuple],

@@ -14,7 +14,7 @@ from pathlib import Path
 import lesson_map
 from sphinx.cmd.build import build_main
 
-from helpers import course
+from course import notebooks
 from helpers.errors import CourseError, exit_cleanly
 from helpers.memory import CONTEXT, FRAGMENTATION, GPUS, ModelShape, bundled_shapes
 from helpers.profiles import ROOT
@@ -33,7 +33,7 @@ def collect(folder: Path) -> None:
             target = folder / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    notebooks = course.select_notebooks()
+    lessons = notebooks.select_notebooks()
     cards = sorted(path.parent.name for path in folder.glob("data/*/README.md"))
     entries = [f"Model card: {name} <data/{name}/README>" for name in cards]
     for path in sorted(folder.glob("docs/*.md")):
@@ -42,8 +42,8 @@ def collect(folder: Path) -> None:
             names = "\n".join(f"{path.stem}/{part.stem}" for part in parts)
             text = path.read_text(encoding="utf-8")
             path.write_text(f"{text}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n", encoding="utf-8")
-    fill(folder / "index.md", lessons=lesson_map.table(notebooks), documents="\n".join(entries))
-    fill(folder / "lesson_map.md", map=lesson_map.draw(notebooks))
+    fill(folder / "index.md", lessons=lesson_map.table(lessons), documents="\n".join(entries))
+    fill(folder / "lesson_map.md", map=lesson_map.draw(lessons))
     tables = "const CALCULATOR = " + json.dumps(calculator_tables(), separators=(",", ":")) + ";\n"
     (folder / "static/calculator_tables.js").write_text(tables, encoding="utf-8")
 

@@ -1,0 +1,1 @@
+"""What instructors, maintainers and CI run: `python -m course`."""

@@ -1,0 +1,3 @@
+"""Grades handed-in notebooks."""
+
+from course.grading.grade import *  # noqa: F403

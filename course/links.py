@@ -1,0 +1,82 @@
+"""Where the course is published: `python -m course.links [owner/name] [--version 1.0.0]`, or `make links REPO=...`.
+
+`REPOSITORY` and `TAG` in `helpers.colab` say it. The badges and the setup cell of every notebook, README.md,
+pyproject.toml and the documentation repeat it, and this command brings them all in line. It changes nothing else: the
+setup cell does the same as before outside of Colab, so outputs that belonged to their notebook still do.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import nbformat
+
+from course.notebooks import read_notebook, select_notebooks, source_hash, tags
+from helpers.colab import REPOSITORY, SETUP_CELL, TAG
+from helpers.errors import CourseError, exit_cleanly
+from helpers.files import write_atomically
+from helpers.profiles import ROOT
+
+GITHUB = "https://github.com/"
+BADGE = re.compile(r"(?<=https://colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+/blob/[^/\s]+(?=/notebooks/\d\d_)")
+# GitHub's own rules: no hyphen at the ends of an owner, no name that is only dots.
+NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,38}/(?!\.+$)[A-Za-z0-9._-]{1,100}(?<!\.git)")
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def relink(root: Path, repository: str, tag: str) -> list[Path]:
+    """Make everything below `root` name this repository (owner/name) and this tag; return the files that changed.
+
+    A notebook whose outputs were those of its sources before remains so; one that was stale remains stale.
+    """
+    old = REPOSITORY.removeprefix(GITHUB)
+    setup = SETUP_CELL.replace(f'"{TAG}", "{REPOSITORY}"', f'"{tag}", "{GITHUB}{repository}"').strip()
+
+    def relinked(text: str) -> str:
+        text = re.sub(rf"(?<={re.escape(GITHUB)}){re.escape(old)}(?![\w-])", repository, text)
+        return BADGE.sub(f"{repository}/blob/{tag}", text)
+
+    texts = {}
+    for path in select_notebooks(root / "notebooks"):
+        notebook = read_notebook(path)
+        fresh = notebook.metadata.get("workbook", {}).get("source_hash") == source_hash(notebook)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = relinked(cell.source)
+            elif "setup" in tags(cell):
+                cell.source = setup
+        if fresh:
+            notebook.metadata.workbook.source_hash = source_hash(notebook)
+        texts[path] = nbformat.writes(notebook) + "\n"
+    for path in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("*.cff"), root / "pyproject.toml"]:
+        texts[path] = relinked(path.read_text(encoding="utf-8"))
+        if path.suffix in (".cff", ".toml"):
+            texts[path] = re.sub(r'(?m)^(version(?:: | = )"?)[\d.]+', rf"\g<1>{tag.removeprefix('v')}", texts[path])
+    # Last the constants: a run that was stopped before can be repeated.
+    constants = root / "helpers" / "colab.py"
+    texts[constants] = re.sub(r'(?m)^TAG = "[^"]*"', f'TAG = "{tag}"', relinked(constants.read_text(encoding="utf-8")))
+
+    changed = [path for path, text in texts.items() if text != path.read_text(encoding="utf-8")]
+    for path in changed:
+        write_atomically(path, texts[path])
+    return changed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m course.links", description="Say where the course is published.")
+    parser.add_argument("repository", nargs="?", default=REPOSITORY.removeprefix(GITHUB), help="owner/name on GitHub")
+    parser.add_argument("--version", default=TAG.removeprefix("v"), help="of the release whose tag is fetched")
+    options = parser.parse_args(arguments)
+    if not NAME.fullmatch(options.repository):
+        raise CourseError(f"{options.repository!r} is no GitHub repository: give owner/name, such as ada/llm-course.")
+    if not VERSION.fullmatch(options.version):
+        raise CourseError(f"{options.version!r} is no version: give three numbers, such as 1.0.0.")
+    changed = relink(ROOT, options.repository, f"v{options.version}")
+    for path in changed:
+        print(f"changed {path.relative_to(ROOT)}")
+    print(f"{options.repository} at v{options.version}: {len(changed)} files changed.")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,80 @@
+"""The student edition of the lessons: the same notebooks without solutions, and with folded hints.
+
+A cell tagged `solution` is left out, and so are the outputs of exercises and their checks. A markdown cell tagged
+`hint` becomes a folded one. The rest of a lesson, its outputs included, stays: they show what to expect. Beside the
+notebooks stand the helpers and the data that they need, so that the folder can be handed out as it is.
+"""
+
+import copy
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+from nbconvert.preprocessors import TagRemovePreprocessor
+from nbformat import NotebookNode
+
+from course.notebooks import read_notebook, tags
+from helpers.colab import badge
+from helpers.errors import CourseError
+from helpers.profiles import ROOT
+
+NEEDED = ("helpers", "data", "requirements.txt", "constraints.txt")  # what the lessons use besides their notebook
+# What a text says about the folded solutions: a part of a sentence, or a sentence.
+ABOUT_SOLUTIONS = re.compile(r",? and a folded solution|[ \t]*[^.\n]*\bsolutions? (?:is|are) folded\b[^.\n]*\.")
+
+
+def student_edition(notebook: NotebookNode, stem: str) -> NotebookNode:
+    """A copy of the lesson without its solutions; `stem` is its file name without .ipynb."""
+    edition = copy.deepcopy(notebook)
+    remover = TagRemovePreprocessor(
+        enabled=True, remove_cell_tags={"solution"}, remove_all_outputs_tags={"exercise", "check"}
+    )
+    edition, _ = remover.preprocess(edition, {})
+    for cell in edition.cells:
+        cell.metadata.pop("transient", None)  # the preprocessor's own note
+        if cell.cell_type == "markdown":
+            # The badge opens the edition with the solutions.
+            cell.source = ABOUT_SOLUTIONS.sub("", cell.source.replace(badge(stem), "")).strip()
+            if "hint" in tags(cell) and "<details>" not in cell.source:
+                cell.source = f"<details><summary>Hint</summary>\n\n{cell.source}\n\n</details>"
+        elif {"exercise", "check"} & set(tags(cell)):
+            cell.execution_count = None
+    edition.metadata.get("workbook", {}).pop("source_hash", None)  # it is that of the other edition
+    return edition
+
+
+def write_student_edition(notebooks: list[Path], out: Path) -> None:
+    """Write the student edition of the notebooks, with all that they need, to the folder `out`, which is replaced.
+
+    CourseError if `out` holds something else.
+    """
+    if out.exists() and not (out / NEEDED[0]).is_dir() and any(out.iterdir()):
+        raise CourseError(f"{out} holds something else than a student edition: empty it, or choose another --out.")
+    beside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        for path in notebooks:
+            nbformat.write(student_edition(read_notebook(path), path.stem), beside / path.name)
+        for name in NEEDED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, beside / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, beside / name)
+        shutil.rmtree(out, ignore_errors=True)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def exercises_without_hint(notebooks: list[Path]) -> list[str]:
+    """First lines of the exercises, such as "Exercise 3.1, easy: ...", that no cell tagged `hint` follows."""
+    found = []
+    for path in notebooks:
+        cells = read_notebook(path).cells
+        starts = [index for index, cell in enumerate(cells) if "exercise" in tags(cell)]
+        for start, end in zip(starts, [*starts[1:], len(cells)], strict=True):
+            if not any("hint" in tags(cell) for cell in cells[start:end]):
+                found.append(cells[start].source.partition("\n")[0].removeprefix("# "))
+    return found

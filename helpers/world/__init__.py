@@ -1,0 +1,3 @@
+"""Shima."""
+
+from helpers.world.world import *  # noqa: F403

@@ -1,0 +1,1 @@
+"""What made data/: each module writes one part of it anew."""

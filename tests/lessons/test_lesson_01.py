@@ -1,0 +1,118 @@
+"""Lesson 01: its checks tell right from wrong answers, and its cells run on a model and a text in the hub's formats."""
+
+import re
+from itertools import product
+
+import pytest
+
+from course import notebooks
+from helpers.profiles import ROOT
+from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_run import run_lesson
+
+NOTEBOOK = ROOT / "notebooks" / "01_overview.ipynb"
+EXERCISES = read_exercises(NOTEBOOK)
+CELLS = {cell.id: cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells}
+
+
+@pytest.fixture(scope="module")
+def lesson() -> dict:
+    """The names that the exercises use, made by the lesson's own cells from a small part of the text."""
+    names: dict = {"profile": "cpu", "model_id": "", "text_id": "", "seed": 0, "budget": 0.1}
+    for cell in ("settings", "helpers", "read-text", "tokenizer", "kneser-ney-code", "kneser-ney-probability"):
+        exec(CELLS[cell], names)
+    exec("ngram = kneser_ney(rows.flatten().tolist(), 4)", names)
+    return names
+
+
+def test_the_probabilities_of_the_lessons_kneser_ney_model_are_those_computed_by_hand(lesson):
+    lesson = {**lesson}
+    exec(CELLS["kneser-ney-code"] + "\n\n" + CELLS["kneser-ney-probability"], lesson)
+    lesson["VOCAB"] = 3
+    unigrams, bigrams = tables = lesson["kneser_ney"]([0, 1, 0, 1, 0, 2, 0], 2)
+    assert bigrams.counts == {(0, 1): 2, (1, 0): 2, (0, 2): 1, (2, 0): 1}
+    assert unigrams.counts == {(0,): 2, (1,): 1, (2,): 1}  # 0 follows 1 and 2; 1 and 2 follow 0 only
+    assert (bigrams.discount, unigrams.discount) == (2 / (2 + 2 * 2), 2 / (2 + 2 * 1))
+    of_one = (1 - 0.5) / 4 + 0.5 * 3 / 4 / 3
+    expected = (2 - 1 / 3) / 3 + 1 / 3 * 2 / 3 * of_one
+    assert lesson["ngram_probability"](tables, [0], 1) == pytest.approx(expected)
+    for context in ([], [0], [1], [2]):
+        assert sum(lesson["ngram_probability"](tables, context, token) for token in range(3)) == pytest.approx(1)
+
+
+def test_the_probabilities_of_the_lessons_kneser_ney_model_sum_to_one_after_any_context(lesson):
+    tokens = lesson["rows"].flatten().tolist()
+    contexts = [tokens[start : start + length] for start, length in product(range(0, 2000, 400), range(6))]
+    for context in [*contexts, [0, 0, 0], [511, 511]]:
+        total = sum(lesson["ngram_probability"](lesson["ngram"], context, token) for token in range(lesson["VOCAB"]))
+        assert total == pytest.approx(1)
+
+
+def test_the_map_of_the_methods_names_every_other_lesson():
+    numbers = set(re.findall(r"\b(?:0[1-9]|1[0-7])\b", CELLS["map"]))
+    assert numbers == {f"{number:02}" for number in range(1, 18)}
+
+
+def test_the_check_of_convert_perplexity_finds_the_inverse_and_plain_scaling(lesson):
+    exercise = EXERCISES["1.1"]
+    right = "perplexity ** (num_tokens / other_num_tokens)"
+    wrong = [
+        planted(exercise.solution, right, "perplexity ** (other_num_tokens / num_tokens)"),
+        planted(exercise.solution, right, "perplexity * num_tokens / other_num_tokens"),
+        planted(exercise.solution, right, "perplexity"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_typical_finds_other_orders_a_lost_token_and_changed_logits(lesson):
+    exercise = EXERCISES["1.2"]
+    source = exercise.solution
+    wrong = [
+        planted(source, "(-log_p - entropy).abs().argsort(-1)", "(-log_p).argsort(-1)"),
+        planted(source, "(-log_p - entropy).abs().argsort(-1)", "(-log_p - entropy).argsort(-1)"),
+        planted(source, "ordered.cumsum(-1) - ordered", "ordered.cumsum(-1)"),
+        planted(source, ".gather(-1, order.argsort(-1))", ".gather(-1, order)"),
+        planted(source, ".gather(-1, order.argsort(-1))", ""),
+        planted(source, "logits.masked_fill(", "logits.masked_fill_("),
+        planted(source, "return logits.masked_fill", "return log_p.masked_fill"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten_starts(lesson):
+    exercise = EXERCISES["1.3"]
+    source = exercise.solution
+    wrong = [
+        planted(source, "[:width]", "[:1]"),
+        planted(source, "score + added", "added"),
+        planted(source, ", reverse=True", ""),
+        planted(source, "(list(start), 0.0)", "([], 0.0)"),
+        planted(source, "range(num_tokens)", "range(num_tokens - 1)"),
+        planted(
+            source,
+            "for token, added in enumerate(log_probabilities(ids).tolist())",
+            "for added, token in [max((p, t) for t, p in enumerate(log_probabilities(ids).tolist()))]",
+        ),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_the_better_model_finds_no_gain_and_what_is_no_distribution(lesson):
+    exercise = EXERCISES["1.4"]
+    only_the_table = "    return ngram_probability(tables, context, token)"
+    wrong = [
+        exercise.stub.replace("    raise NotImplementedError", only_the_table),
+        planted(exercise.solution, "(1 - share) * probability + share", "probability + share"),
+        planted(exercise.solution, "(1 - share) * probability + share", "0.0 * share * probability + 1.0"),
+        planted(exercise.solution, "return probability", "return min(1.0, 1.2 * probability)"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+@pytest.mark.slow
+def test_the_lesson_runs_on_a_model_and_a_text_in_the_hubs_formats(tiny_model_folder, text_file, tmp_path):
+    parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "text_id": str(text_file), "budget": 0.02}
+    notebook, said = run_lesson(NOTEBOOK, tmp_path, parameters)
+    assert f"profile t4: {tiny_model_folder}" in said
+    assert "There is nothing here that could show sliders" in said and "widgets" not in notebook.metadata
+    assert said.count("not attempted yet") == len(EXERCISES)

@@ -1,0 +1,127 @@
+"""Lesson 05: its checks tell right from wrong answers, and its cells run on a model and on chats in hub format."""
+
+import ast
+
+import pytest
+
+from course import notebooks
+from helpers.profiles import ROOT
+from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_run import run_lesson
+
+NOTEBOOK = ROOT / "notebooks" / "05_supervised_fine_tuning.ipynb"
+EXERCISES = read_exercises(NOTEBOOK)
+CELLS = {cell.id: cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells}
+
+
+def definitions(*cells: str) -> str:
+    """The functions of some cells, without what they run."""
+    trees = [ast.parse(CELLS[cell]) for cell in cells]
+    return "\n".join(ast.unparse(node) for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+@pytest.fixture(scope="module")
+def lesson() -> dict:
+    """The names that the exercises use, made by the lesson's own cells."""
+    names: dict = {"profile": "cpu", "model_id": "", "chats_id": "", "seed": 0, "budget": 1.0}
+    for source in (
+        CELLS["settings"],
+        CELLS["helpers"],
+        CELLS["template"],
+        'tests = {task: unseen_rows(100, task) for task in ("fact", "sum", "mood", "pairs")}',
+        definitions("encode"),
+        CELLS["fine-tune"],
+        CELLS["exact"],
+        definitions("packing-equal", "quality"),
+        'pool = training_rows(300, ("pairs",), stream=4)',
+    ):
+        exec(source, names)
+    return names
+
+
+def test_there_are_five_exercises():
+    assert list(EXERCISES) == ["5.1", "5.2", "5.3", "5.4", "5.5"]
+
+
+def test_the_check_of_encode_turns_finds_wrong_labels(lesson):
+    exercise = EXERCISES["5.1"]
+    labels = "[-100] * len(head) + (tail if"
+    wrong = [
+        planted(exercise.solution, labels, "head + (tail if"),  # the marks are learned as well
+        planted(exercise.solution, 'role == "assistant"', 'role != "user"'),  # the system's words are learned
+        planted(exercise.solution, 'role == "assistant"', "role == turns[-1][0] and text == turns[-1][1]"),  # last only
+        planted(exercise.solution, "tokenizer(text + END", "tokenizer(text"),  # turns do not end
+        planted(exercise.solution, "(tail if", "(tail[:-2] + [-100] * 2 if"),  # and are not learned to
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_the_accumulated_loss_finds_the_mean_of_means(lesson):
+    exercise = EXERCISES["5.2"]
+    wrong = [
+        planted(exercise.solution, "torch.cat(losses).mean()", "torch.stack([part.mean() for part in losses]).mean()"),
+        planted(
+            exercise.solution,
+            "torch.cat(losses).mean()",
+            "torch.stack([part.mean() for part in losses if len(part)]).mean()",
+        ),
+        planted(exercise.solution, ".mean()", ".sum()"),
+        planted(exercise.solution, "torch.cat(losses)", "torch.cat(losses[:3])[1:]"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_contaminated_finds_missed_leaks_and_false_alarms(lesson):
+    exercise = EXERCISES["5.3"]
+    source = exercise.solution
+    wrong = [
+        planted(source, "words = text.lower().split()\n        for", "words = text.split()\n        for"),
+        planted(source, "length = min(n, len(words))\n", "length = n\n").replace("{min(n, len(words)) for", "{n for"),
+        planted(source, "        if any(", "        if all("),
+        planted(source, "known[length] for run in runs)", "known[length] for run in runs if run[0] != words[0])"),
+        'def contaminated(train_texts, test_texts, n=5):\n    together = " ".join(train_texts).lower()\n'
+        "    return [i for i, text in enumerate(test_texts) if text.lower() in together]",
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_the_noisy_embeddings_finds_wrong_scales_and_noise_on_padding(lesson):
+    exercise = EXERCISES["5.4"]
+    source = exercise.solution
+    wrong = [
+        planted(source, " * real[..., None]", ""),
+        planted(source, "(lengths * hidden)", "torch.tensor([seq * hidden] * batch)"),
+        planted(source, "(lengths * hidden)", "(lengths * 1.0)"),
+        planted(source, "2 * torch.rand(embeddings.shape, generator=generator) - 1", "torch.rand(embeddings.shape)"),
+        planted(source, "torch.rand(embeddings.shape, generator=generator) - 1", "torch.rand(embeddings.shape) - 1"),
+        planted(source, "return embeddings + ", "return embeddings.add_(1) - 1 + "),
+        planted(source, "alpha /", "2 * alpha /"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_choose_finds_unfiltered_too_many_and_invented_rows(lesson):
+    exercise = EXERCISES["5.5"]
+    wrong = [
+        planted(exercise.solution, " if is_supported(row)", ""),  # many of them are wrong
+        planted(exercise.solution, "[:40]", ""),
+        planted(exercise.solution, "][:40]", "][:0]"),
+        planted(exercise.solution, "[row for row", "[row | {'answer': 'Answer: yes'} for row"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+@pytest.mark.slow
+def test_the_lesson_runs_on_a_model_and_on_chats_in_the_hubs_formats(tiny_model_folder, messages_file, tmp_path):
+    parameters = {
+        "profile": "t4",
+        "model_id": str(tiny_model_folder),
+        "chats_id": str(messages_file),
+        "budget": 0.03,
+    }
+    _, said = run_lesson(NOTEBOOK, tmp_path, parameters)
+    assert "profile t4: tiny-qwen2 on cpu in float32" in said
+    assert "holds: the ten losses are those of SFTTrainer, within 0.001" in said
+    assert "holds: with the document mask packing changes no loss (0.001 allowed)" in said
+    assert "DOES NOT HOLD: the assistant is right on at least 90 %" in said  # it reports, and goes on
+    assert said.count("not attempted yet") == len(EXERCISES)

@@ -1,0 +1,142 @@
+"""Lesson 06: its checks tell right from wrong answers, its parts equal the libraries, and it runs on a hub model."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from course import notebooks
+from helpers.memory import estimate_training
+from helpers.profiles import ROOT
+from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_run import run_lesson
+
+NOTEBOOK = ROOT / "notebooks" / "06_peft.ipynb"
+EXERCISES = read_exercises(NOTEBOOK)
+CELLS = {cell.id: cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells}
+NAMES = {"math": math, "torch": torch, "nn": nn, "Tensor": Tensor, "Callable": Callable, "Sequence": Sequence}
+
+
+def defined(*cells: str) -> dict:
+    """The names that some cells define; these cells run nothing."""
+    names = NAMES | {"F": torch.nn.functional, "machine": type("Machine", (), {"device": "cpu"})}
+    for cell in cells:
+        exec(CELLS[cell], names)
+    return names
+
+
+def test_there_are_four_exercises() -> None:
+    assert list(EXERCISES) == ["6.1", "6.2", "6.3", "6.4"]
+
+
+def test_the_check_of_the_count_finds_other_layers_and_missing_factors() -> None:
+    solution = EXERCISES["6.1"].solution
+    wrong = [
+        planted(solution, "layer.in_features + layer.out_features", "layer.in_features * layer.out_features"),
+        planted(solution, "layer.in_features + layer.out_features", "2 * layer.in_features"),
+        planted(solution, "rank * (", "("),
+        planted(solution, 'name.split(".")[-1] in targets', "any(target in name for target in targets)"),
+        planted(solution, "isinstance(layer, nn.Linear) and ", ""),
+    ]
+    prove_check(EXERCISES["6.1"], NAMES, wrong)
+
+
+def test_the_check_of_merged_dora_finds_norms_over_the_wrong_side_and_changed_arguments() -> None:
+    solution = EXERCISES["6.2"].solution
+    wrong = [
+        planted(solution, "adapted.norm(dim=1)", "adapted.norm()"),
+        planted(solution, "adapted.norm(dim=1)", "weight.norm(dim=1)"),
+        planted(solution, "scale * (B @ A)", "B @ A"),
+        planted(solution, "adapted = weight + scale * (B @ A)", "adapted = weight.add_(scale * (B @ A))"),
+        planted(solution, "(magnitude / adapted.norm(dim=1))", "magnitude"),
+    ]
+    prove_check(EXERCISES["6.2"], NAMES, wrong)
+
+
+def test_the_check_of_pissa_finds_wrong_scales_small_directions_and_uneven_factors() -> None:
+    solution = EXERCISES["6.3"].solution
+    wrong = [
+        planted(solution, "(s[:rank] / scale).sqrt()", "s[:rank].sqrt()"),  # the residual is right, the scale is not
+        planted(solution, "roots[:, None] * vh[:rank], u[:, :rank] * roots", "vh[-rank:], u[:, -rank:]"),
+        planted(solution, "weight - scale * B @ A", "weight - B @ A"),
+        planted(solution, "weight - scale * B @ A", "weight"),
+        planted(
+            solution,
+            "roots[:, None] * vh[:rank], u[:, :rank] * roots",
+            "vh[:rank], u[:, :rank] * roots**2",
+        ),
+    ]
+    prove_check(EXERCISES["6.3"], NAMES, wrong)
+
+
+def test_the_check_of_the_frugal_method_finds_too_many_parameters_and_too_little_learning() -> None:
+    outcomes = {("rank 1", 1e-3): (19_712, 0.99), ("rank 3", 1e-3): (59_136, 1.0), ("rank 1", 1e-5): (19_712, 0.01)}
+    names = NAMES | {
+        "SIZE": 3_606_784,
+        "ALL": (),
+        "lora": lambda rank, **_: f"rank {rank}",
+        "trained_quality": lambda method, rate: outcomes[method, rate],
+    }
+    solution = EXERCISES["6.4"].solution
+    wrong = [planted(solution, "rank=1", "rank=3"), planted(solution, "1e-3", "1e-5")]
+    prove_check(EXERCISES["6.4"], names, wrong)
+
+
+def test_lora_starts_as_its_layer_and_its_factors_have_the_right_shapes() -> None:
+    names = defined("lora")
+    layer = nn.Linear(6, 4)
+    adapted = names["LoRALinear"](layer, rank=2, alpha=8)
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(adapted(x), layer(x))
+    assert (tuple(adapted.A.shape), tuple(adapted.B.shape), adapted.scale) == ((2, 6), (4, 2), 4.0)
+    assert names["LoRALinear"](layer, rank=4, alpha=8, rank_stabilised=True).scale == 4.0
+
+
+def test_a_4_bit_layer_gives_the_product_and_the_gradient_of_its_own_matrix() -> None:
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import get_4bit_type
+
+    names = defined("nf4", "nf4-linear")
+    names["NF4"], names["DYNAMIC"] = get_4bit_type("nf4", device="cpu"), names["dynamic_levels"]()
+    torch.manual_seed(0)
+    layer = names["NF4Linear"](nn.Linear(128, 64).requires_grad_(False))
+    x = torch.randn(2, 3, 128, requires_grad=True)
+    weight = layer.dequantize()
+    gradient = torch.randn(2, 3, 64)
+    (found,) = torch.autograd.grad(layer(x), x, gradient)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, weight, layer.bias))
+    assert torch.allclose(found, gradient @ weight, atol=1e-6)
+
+
+def test_qlora_of_a_hub_model_with_half_a_billion_parameters_needs_at_most_7_gb() -> None:
+    """The settings of the lesson's plan; the practice section trains with them."""
+    assert 'plan = {"batch_size": 4, "seq_len": 512, "precision": "fp16", "lora_rank": 16}' in CELLS["plan"]
+    estimate = estimate_training(
+        "Qwen/Qwen2.5-0.5B",
+        method="qlora",
+        optimizer="paged_adamw_8bit",
+        precision="fp16",
+        batch_size=4,
+        seq_len=512,
+        lora_rank=16,
+        gradient_checkpointing=True,
+    )
+    assert estimate.total <= 7e9
+    assert "values[:512]" in CELLS["practice-run"] and "min(4, len(rows))" in CELLS["practice-run"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_with_a_model_from_the_hub(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """The cells of the GPU profile on a tiny Qwen2 in hub format: bitsandbytes' real 4-bit layers, and peft on them."""
+    parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "budget": 0.05}
+    _, said = run_lesson(NOTEBOOK, tmp_path, parameters, cell_timeout=120, timeout=400)
+    assert "profile t4: tiny-qwen2 on cpu in float32" in said
+    assert "Linear4bit" in said
+    for name in ("LoRA", "rsLoRA", "DoRA", "QLoRA", "IA3", "prompt tuning", "prefix tuning", "norm tuning"):
+        assert f"holds: {name} equals peft" in said
+    assert "DOES NOT HOLD: full fine-tuning answers at least 90 % of held-out instructions" in said
+    assert "holds: QLoRA with checkpointing needs at most 7 GB" in said
+    assert said.count("not attempted yet") == len(EXERCISES)

@@ -1,0 +1,147 @@
+"""Lesson 10: its checks tell right from wrong answers, and its cells run on a model in hub format."""
+
+import ast
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from course import notebooks
+from helpers.profiles import ROOT
+from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_run import run_lesson
+
+NOTEBOOK = ROOT / "notebooks" / "10_compression.ipynb"
+EXERCISES = read_exercises(NOTEBOOK)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def lesson() -> dict:
+    """The functions of the lesson that exercises and tests use, taken from its own cells."""
+    wanted = {"absmax", "zero_point", "gptq", "from_codes", "pack_bits", "unpack_bits", "pack_2_4", "unpack_2_4"}
+    wanted |= {"distribution", "keep_or_replace", "keep_largest", "to_4_bits", "from_4_bits", "sparse_gpt"}
+    names: dict = {"math": math, "np": np, "torch": torch, "Tensor": torch.Tensor, "F": torch.nn.functional}
+    found = set()
+    for cell in notebooks.read_notebook(NOTEBOOK).cells:
+        if cell.cell_type == "code" and not notebooks.tags(cell):
+            for node in ast.parse(cell.source).body:
+                if isinstance(node, ast.FunctionDef) and node.name in wanted:
+                    exec(ast.unparse(node), names)
+                    found.add(node.name)
+    assert found == wanted
+    return names
+
+
+def test_the_check_of_double_quantise_finds_a_forgotten_mean_and_wrong_groups(lesson):
+    exercise = EXERCISES["10.1"]
+    wrong = [
+        planted(exercise.solution, "largest - mean", "largest"),
+        planted(exercise.solution, ", 8)", ", 4)"),
+        planted(exercise.solution, "view(-1, block)", "view(block, -1)"),
+        planted(exercise.solution, "largest.mean()", "largest.min()"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_3_bits_finds_wrong_orders_and_whole_bytes(lesson):
+    exercise = EXERCISES["10.2"]
+    wrong = [
+        planted(exercise.solution, "groups[:, i] << (21 - 3 * i)", "groups[:, i] << (3 * i)"),
+        planted(exercise.solution, "number >> (21 - 3 * i) & 7", "number >> (3 * i) & 7"),
+        planted(exercise.solution, "(16, 8, 0)", "(0, 8, 16)"),
+        planted(exercise.solution, "& 7", "& 15"),
+        exercise.stub.replace("    raise NotImplementedError", "    return codes.to(torch.uint8)", 1).replace(
+            "    raise NotImplementedError", "    return packed"
+        ),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_gptq_in_order_finds_other_orders_and_columns_left_permuted(lesson):
+    exercise = EXERCISES["10.3"]
+    wrong = [
+        planted(exercise.solution, "descending=True", "descending=False"),
+        planted(exercise.solution, "[:, order.argsort()]", ""),
+        planted(exercise.solution, "[:, order.argsort()]", "[:, order]"),
+        planted(exercise.solution, "moments[order][:, order]", "moments"),
+        planted(exercise.solution, "weight.shape[1])", "8)"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_the_draft_length_finds_sums_that_are_off_by_one_and_free_drafts(lesson):
+    exercise = EXERCISES["10.4"]
+    wrong = [
+        planted(exercise.solution, "range(k + 1))", "range(k))"),
+        planted(exercise.solution, "/ (k * c + 1)", "/ (c + 1)"),
+        planted(exercise.solution, "range(most + 1)]", "range(1, most + 1)]"),
+        planted(exercise.solution, "sum(a**i for i in range(k + 1))", "(1 - a ** (k + 1)) / (1 - a)"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_the_allocation_finds_uniform_bits_and_broken_budgets(lesson):
+    exercise = EXERCISES["10.5"]
+    uniform = "    return {name: max(b for b in (2, 3, 4, 8) if b <= mean_bits) for name in errors}"
+    wrong = [
+        exercise.stub.replace("    raise NotImplementedError", uniform),
+        planted(exercise.solution, "spent <= budget_in_bits and ", ""),
+        planted(exercise.solution, "bits * sizes[name]", "bits"),
+        planted(exercise.solution, "error < best_error", "best is None"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_packed_codes_come_back_and_take_their_bits_in_storage(lesson, bits):
+    codes = torch.randint(0, 2**bits, (128,), dtype=torch.uint8)
+    packed = lesson["pack_bits"](codes, bits)
+    assert packed.untyped_storage().nbytes() == 128 * bits // 8
+    assert torch.equal(lesson["unpack_bits"](packed, bits), codes)
+
+
+def test_a_2_4_weight_comes_back_also_where_more_than_two_of_four_are_zero(lesson):
+    weight = torch.randn(16, 32)
+    weight = weight * lesson["keep_largest"](weight.abs(), "2:4")
+    weight[0, :8] = 0
+    assert torch.equal(lesson["unpack_2_4"](**lesson["pack_2_4"](weight), shape=weight.shape), weight)
+    pruned = lesson["sparse_gpt"](torch.randn(8, 64), torch.eye(64) + 0.1, "2:4")
+    assert (pruned.view(-1, 4) != 0).sum(1).eq(2).all()
+
+
+def test_the_speculative_rule_gives_the_target_distribution_for_any_draft(lesson):
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.rand(1, 6, generator=generator, dtype=torch.float64) ** 3 for _ in range(2))
+    p, q = p / p.sum(), q / q.sum()
+    draws = 200_000
+    drafted = torch.multinomial(q.expand(draws, -1), 1, generator=generator)[:, 0]
+    _, tokens = lesson["keep_or_replace"](p.expand(draws, -1), q.expand(draws, -1), drafted, generator)
+    share = torch.bincount(tokens, minlength=6) / draws
+    assert (share - p[0]).abs().max() < 0.005
+
+
+@pytest.fixture(scope="module")
+def chat_model_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-chat"
+    AutoModelForCausalLM.from_pretrained(tiny_model_folder).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_lesson_runs_on_a_model_and_data_in_the_hubs_formats(chat_model_folder, text_file, messages_file, tmp_path):
+    parameters = {"profile": "t4", "model_id": str(chat_model_folder), "text_id": str(text_file), "budget": 0.02}
+    _, said = run_lesson(NOTEBOOK, tmp_path, parameters | {"chat_id": str(messages_file)})
+    assert "profile t4: tiny-chat on cpu in float32" in said
+    assert "nf4: " in said and "identical, token for token" in said
+    assert said.count("not attempted yet") == len(EXERCISES)

@@ -1,0 +1,391 @@
+"""The book as a reader meets it: built once, its HTML read as text, then every page opened in a browser."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup, Tag
+
+from course import notebooks
+from helpers.colab import badge
+from helpers.profiles import ROOT
+from tests.site.calculator_cases import CASES, answer
+
+NOTEBOOKS = notebooks.select_notebooks()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def build(out: Path, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run the command of `make site`."""
+    command = [sys.executable, str(folder / "site/build.py"), "--out", str(out)]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the book."""
+    out = tmp_path_factory.mktemp("site") / "book"
+    done = build(out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(out / "index.html") in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[str, BeautifulSoup]:
+    """Every page by its path in the book."""
+    files = sorted(path for path in site.rglob("*.html") if "_static" not in path.parts)
+    return {
+        str(path.relative_to(site)): BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in files
+    }
+
+
+def lesson_pages(pages: dict[str, BeautifulSoup]) -> Iterator[tuple[Path, BeautifulSoup]]:
+    for path in NOTEBOOKS:
+        yield path, pages[f"notebooks/{path.stem}.html"]
+
+
+def content(page: BeautifulSoup) -> Tag:
+    return page.find("article")
+
+
+# The HTML
+
+
+def test_every_lesson_document_and_model_card_has_a_page_that_the_contents_list(pages):
+    expected = {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
+    for pattern in ("docs/*.md", "data/*/README.md"):
+        expected |= {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob(pattern)}
+    expected |= {"index.html", "lesson_map.html", "memory_calculator.html", "search.html"}
+    assert expected <= pages.keys()
+    assert {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob("docs/*/*.md")} <= pages.keys()
+    listed = {link["href"] for link in pages["index.html"].select("nav.bd-links a[href]")}
+    assert expected - {"index.html", "search.html"} <= listed
+
+
+def test_links_and_anchors_resolve_and_nothing_is_loaded_from_elsewhere(site, pages):
+    anchors = {name: {tag["id"] for tag in page.find_all(id=True)} for name, page in pages.items()}
+    wrong = []
+    for name, page in pages.items():
+        for tag in page.find_all(["a", "img", "script", "link", "source", "iframe"]):
+            address = tag.get("href") or tag.get("src") or ""
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                if tag.name != "a" and parts.scheme != "data":
+                    wrong.append(f"{name} loads {address[:80]}")
+                continue
+            target = (site / name).parent / unquote(parts.path) if parts.path else site / name
+            if not target.resolve().is_file():
+                wrong.append(f"{name} links to {address}, which is not there")
+            elif parts.fragment and target.suffix == ".html":
+                there = str(target.resolve().relative_to(site.resolve()))
+                if unquote(parts.fragment) not in anchors[there]:
+                    wrong.append(f"{name} links to {address}, and there is no such anchor")
+    assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def test_figures_have_the_alternative_texts_of_their_notebook(pages):
+    for path, page in lesson_pages(pages):
+        texts = [
+            output.metadata["image/png"]["alt"]
+            for cell in notebooks.read_notebook(path).cells
+            for output in cell.get("outputs", [])
+            if "image/png" in output.get("data", {})
+        ]
+        assert texts, path.stem
+        assert [image["alt"] for image in page.select(".cell_output img")] == texts
+    for name, page in pages.items():
+        assert all(image.get("alt", "").strip() for image in page.find_all("img")), name
+
+
+def test_solutions_and_hints_are_folded(pages):
+    for path, page in lesson_pages(pages):
+        markdown = [cell.source for cell in notebooks.read_notebook(path).cells if cell.cell_type == "markdown"]
+        folded = [box for box in content(page).find_all("details") if "hide" not in box.get("class", [])]
+        assert len(folded) == sum(source.count("<details>") for source in markdown), path.stem
+        assert not any(box.has_attr("open") for box in folded)
+        code = [box for box in folded if "Solution" in box.summary.get_text()]
+        assert code, path.stem
+        assert all(box.select("div.highlight pre") for box in code), path.stem
+
+
+def test_a_lesson_offers_the_committed_notebook_and_colab(site, pages):
+    for path, page in lesson_pages(pages):
+        colab, download = page.select(".lesson-buttons a")
+        assert colab["href"] in badge(path.stem)
+        notebook = (site / "notebooks" / download["href"]).resolve()
+        assert notebook.read_bytes() == path.read_bytes()
+        assert not page.select("img[src*='colab-badge']")
+
+
+def test_a_lesson_lists_its_sections_beside_the_text(pages):
+    for path, page in lesson_pages(pages):
+        listed = page.select("#pst-secondary-sidebar a[href^='#']")
+        assert len(listed) >= len(content(page).find_all("h2")) > 3, path.stem
+
+
+def test_the_map_draws_each_lesson_and_an_arrow_for_each_direct_prerequisite(pages):
+    drawing = content(pages["lesson_map.html"]).find("svg")
+    assert [link["href"] for link in drawing.find_all("a")] == [f"notebooks/{path.stem}.html" for path in NOTEBOOKS]
+    needs = {path.stem[:2]: notebooks.read_notebook(path).metadata.workbook.prerequisites for path in NOTEBOOKS}
+
+    def everything(lesson: str) -> set[str]:
+        return set(needs[lesson]).union(*(everything(before) for before in needs[lesson]))
+
+    direct = [
+        (before, lesson)
+        for lesson in needs
+        for before in needs[lesson]
+        if not any(before in everything(other) for other in needs[lesson])
+    ]
+    assert len(drawing.select(".arrows path")) == len(direct)
+
+
+def test_what_is_not_complete_does_not_replace_the_book(tmp_path):
+    folder, out = tmp_path / "course", tmp_path / "book"
+    for name in ("site", "helpers", "data"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "notebooks").mkdir()
+    shutil.copy(NOTEBOOKS[0], folder / "notebooks")
+    out.mkdir()
+    (out / "index.html").write_text("the older one")
+    index = folder / "site/index.md"
+    index.write_text(index.read_text(encoding="utf-8") + "\n[nowhere](not_there.md)\n", encoding="utf-8")
+    done = build(out, folder)
+    assert done.returncode == 2
+    assert "not_there.md" in done.stderr
+    assert (out / "index.html").read_text() == "the older one"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# The calculator in Python
+
+CASE_ROWS = json.loads(CASES.read_text(encoding="utf-8"))
+
+
+def test_the_table_of_cases_covers_every_model_and_choice():
+    from helpers.memory import METHODS, OPTIMIZERS, PRECISIONS, QUANTISATIONS, bundled_shapes
+
+    assert len(CASE_ROWS) >= 60
+    for purpose in ("training", "inference"):
+        rows = [case for case in CASE_ROWS if case["purpose"] == purpose]
+        assert {case["model"] for case in rows} == set(bundled_shapes())
+        assert any(case["changes"] for case in rows)
+    training = [case["settings"] for case in CASE_ROWS if case["purpose"] == "training"]
+    assert {row["method"] for row in training} == set(METHODS)
+    assert {row["optimizer"] for row in training} == set(OPTIMIZERS)
+    assert {row["precision"] for row in training} == set(PRECISIONS)
+    assert {row["zero_stage"] for row in training} == {0, 1, 2, 3}
+    inference = [case["settings"] for case in CASE_ROWS if case["purpose"] == "inference"]
+    assert {row["quantization"] for row in inference} == {None, *QUANTISATIONS}
+
+
+def test_python_answers_as_the_table_says():
+    different = [case["model"] for case in CASE_ROWS if answer(case) != case["expected"]]
+    assert not different, f"{different}: after a change of helpers.memory, run python tests/calculator_cases.py"
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("no browser is installed: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page whose complaints and requests to a network are collected in `page.wrong`."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    context.set_offline(True)
+    opened = context.new_page()
+    opened.wrong = []
+    opened.on("console", lambda message: message.type == "error" and opened.wrong.append(message.text))
+    opened.on("pageerror", lambda error: opened.wrong.append(str(error)))
+    opened.on(
+        "request",
+        lambda request: request.url.startswith(("file:", "data:", "blob:")) or opened.wrong.append(request.url),
+    )
+    yield opened
+    context.close()
+
+
+def show(page, site: Path, name: str) -> None:
+    """Open a page, wait until its mathematics is typeset, and unfold what is folded."""
+    page.goto((site / name).as_uri())
+    page.evaluate("() => window.MathJax ? MathJax.startup.promise : null")
+    page.evaluate("() => document.querySelectorAll('details').forEach(box => box.open = true)")
+
+
+def resize(page, width: int) -> None:
+    """Change the width of the window, and wait until the page has followed: the theme does so after 300 ms."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_timeout(500)
+
+
+# A lesson holds up to 20,000 pieces of coloured code, and axe would look at each. One of each kind stays, with the
+# colours that all of its kind have; a formula, drawn in the colour of the text, stays as a name.
+ONE_OF_EACH_KIND = """() => {
+    const seen = new Set();
+    for (const span of document.querySelectorAll('.highlight pre span')) {
+        const kind = (span.closest('.cell_output') ? 'output ' : '') + span.className;
+        if (seen.has(kind)) span.replaceWith(...span.childNodes);
+        seen.add(kind);
+    }
+    for (const pre of document.querySelectorAll('pre')) pre.normalize();
+    for (const drawing of document.querySelectorAll('mjx-container > *')) drawing.replaceWith('formula');
+    const style = document.createElement('style');
+    style.textContent = '* {transition: none !important}';
+    document.head.append(style);
+}"""
+
+
+def serious(page) -> list[str]:
+    """What axe-core calls serious or critical on the page as it is."""
+    results = page.evaluate("() => axe.run(document, {resultTypes: ['violations'], preload: false})")
+    return [
+        f"{finding['id']}: {node['html'][:150]} {node.get('failureSummary', '')[:200]}"
+        for finding in results["violations"]
+        if finding["impact"] in ("serious", "critical")
+        for node in finding["nodes"][:3]
+    ]
+
+
+@pytest.mark.slow
+def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site, pages, page):
+    import axe_playwright_python
+
+    axe = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    wrong = []
+    for name in pages:
+        show(page, site, name)
+        errors = page.locator("mjx-merror, [data-mjx-error]").count()
+        wrong += [f"{name}: a formula has errors"] * errors
+        resize(page, 390)
+        width = page.evaluate("() => document.documentElement.scrollWidth")
+        if width > 390:
+            wrong.append(f"{name}: {width} pixels wide on a phone of 390")
+        resize(page, 1280)
+        page.evaluate(ONE_OF_EACH_KIND)
+        page.evaluate(axe)
+        for scheme in ("light", "dark"):
+            page.evaluate(f"() => {{ document.documentElement.dataset.theme = '{scheme}' }}")
+            wrong += [f"{name}, {scheme}: {finding}" for finding in serious(page)]
+        wrong += [f"{name}: {problem}" for problem in page.wrong]
+        page.wrong.clear()
+    assert not wrong, "\n".join(wrong)
+
+
+def test_mathematics_is_typeset_code_can_be_copied_and_the_theme_changed(site, page):
+    show(page, site, "notebooks/03_pretraining.html")
+    assert page.locator("mjx-container").count() > 10
+    assert page.locator("button.copybtn").count() > 10
+    for theme in ("dark", "light"):
+        page.locator("button.theme-switch-button:visible").first.click()
+        page.locator(f"button.theme-change-button[data-mode={theme}]:visible").first.click()
+        assert page.evaluate("() => document.documentElement.dataset.theme") == theme
+
+
+def test_search_finds_the_lesson_about_quantisation(site, page):
+    page.goto((site / "search.html").as_uri() + "?q=quantised")
+    page.wait_for_selector("#search-results li a")
+    found = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.getAttribute('href'))")
+    assert any("10_compression" in address for address in found)
+
+
+def test_the_browser_answers_as_the_table_says(site, page):
+    show(page, site, "memory_calculator.html")
+    got = page.evaluate(
+        """cases => cases.map(({model, purpose, changes, settings}) => {
+            const original = CALCULATOR.shapes[model];
+            const shape = {...original, ...changes};
+            if (original.num_sliding_layers === original.num_layers) shape.num_sliding_layers = shape.num_layers;
+            return purpose === "training" ? estimateTraining(shape, settings) : estimateInference(shape, settings);
+        })""",
+        CASE_ROWS,
+    )
+    different = [case["model"] for case, found in zip(CASE_ROWS, got, strict=True) if found != case["expected"]]
+    assert not different
+
+
+def fill_form(page, case: dict) -> None:
+    """Enter a case as a reader would."""
+    page.select_option("[name=model]", case["model"])
+    page.locator("#calculator details").evaluate("box => box.open = true")
+    for name, value in case["changes"].items():
+        enter(page.locator(f"[name={name}]"), value)
+    page.check(f"[name=purpose][value={case['purpose']}]")
+    for name, value in {"zero_stage": 0, "num_gpus": 1, **case["settings"]}.items():
+        field = page.locator(f"#{case['purpose']}-fields [name={name}]")
+        if field.count():
+            enter(field, value)
+
+
+def enter(field, value) -> None:
+    if isinstance(value, bool):
+        field.set_checked(value)
+    elif field.evaluate("field => field.tagName") == "SELECT":
+        field.select_option("" if value is None else str(value))
+    else:
+        field.fill(str(value))
+
+
+def test_the_form_shows_the_numbers_of_the_table(site, page):
+    resize(page, 390)
+    show(page, site, "memory_calculator.html")
+    for case in CASE_ROWS[::9]:
+        fill_form(page, case)
+        expected = case["expected"]
+        total = page.locator("#calculator-total")
+        assert int(total.get_attribute("data-bytes")) == expected["total"], case
+        assert f"{expected['total']:,} bytes" in total.inner_text()
+        rows = page.eval_on_selector_all(
+            "#calculator-result tbody tr",
+            "rows => rows.map(row => [...row.cells].slice(1).map(cell => [cell.dataset.bytes, cell.innerText]))",
+        )
+        phases = expected["phases"]
+        for part, cells in zip(expected["parts"], rows[:-1], strict=True):
+            wanted = [[str(phases[name][part]), f"{phases[name][part] / 2**30:.2f}"] for name in phases]
+            assert cells == wanted, (case, part)
+    assert not page.wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seq_len", "0", "Tokens in a row: enter a whole number of at least 1."),
+        ("num_kv_heads", "5", "Key and value heads: enter a divisor of the number of heads."),
+        ("zero_stage", "3", "GPUs: with one there is nothing to divide"),
+    ],
+)
+def test_the_form_says_what_is_wrong_with_an_entry(site, page, name, value, said):
+    show(page, site, "memory_calculator.html")
+    enter(page.locator(f"[name={name}]"), value)
+    assert said in page.locator("#calculator-result [role=alert]").inner_text()
+    assert not page.wrong

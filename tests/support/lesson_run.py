@@ -1,0 +1,26 @@
+"""Run a whole lesson in a process of its own, as the runner does: used by the tests of the lessons."""
+
+from pathlib import Path
+
+from nbformat import NotebookNode
+
+from course import notebooks, runner
+
+
+def run_lesson(
+    notebook: Path, folder: Path, parameters: dict[str, object], cell_timeout: int = 300, timeout: int = 500
+) -> tuple[NotebookNode, str]:
+    """Execute the notebook into `folder` and assert that it passed; return it and all that its cells printed.
+
+    Both timeouts are in seconds. (`course.execute` watches standard input, and would end the process of the tests.)
+    """
+    row = runner.Row(notebook.stem, key="")
+    job = runner.start(row, notebook, folder, parameters, timeout=cell_timeout, one_thread=False)
+    try:
+        job.worker.wait(timeout=timeout)
+    finally:
+        runner.finish(job, *runner.verdict(job))
+    assert row.status == "ok", row.error
+    executed = notebooks.read_notebook(Path(job.output))
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    return executed, "".join(map(notebooks.output_text, outputs))
