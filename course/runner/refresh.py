@@ -1,0 +1,94 @@
+"""Puts what a run measured into the committed notebooks, their figures and the tables of README.md."""
+
+import copy
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from course.notebooks import (
+    BUDGET,
+    MACHINE_PATH,
+    clean_output,
+    gigabytes,
+    output_text,
+    read_notebook,
+    select_notebooks,
+    source_hash,
+    tags,
+)
+from course.runner.report import Row
+from helpers.colab import badge
+from helpers.errors import CourseError
+from helpers.files import write_atomically
+
+
+def write_back(path: Path, out: Path, row: Row) -> None:
+    """Put outputs and measured budget of an executed notebook into the committed one, or say in `row` why not."""
+    try:
+        notebook = with_outputs(read_notebook(path), read_notebook(out / path.name), row)
+    except CourseError as error:
+        row.status, row.error = "failed", str(error)
+    else:
+        write_atomically(path, nbformat.writes(notebook) + "\n")
+
+
+def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row) -> NotebookNode:
+    """The source notebook with the outputs of its execution, and nothing else that execution leaves behind."""
+    notebook = copy.deepcopy(source)
+    ran = [cell for cell in executed.cells if "injected-parameters" not in tags(cell)]
+    if [cell.source for cell in ran] != [cell.source for cell in notebook.cells]:
+        raise CourseError("it was changed while it ran: refresh it again")
+    header = notebook.cells[0]
+    if not BUDGET.search(header.source):
+        raise CourseError("its first cell has no line for the budget: write 'cpu 0 s · 0 GB' there")
+    header.source = BUDGET.sub(f"cpu {row.seconds:.0f} s · {gigabytes(row.gib)}", header.source)
+    count = 0
+    for cell, done in zip(notebook.cells, ran, strict=True):
+        for leftover in ("execution", "papermill"):
+            cell.metadata.pop(leftover, None)
+        if cell.cell_type == "code":
+            cell.outputs = [clean for output in done.outputs if (clean := clean_output(output))]
+            cell.execution_count = (count := count + 1) if cell.source.strip() else None
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
+                if found := MACHINE_PATH.search(output_text(output)):
+                    raise CourseError(f"code cell {count} prints {found[0]}: print no path, or one relative to ROOT")
+    for leftover in ("widgets", "papermill"):
+        notebook.metadata.pop(leftover, None)
+    workbook = notebook.metadata.setdefault("workbook", {})
+    workbook.setdefault("budget", {})["cpu"] = {"seconds": round(row.seconds), "gib": round(row.gib, 2)}
+    workbook["source_hash"] = source_hash(notebook)
+    return notebook
+
+
+def lessons(notebooks: list[Path]) -> list[list[str]]:
+    """Number, title, time, memory and prerequisites of each lesson, as its notebook says."""
+    rows = []
+    for path in notebooks:
+        workbook = read_notebook(path).metadata.get("workbook", {})
+        budget = workbook.get("budget", {}).get("cpu")
+        measured = [f"{budget['seconds'] / 60:.1f} min", gigabytes(budget["gib"])] if budget else ["-", "-"]
+        after = ", ".join(workbook.get("prerequisites", [])) or "-"
+        rows.append([path.stem[:2], workbook.get("title", path.stem[3:]), *measured, after])
+    return rows
+
+
+def lesson_table(notebooks: list[Path]) -> str:
+    """The lessons as the table of README.md."""
+    lines = ["| lesson | notebook | cpu | memory | after | open |", "|---|---|---|---|---|---|"]
+    for path, (number, title, minutes, memory, after) in zip(notebooks, lessons(notebooks), strict=True):
+        link = f"[{title}]({path.parent.name}/{path.name})"
+        lines.append(f"| {number} | {link} | {minutes} | {memory} | {after} | {badge(path.stem)} |")
+    return "\n".join(lines)
+
+
+def update_readme(folder: Path) -> None:
+    """Write the table of the lessons in `folder` into the README.md beside it, between its two markers."""
+    readme = folder.parent / "README.md"
+    if readme.exists():
+        before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- lessons -->\n")
+        _, end, after = rest.partition("<!-- /lessons -->")
+        if begin and end:
+            write_atomically(readme, f"{before}{begin}{lesson_table(select_notebooks(folder))}\n{end}{after}")
