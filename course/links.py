@@ -1,4 +1,4 @@
-"""Where the course is published: `python -m course.links [owner/name] [--version 1.0.0]`, or `make links REPO=...`.
+"""Where the course is published: `python -m course links [owner/name] [--version 1.0.0]`, or `make links REPO=...`.
 
 `REPOSITORY` and `TAG` in `helpers.colab` say it. The badges and the setup cell of every notebook, README.md,
 pyproject.toml and the documentation repeat it, and this command brings them all in line. It changes nothing else: the
@@ -13,7 +13,7 @@ import nbformat
 
 from course.notebooks import read_notebook, select_notebooks, source_hash, tags
 from helpers.colab import REPOSITORY, SETUP_CELL, TAG
-from helpers.errors import CourseError, exit_cleanly
+from helpers.errors import CourseError
 from helpers.files import write_atomically
 from helpers.profiles import ROOT
 
@@ -62,12 +62,14 @@ def relink(root: Path, repository: str, tag: str) -> list[Path]:
     return changed
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m course.links", description="Say where the course is published.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
     parser.add_argument("repository", nargs="?", default=REPOSITORY.removeprefix(GITHUB), help="owner/name on GitHub")
     parser.add_argument("--version", default=TAG.removeprefix("v"), help="of the release whose tag is fetched")
-    options = parser.parse_args(arguments)
+
+
+def command(options: argparse.Namespace) -> None:
+    """Relink this repository; CourseError for what is no repository or no version."""
     if not NAME.fullmatch(options.repository):
         raise CourseError(f"{options.repository!r} is no GitHub repository: give owner/name, such as ada/llm-course.")
     if not VERSION.fullmatch(options.version):
@@ -76,7 +78,3 @@ def main(arguments: list[str] | None = None) -> None:
     for path in changed:
         print(f"changed {path.relative_to(ROOT)}")
     print(f"{options.repository} at v{options.version}: {len(changed)} files changed.")
-
-
-if __name__ == "__main__":
-    exit_cleanly(main)

@@ -1,4 +1,4 @@
-"""Makes lecture slides from the notebooks: `python -m course.slides export`, and the time plan of a lecture.
+"""Makes lecture slides from the notebooks: `python -m course slides export`, and the time plan of a lecture.
 
 The slides follow from the anatomy that all lessons share, so that a lesson needs no second text for them. Each section
 becomes a column: its question; from its text the first sentence of each paragraph, with all formulas, lists and tables;
@@ -27,8 +27,9 @@ from pathlib import Path
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from course.notebooks import BUDGET, NOTEBOOKS, read_notebook, select_notebooks, tags
-from helpers.errors import CourseError, exit_cleanly
+from course.arguments import add_notebooks
+from course.notebooks import BUDGET, read_notebook, select_notebooks, tags
+from helpers.errors import CourseError
 from helpers.profiles import ROOT
 
 OUT = ROOT / "build" / "slides"
@@ -488,24 +489,20 @@ def minutes(notebook: NotebookNode, total: int = LECTURE) -> dict[str, int]:
     return whole
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m course.slides", description="Slides and time plan of the lessons.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in {"export": "write the slides", "minutes": "print minutes for each section"}.items():
-        command = commands.add_parser(name, help=purpose)
-        command.add_argument("--only", nargs="+", metavar="NN", help="these lessons, such as 03 05")
-        command.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
-    commands.choices["export"].add_argument("--out", type=Path, default=OUT, help="where the slides go")
-    arguments = parser.parse_args()
-    for path in select_notebooks(arguments.notebooks, arguments.only):
-        if arguments.command == "export":
-            print(export(path, arguments.out))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("what", choices=("export", "minutes"), help="write slides, or print minutes for each section")
+    parser.add_argument("--only", nargs="+", metavar="NN", help="these lessons, such as 03 05")
+    add_notebooks(parser)
+    parser.add_argument("--out", type=Path, default=OUT, help="where the slides go")
+
+
+def command(options: argparse.Namespace) -> None:
+    """Write the slides of the lessons, or print their time plan."""
+    for path in select_notebooks(options.notebooks.resolve(), options.only):
+        if options.what == "export":
+            print(export(path, options.out.resolve()))
         else:
             print(f"{path.stem}: {LECTURE} minutes")
             for title, number in minutes(read_notebook(path)).items():
                 print(f"  {number:>3}  {title}")
-
-
-if __name__ == "__main__":
-    exit_cleanly(main)

@@ -5,6 +5,7 @@ A cell tagged `solution` is left out, and so are the outputs of exercises and th
 notebooks stand the helpers and the data that they need, so that the folder can be handed out as it is.
 """
 
+import argparse
 import copy
 import re
 import shutil
@@ -14,14 +15,36 @@ import nbformat
 from nbconvert.preprocessors import TagRemovePreprocessor
 from nbformat import NotebookNode
 
-from course.notebooks import read_notebook, tags
+from course.arguments import add_notebooks
+from course.notebooks import read_notebook, select_notebooks, tags
 from helpers.colab import badge
 from helpers.errors import CourseError
+from helpers.files import replacing_folder
 from helpers.profiles import ROOT
 
-NEEDED = ("helpers", "data", "requirements.txt", "constraints.txt")  # what the lessons use besides their notebook
+NEEDED = (
+    "helpers",
+    "recipes",
+    "data",
+    "requirements.txt",
+    "constraints.txt",
+)  # besides the notebook
 # What a text says about the folded solutions: a part of a sentence, or a sentence.
 ABOUT_SOLUTIONS = re.compile(r",? and a folded solution|[ \t]*[^.\n]*\bsolutions? (?:is|are) folded\b[^.\n]*\.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    add_notebooks(parser)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "student", help="folder, which is replaced")
+
+
+def command(options: argparse.Namespace) -> None:
+    """Write the student edition of all lessons."""
+    notebooks = select_notebooks(options.notebooks.resolve())
+    write_student_edition(notebooks, out := options.out.resolve())
+    without = len(exercises_without_hint(notebooks))
+    print(f"{len(notebooks)} notebooks without solutions are in {out}; exercises without a hint: {without}")
 
 
 def student_edition(notebook: NotebookNode, stem: str) -> NotebookNode:
@@ -51,10 +74,7 @@ def write_student_edition(notebooks: list[Path], out: Path) -> None:
     """
     if out.exists() and not (out / NEEDED[0]).is_dir() and any(out.iterdir()):
         raise CourseError(f"{out} holds something else than a student edition: empty it, or choose another --out.")
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
+    with replacing_folder(out) as beside:
         for path in notebooks:
             nbformat.write(student_edition(read_notebook(path), path.stem), beside / path.name)
         for name in NEEDED:
@@ -62,10 +82,6 @@ def write_student_edition(notebooks: list[Path], out: Path) -> None:
                 shutil.copytree(ROOT / name, beside / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, beside / name)
-        shutil.rmtree(out, ignore_errors=True)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def exercises_without_hint(notebooks: list[Path]) -> list[str]:

@@ -52,6 +52,7 @@ class Claim:
         )
 
     def __str__(self) -> str:
+        """The line that the lesson prints."""
         return f"{'holds' if self.holds else 'DOES NOT HOLD'}: {self.statement} ({self.shown})"
 
 
@@ -59,13 +60,13 @@ class Lesson:
     """The machine of a lesson, the size of its work, and its claims.
 
     `number` is the lesson's, such as "08"; the other arguments are those of the cell tagged `parameters`. `uses` says
-    which of the profile's models the lesson is about, "base" or "assistant". Prints one line about both, sets the
-    style of the plots, and quiets what libraries log about kernels that the course does not use.
+    which of the profile's models the lesson is about, "base" or "assistant".
     """
 
     def __init__(
         self, number: str, profile: str = "", model_id: str = "", seed: int = 0, budget: float = 1.0, uses: str = "base"
     ) -> None:
+        """Print one line about both, set the style of plots, and quiet remarks about kernels that are not used."""
         if budget <= 0:
             raise CourseError(f"The budget is {budget}: give a share above 0; 1 is the whole lesson.")
         self.number, self.seed, self.budget = number, seed, budget

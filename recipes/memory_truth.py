@@ -1,186 +1,166 @@
-"""Measures what a real training step of a real transformers model holds in memory, without allocating any of it.
+"""Compares the estimates with real steps on models of 0.1 to 13 B parameters: `python -m recipes.memory_truth`.
 
-The model is built of fake tensors, which have a shape, a dtype and a lifetime but no data, so a 13 B model is followed
-on a laptop. `follow` counts every storage while it is alive. It says the same as torch's own `MemTracker`, which
-`test_memory.py` checks, a hundred times faster; and it also follows peft's frozen modules and bitsandbytes' 4-bit
-weights, over which MemTracker stumbles.
+Writes data/memory_truth.json: for each cell the settings, the truth and the estimate by part, and what three published
+estimators say. Takes about ten minutes and 4 GB on one core; `--only TEXT` runs the cells whose model has TEXT.
 """
 
-import warnings
-import weakref
-from collections import Counter
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
 
+import accelerate
+import bitsandbytes
+import peft
 import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+import transformers
+from accelerate.commands.estimate import estimate_training_usage
+from transformers import AutoConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from helpers.memory import ModelShape, bundled_shapes, estimate_training
+from helpers.profiles import ROOT
+from recipes.memory_tracker import measure
 
-
-class Tracker(TorchDispatchMode):
-    """Counts the bytes of all live storages by part, and remembers the counts at the peak of each phase."""
-
-    def __init__(self, tokens: int, vocab_size: int) -> None:
-        super().__init__()
-        self.tokens, self.vocab_size = tokens, vocab_size
-        self.live: Counter[str] = Counter()
-        self.peaks: dict[str, Counter[str]] = {}
-        self.phase = "forward"
-        self.parts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage -> [part, bytes]
-
-    def count(self, tensor: torch.Tensor, part: str, move: bool = False) -> None:
-        """Count the tensor's storage as `part`, if it is not counted yet; with `move` also if it is."""
-        storage = tensor.untyped_storage()
-        if (entry := self.parts.get(storage)) is None:
-            entry = self.parts[storage] = [part, storage.nbytes()]
-            self.live[part] += entry[1]
-            weakref.finalize(storage, self.forget, entry)
-        elif move:
-            self.live[entry[0]] -= entry[1]
-            entry[0] = part
-            self.live[part] += entry[1]
-
-    def forget(self, entry: list) -> None:
-        self.live[entry[0]] -= entry[1]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                is_logits = tensor.numel() == self.tokens * self.vocab_size and tensor.shape[-1] == self.vocab_size
-                self.count(tensor, "logits" if is_logits else "activations")
-        if self.live.total() > self.peaks.get(self.phase, Counter()).total():
-            self.peaks[self.phase] = Counter(self.live)
-        return result
+MODELS = [
+    "openai-community/gpt2",
+    "HuggingFaceTB/SmolLM2-135M",
+    "llm-jp/llm-jp-3-150m",
+    "EleutherAI/pythia-160m",
+    "Qwen/Qwen2.5-0.5B",
+    "Qwen/Qwen3-0.6B",
+    "openai-community/gpt2-large",
+    "llm-jp/llm-jp-3-980m",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "meta-llama/Llama-3.2-1B",
+    "EleutherAI/pythia-1.4b",
+    "Qwen/Qwen2.5-1.5B",
+    "google/gemma-2b",
+    "meta-llama/Llama-3.2-3B",
+    "microsoft/Phi-3-mini-4k-instruct",
+    "meta-llama/Llama-2-7b-hf",
+    "mistralai/Mistral-7B-v0.1",
+    "Qwen/Qwen2.5-7B",
+    "google/gemma-7b",
+    "meta-llama/Meta-Llama-3-8B",
+    "EleutherAI/pythia-12b",
+    "llm-jp/llm-jp-3-13b",
+]
+SETTINGS = [
+    {"batch_size": 2, "seq_len": 1024},
+    {"batch_size": 4, "seq_len": 1024, "gradient_checkpointing": True},
+    {"batch_size": 1, "seq_len": 512, "precision": "bf16-mixed"},
+    {"batch_size": 1, "seq_len": 1024, "method": "lora", "rank": 8},
+    {"batch_size": 2, "seq_len": 1024, "method": "qlora", "gradient_checkpointing": True},
+    {"batch_size": 2, "seq_len": 512, "attention": "eager", "precision": "fp16"},
+    {"batch_size": 8, "seq_len": 256, "method": "lora", "precision": "fp16-mixed", "gradient_checkpointing": True},
+    {"batch_size": 1, "seq_len": 1024, "precision": "fp32", "gradient_checkpointing": True},
+    {"batch_size": 1, "seq_len": 128, "precision": "bf16", "optimizer": "sgd"},
+]
 
 
-def build(config: PretrainedConfig, method: str, precision: str, attention: str, lora: dict | None = None) -> nn.Module:
-    """Build the model on the meta device."""
-    dtype = DTYPES.get(precision, torch.float32)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        if method == "qlora":
-            quantise(model, DTYPES[precision.removesuffix("-mixed")])
-        if method in ("lora", "qlora"):
-            targets = (lora or {}).get("targets", "all-linear")
-            settings = LoraConfig(r=(lora or {}).get("rank", 16), target_modules=targets, task_type="CAUSAL_LM")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = get_peft_model(model, settings)
-    return model
+def cells() -> list[tuple[str, dict]]:
+    """Every model with six of the settings, each time others."""
+    return [
+        (model, setting)
+        for number, model in enumerate(MODELS)
+        for index, setting in enumerate(SETTINGS)
+        if (index + 2 * number) % len(SETTINGS) < 6
+    ]
 
 
-def quantise(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Put bitsandbytes' 4-bit layers in the place of linear ones, but for the output head, as transformers does."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear | Conv1D) and name not in ("lm_head", "embed_out"):
-                inputs, outputs = (
-                    (child.in_features, child.out_features) if isinstance(child, nn.Linear) else child.weight.shape
-                )
-                has_bias = child.bias is not None
-                layer = Linear4bit(inputs, outputs, has_bias, compute_dtype, quant_type="nf4")
-                if has_bias:
-                    layer.bias = child.bias
-                setattr(module, name, layer)
+def published(shape: ModelShape, setting: dict) -> dict[str, float | None]:
+    """What other estimators say in bytes; they know full fine-tuning with Adam only.
+
+    accelerate estimate-memory: largest of model, gradients, optimiser and step (its code, for a batch of 1).
+    DeepSpeed: estimate_zero2_model_states_mem_needs on one GPU without offload, 4 + 16 bytes a parameter.
+    EleutherAI, Transformer Math 101 (Anthony et al. 2023): weights, 12 bytes of AdamW, gradients, and
+    activations s b h L (10 + 24 + 5 a s / h), or 2 s b h L when all are recomputed.
+    """
+    if setting.get("method", "full") != "full" or setting.get("optimizer", "adamw") != "adamw":
+        return {"accelerate": None, "deepspeed": None, "eleuther": None}
+    count, precision = shape.num_parameters, setting.get("precision", "bf16")
+    named = "float32" if precision == "fp32" else "bfloat16" if "bf16" in precision else "float16"
+    tokens = setting["batch_size"] * setting["seq_len"]
+    factor = 34 + 5 * shape.num_heads * setting["seq_len"] / shape.hidden_size
+    if setting.get("gradient_checkpointing"):
+        factor = 2
+    width = 4 if precision == "fp32" else 2
+    return {
+        "accelerate": max(estimate_training_usage(4 * count, named).values()),
+        "deepspeed": 20 * count,
+        "eleuther": (width + 12 + width) * count + tokens * shape.hidden_size * shape.num_layers * factor,
+    }
 
 
-def materialise(model: nn.Module) -> None:
-    """Replace meta tensors by fake ones on the CPU; a tensor that is shared stays shared."""
-    made = {}
-
-    def make(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            if isinstance(tensor, nn.Parameter):
-                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = empty, tensor  # the old one is kept, so that its id is not given to another
-        return made[id(tensor)][0]
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            full = torch.empty(module.weight.shape, dtype=module.compute_dtype)
-            packed, state = functional.quantize_4bit(full, compress_statistics=True, quant_type="nf4")
-            weight = module._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
-            weight.quant_state = state
-            made[id(weight)] = weight, weight
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = make(parameter)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = make(buffer)
+def compare(model: str, setting: dict, truth: dict | None = None) -> dict:
+    """One cell of the table, measured anew unless the truth is given."""
+    fields = {name: value for name, value in bundled_shapes()[model].items() if name not in ("model_type", "source")}
+    config = AutoConfig.for_model(bundled_shapes()[model]["model_type"], **fields, pad_token_id=None)
+    shape = ModelShape.from_config(model)
+    truth = truth or measure(config, **setting)["peak"]
+    renamed = {"lora_rank" if name == "rank" else name: value for name, value in setting.items()}
+    estimate = estimate_training(shape, device="cpu", **renamed)
+    return {
+        "model": model,
+        "num_parameters": shape.num_parameters,
+        "settings": setting,
+        "truth": truth | {"total": sum(size for part, size in truth.items() if part != "total")},
+        "estimate": estimate.parts | {"total": estimate.total},
+        "published": published(shape, setting),
+    }
 
 
-def measure(
-    config: PretrainedConfig,
-    *,
-    batch_size: int,
-    seq_len: int,
-    method: str = "full",
-    precision: str = "bf16",
-    gradient_checkpointing: bool = False,
-    attention: str = "sdpa",
-    optimizer: str = "adamw",
-    **lora,
-) -> dict[str, dict[str, int]]:
-    """Peak of each phase of the second training step by part, in bytes; "peak" is that of the whole step."""
-    config.use_cache = False
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())  # bitsandbytes would keep a fake one
-    model = build(config, method, precision, attention, lora)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        materialise(model)
-        model.train(method != "frozen")
-        if method == "frozen":
-            model.requires_grad_(False)
-        if gradient_checkpointing:
-            model.activation_checkpointing_enable()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
-        tracker = Tracker(batch_size * seq_len, config.vocab_size)
-        if method != "frozen":
-            make = {
-                "adamw": lambda: torch.optim.AdamW(trained, fused=True),
-                "sgd": lambda: torch.optim.SGD(trained),
-                "adafactor": lambda: torch.optim.Adafactor(trained),
-            }
-            chosen = make[optimizer]()
-            for parameter in trained:  # a step makes the optimiser's state
-                parameter.grad = torch.empty_like(parameter)
-            chosen.step()
-            chosen.zero_grad()
-            for state in chosen.state.values():
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        tracker.count(value, "optimizer")
-            for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(lambda p: tracker.count(p.grad, "gradients", move=True))
-        states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]
-        quantisation = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
-        for tensor in [*model.parameters(), *model.buffers(), *quantisation]:
-            tracker.count(tensor, "parameters")
-        tracker.count(ids, "activations")
-        mixed = precision.endswith("-mixed")
-        autocast = torch.autocast("cpu", DTYPES[precision.removesuffix("-mixed")], enabled=mixed)
-        with tracker:
-            if method == "frozen":
-                with torch.no_grad(), autocast:
-                    loss = model(input_ids=ids, labels=ids).loss
-            else:
-                with autocast:
-                    loss = model(input_ids=ids, labels=ids).loss
-                tracker.phase = "backward"
-                loss.backward()
-                tracker.phase = "optimizer"
-                chosen.step()
-                chosen.zero_grad()
-    peaks = {phase: dict(peak) for phase, peak in tracker.peaks.items()}
-    peaks["peak"] = max(peaks.values(), key=lambda peak: sum(peak.values()))
-    return peaks
+def error(cell: dict, part: str) -> float | None:
+    """Relative error; of a part, only where it is at least 1 % of the total."""
+    true = cell["truth"].get(part, 0)
+    return None if true < 0.01 * cell["truth"]["total"] else cell["estimate"][part] / true - 1
+
+
+def summary(table: list[dict]) -> dict[str, dict[str, float]]:
+    """Median and largest absolute error of the total, of each part, and of the published estimators."""
+    rows = {part: [error(cell, part) for cell in table] for part in table[0]["estimate"]}
+    for name in table[0]["published"]:
+        rows[name] = [c["published"][name] and c["published"][name] / c["truth"]["total"] - 1 for c in table]
+    found = {name: [abs(e) for e in errors if e is not None] for name, errors in rows.items()}
+    return {
+        name: {"cells": len(e), "median": round(statistics.median(e), 5), "largest": round(max(e), 5)}
+        for name, e in found.items()
+        if e
+    }
+
+
+def main() -> None:
+    """Measure all cells and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--estimates", action="store_true", help="keep the measurements, make the estimates anew")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "memory_truth.json")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    table, known = [], {}
+    if options.estimates:
+        measured = json.loads(options.out.read_text())["cells"]
+        known = {(cell["model"], str(cell["settings"])): cell["truth"] for cell in measured}
+    for model, setting in cells():
+        if options.only not in model:
+            continue
+        started = time.perf_counter()
+        table.append(compare(model, setting, known.get((model, str(setting)))))
+        gc.collect()
+        seconds = time.perf_counter() - started
+        worst = {part: f"{e:+.2%}" for part in table[-1]["estimate"] if (e := error(table[-1], part)) is not None}
+        print(
+            f"{model:<36}{table[-1]['truth']['total'] / 2**30:8.2f} GiB {seconds:5.1f} s  {worst} {setting}", flush=True
+        )
+    modules = (torch, transformers, peft, bitsandbytes, accelerate)
+    versions = {module.__name__: module.__version__ for module in modules}
+    result = {"unit": "bytes", "versions": versions, "summary": summary(table)}
+    lines = ",\n".join(f"  {json.dumps(cell)}" for cell in table)
+    options.out.write_text(json.dumps(result, indent=1)[:-2] + f',\n "cells": [\n{lines}\n ]\n}}\n')
+    print(json.dumps(result["summary"], indent=1))
+
+
+if __name__ == "__main__":
+    main()

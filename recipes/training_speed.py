@@ -1,21 +1,17 @@
 """How fast is helpers.training.train? Its tokens/s beside a bare loop and transformers.Trainer, in turns.
 
-python tests/bench_training.py --rounds 5 --steps 40 prints the tokens/s of each round and the median of the ratios.
+python -m recipes.training_speed --rounds 5 --steps 40 prints the tokens/s of each round and the median of the ratios.
 Ratios within a round are what counts: on a busy machine the absolute numbers move, the turns move together. Where
 other work comes and goes within a turn, --cpu-time counts the seconds that the process computed, not those it waited.
 """
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.training import TrainConfig, train
 
@@ -23,6 +19,7 @@ LEARNING_RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 
 
 def build_model(hidden_size: int, layers: int, device: str) -> LlamaForCausalLM:
+    """A Llama with fresh weights, the same at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
@@ -37,12 +34,14 @@ def build_model(hidden_size: int, layers: int, device: str) -> LlamaForCausalLM:
 
 
 def course_loop(model: LlamaForCausalLM, rows: torch.Tensor, batch_size: int, steps: int, bf16: bool) -> None:
+    """`helpers.training.train`."""
     precision = "bf16-mixed" if bf16 else "fp32"
     batches = [{"input_ids": part} for part in rows.split(batch_size)]
     train(model, batches, TrainConfig(steps, LEARNING_RATE, schedule="linear", precision=precision, progress=False))
 
 
 def bare_loop(model: LlamaForCausalLM, rows: torch.Tensor, batch_size: int, steps: int, bf16: bool) -> None:
+    """The least that trains the same: no checkpoints, no records."""
     model.train()
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
@@ -61,6 +60,7 @@ def bare_loop(model: LlamaForCausalLM, rows: torch.Tensor, batch_size: int, step
 
 
 def library_loop(model: LlamaForCausalLM, rows: torch.Tensor, batch_size: int, steps: int, bf16: bool) -> None:
+    """`transformers.Trainer`."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -85,6 +85,7 @@ def library_loop(model: LlamaForCausalLM, rows: torch.Tensor, batch_size: int, s
 
 
 def tokens_per_second(loop, options: argparse.Namespace) -> float:
+    """One loop, timed."""
     model = build_model(options.hidden_size, options.layers, options.device)
     rows = torch.randint(0, 1024, (options.batch_size * options.steps, options.seq_len))
     clock = time.process_time if options.cpu_time else time.perf_counter
@@ -96,6 +97,7 @@ def tokens_per_second(loop, options: argparse.Namespace) -> float:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in {
         "rounds": 5,

@@ -5,7 +5,7 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
-from course import runner
+from course.runner.refresh import lessons
 
 BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 132, 62, 168, 76, 4
 
@@ -13,7 +13,7 @@ BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 132, 62, 168, 76, 4
 def table(notebooks: list[Path]) -> str:
     """Markdown table with a link to each lesson."""
     lines = ["| lesson | time | memory | after |", "|---|---|---|---|"]
-    for path, (number, title, *measured, after) in zip(notebooks, runner.lessons(notebooks), strict=True):
+    for path, (number, title, *measured, after) in zip(notebooks, lessons(notebooks), strict=True):
         time, memory = (value.replace(" ", "\u00a0") for value in measured)  # a number stays with its unit
         lines.append(f"| [{number} · {title}](notebooks/{path.name}) | {time} | {memory} | {after} |")
     return "\n".join(lines)
@@ -64,7 +64,7 @@ def draw(notebooks: list[Path]) -> str:
             middle = x2 - (COLUMN - BOX_WIDTH) / 2  # the curve bends in the gap before its lesson
             lines.append(f'<path d="M{x1},{y1:g} H{middle - 20:g} C{middle},{y1:g} {middle},{y2:g} {x2},{y2:g}"/>')
     boxes, items = [], []
-    rows = runner.lessons(notebooks)
+    rows = lessons(notebooks)
     for path, (number, title, minutes, memory, _) in zip(notebooks, rows, strict=True):
         x, y = place[number]
         lines_of_title = textwrap.wrap(title.partition(":")[0], width=16)

@@ -22,7 +22,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from course import grading
+from course.__main__ import main
 from course.grading import sandbox
+from course.grading.grade import _probe
 from helpers.errors import CourseError
 from helpers.profiles import ROOT
 
@@ -519,9 +521,9 @@ def test_the_sandbox_is_looked_at_before_anything_is_run(tmp_path: Path) -> None
 
     settings = grading.Settings()
     user = 900_000_000 + os.getpid()
-    grading._probe(settings, [tmp_path], user, threading.Event())
+    _probe(settings, [tmp_path], user, threading.Event())
     with pytest.raises(CourseError, match=r"does not hold here \(raised RuntimeError: /usr can be seen\)"):
-        grading._probe(settings, [Path("/usr")], user, threading.Event())
+        _probe(settings, [Path("/usr")], user, threading.Event())
 
 
 def test_a_check_that_the_solution_does_not_pass_stops_the_grading(course_folder: Path, tmp_path: Path) -> None:
@@ -593,10 +595,8 @@ def test_a_wrong_argument_is_one_sentence(
     def fill_in(text: str) -> str:
         return text.replace("NOWHERE", f"{tmp_path}/nowhere").replace("HERE", str(tmp_path))
 
-    from course import runner
-
     with pytest.raises(CourseError) as refused:
-        runner.main(["grade", "--notebooks", str(course_folder / "notebooks"), *map(fill_in, arguments)])
+        main(["grade", "--notebooks", str(course_folder / "notebooks"), *map(fill_in, arguments)])
     assert str(refused.value).startswith(fill_in(sentence))
 
 

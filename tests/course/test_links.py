@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course.links import main
+from course.__main__ import main
 from course.notebooks import tags
 from helpers.colab import REPOSITORY, TAG
 from helpers.errors import CourseError
@@ -123,7 +123,7 @@ def test_what_is_no_repository_is_one_sentence(name, monkeypatch):
     with pytest.raises(
         CourseError, match=f"^{re.escape(repr(name))} is no GitHub repository: give owner/name, such as"
     ):
-        main(["--", name])
+        main(["links", "--", name])
 
 
 def test_what_is_no_version_is_one_sentence_and_changes_nothing(copy):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from course import notebooks, runner
+from course import notebooks
 from course.new_lesson import lesson_notebook, write_lesson
+from course.runner import run
 from helpers.errors import CourseError
 from helpers.profiles import ROOT
 from tests.support import notebook_structure as structure
@@ -30,7 +31,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A new lesson in a folder like the course's, after `refresh`."""
     root = empty_course(tmp_path_factory.mktemp("course"))
     notebook, test = write_lesson(NAME, root)
-    (row,) = runner.run([notebook], root / "build", refresh=True)
+    (row,) = run([notebook], root / "build", refresh=True)
     assert row.status == "ok", row.error
     return notebook, test
 

@@ -18,7 +18,11 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import notebooks, runner
+from course import notebooks
+from course.__main__ import main
+from course.runner.keys import lesson_key
+from course.runner.refresh import update_readme
+from course.runner.report import read_report
 from helpers.profiles import ROOT
 
 PARAMETERS = 'profile = "auto"\nseed = 0\nmodel_id = ""'
@@ -48,7 +52,7 @@ def write_notebook(path: Path, *sources: str, parameters: str | None = PARAMETER
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "course.runner", *map(str, arguments)]
+    return [sys.executable, "-m", "course", *map(str, arguments)]
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess:
@@ -179,23 +183,42 @@ def test_only_what_has_changed_is_run_again(tmp_path: Path) -> None:
     assert not (out / other.name).exists()
 
 
-def test_the_key_changes_with_everything_that_the_result_depends_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    files = ["helpers/a.py", "data/model/weights", "requirements.txt", "constraints.txt"]
-    for name in files:
+def test_the_key_changes_with_what_the_lesson_reaches_and_with_nothing_else(tmp_path: Path) -> None:
+    sources = {
+        "helpers/__init__.py": "",
+        "helpers/used.py": "from helpers.package import name",
+        "helpers/package/__init__.py": "from helpers.package.inner import name",
+        "helpers/package/inner.py": "import os",
+        "helpers/late.py": "1",
+        "helpers/command/__init__.py": "",
+        "helpers/command/__main__.py": "1",
+        "recipes/recipe.py": "1",
+        "data/model/weights": "1",
+        "requirements.txt": "1",
+        "constraints.txt": "1",
+    }
+    others = ["helpers/unused.py", "course/slides.py", "data/claims.json", "data/README.md"]
+    for name, text in [*sources.items(), *((name, "1") for name in others)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-    seen = {runner.surroundings_hash()}
-    for name in files:
+        (tmp_path / name).write_text(text)
+    notebook = write_notebook(
+        tmp_path / "notebooks" / "03_a.ipynb",
+        "from helpers import used\n%matplotlib inline",
+        'def later():\n    import helpers.late\n\n\ncommand = ["-m", "helpers.command"]',
+        "from recipes.recipe import x",
+    )
+    seen = {key := lesson_key(notebook, root=tmp_path)}
+    for name in others:
         (tmp_path / name).write_text("2")
-        seen.add(runner.surroundings_hash())
-    assert len(seen) == 5
+        assert lesson_key(notebook, root=tmp_path) == key, name
+    for name in sources:
+        with (tmp_path / name).open("a") as file:
+            file.write("\n# edited")
+        seen.add(lesson_key(notebook, root=tmp_path))
+    assert len(seen) == 1 + len(sources)
 
-    notebook = write_notebook(tmp_path / "03_a.ipynb", "1")
-    before = runner.cache_key(notebook, [])
-    assert runner.cache_key(notebook, ["seed"]) != before
+    before = lesson_key(notebook)
+    assert lesson_key(notebook, ["seed"]) != before
     read = nbformat.read(notebook, as_version=4)
     read.cells[0].source = read.cells[0].source.replace("cpu 0 s · 0 GB", "cpu 95 s · 1.2 GB")
     read.cells[-1].outputs = [new_output("stream", text="1")]
@@ -252,7 +275,7 @@ def test_an_interrupted_run_leaves_no_process_behind_and_the_next_one_continues(
 
     killed = interrupt(signal.SIGKILL)
     assert "ok (unchanged)" in killed.stdout.read()
-    assert [found.status for found in runner.read_report(out)] == ["ok", "interrupted"]
+    assert [found.status for found in read_report(out)] == ["ok", "interrupted"]
 
     (folder / "go").touch()
     result = run(*arguments)
@@ -324,10 +347,10 @@ def test_refresh_writes_outputs_back_and_nothing_that_execution_leaves_behind(re
 def test_the_readme_gets_the_table_of_the_lessons_and_keeps_the_rest(tmp_path) -> None:
     (tmp_path / "notebooks").mkdir()
     write_notebook(tmp_path / "notebooks" / "01_first.ipynb", "1")
-    runner.update_readme(tmp_path / "notebooks")  # no README.md: nothing to do
+    update_readme(tmp_path / "notebooks")  # no README.md: nothing to do
     assert not (tmp_path / "README.md").exists()
     (tmp_path / "README.md").write_text("before\n<!-- lessons -->\nold\n<!-- /lessons -->\nafter\n")
-    runner.update_readme(tmp_path / "notebooks")
+    update_readme(tmp_path / "notebooks")
     before, *table, after = (tmp_path / "README.md").read_text().splitlines()
     assert (before, after) == ("before", "after") and "old" not in table
     assert table[1].startswith("| lesson |") and "(notebooks/01_first.ipynb)" in table[3] and len(table) == 5
@@ -405,7 +428,7 @@ def test_a_wrong_argument_is_one_sentence_and_exit_status_2(
 @pytest.mark.parametrize("arguments", [["--jobs", "0"], ["--jobs", "two"], ["--timeout", "-1"]])
 def test_a_number_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as refused:
-        runner.main(["run", *arguments])
+        main(["run", *arguments])
     assert refused.value.code == 2
     assert f"{arguments[1]} is not a whole number of at least" in capsys.readouterr().err
 
@@ -427,14 +450,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
 
 
 def test_list_shows_lessons_budget_and_prerequisites(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    runner.main(["list", "--notebooks", str(folder)])
+    main(["list", "--notebooks", str(folder)])
     first, second = capsys.readouterr().out.splitlines()
     assert first.split() == ["01", "first", "-", "-", "after", "-"]
     assert second.split() == ["02", "Second", "steps", "1.5", "min", "1.1", "GB", "after", "01"]
 
 
 def test_list_as_markdown_is_a_table_with_links_and_badges(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    runner.main(["list", "--notebooks", str(folder), "--markdown"])
+    main(["list", "--notebooks", str(folder), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and {line.count("|") for line in lines} == {7}
     assert lines[3].startswith("| 02 | [Second steps](notebooks/02_second.ipynb) | 1.5 min | 1.1 GB | 01 | [![Open in")

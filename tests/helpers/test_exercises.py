@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import nbformat
 import numpy as np
 import pytest
@@ -8,9 +6,9 @@ from nbclient import NotebookClient
 
 from helpers.errors import CourseError
 from helpers.exercises import check, expect_close, expect_equal, expect_shape, expect_true
+from helpers.profiles import ROOT
 from tests.support.exercise_proof import planted, prove_check, read_exercises, run_check
 
-ROOT = Path(__file__).parent.parent
 STUB = '''def merge_pair(ids, pair, new_id):
     """Replace every occurrence of the pair by new_id."""
     raise NotImplementedError'''

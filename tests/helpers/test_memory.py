@@ -25,20 +25,21 @@ from helpers.memory import (
     GPUS,
     METHODS,
     OPTIMIZERS,
+    PRECISIONS,
     ModelShape,
     bundled_shapes,
     estimate_inference,
     estimate_training,
-    main,
     max_batch_size,
     max_context,
     optimizer_state,
+    quantised_size,
     recommend,
 )
-from helpers.memory.step import PRECISIONS, quantised_size
+from helpers.memory.__main__ import main
 from helpers.profiles import ROOT
-from recipes.memory_truth import Tracker, materialise, measure
-from tests.support.memory_grid import compare, error
+from recipes.memory_tracker import Tracker, materialise, measure
+from recipes.memory_truth import compare, error
 
 SIZES = {
     "vocab_size": 4000,

@@ -13,7 +13,8 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import runner
+from course.__main__ import main
+from course.runner import run
 from helpers.colab import SETUP_CELL, badge
 from helpers.profiles import ROOT
 from tests.support import notebook_structure as structure
@@ -41,7 +42,7 @@ def test_the_table_of_the_readme_is_the_one_that_the_runner_lists(capsys: pytest
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = re.search(r"<!-- lessons -->\n(.*?)<!-- /lessons -->", readme, re.DOTALL)
     assert table, "README.md has no table between <!-- lessons --> and <!-- /lessons -->"
-    runner.main(["list", "--markdown"])
+    main(["list", "--markdown"])
     assert table[1].strip() == capsys.readouterr().out.strip()
 
 
@@ -101,7 +102,7 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "notebooks"
     folder.mkdir()
     nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / f"{STEM}.ipynb")
-    (row,) = runner.run([folder / f"{STEM}.ipynb"], root / "build", refresh=True)
+    (row,) = run([folder / f"{STEM}.ipynb"], root / "build", refresh=True)
     assert row.status == "ok", row.error
     return folder
 

@@ -1,17 +1,13 @@
 """Writes site/calculator_cases.json: questions to the memory calculator, and the answers of `helpers.memory`.
 
 The table is what Python and the page in the browser are both checked against. Run it after changing the estimates:
-`python tests/calculator_cases.py`.
+`python -m tests.site.calculator_cases`.
 """
 
 import json
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.errors import exit_cleanly
 from helpers.memory import (

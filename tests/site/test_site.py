@@ -200,7 +200,7 @@ def test_the_table_of_cases_covers_every_model_and_choice():
 
 def test_python_answers_as_the_table_says():
     different = [case["model"] for case in CASE_ROWS if answer(case) != case["expected"]]
-    assert not different, f"{different}: after a change of helpers.memory, run python tests/calculator_cases.py"
+    assert not different, f"{different}: after a change of helpers.memory, run python -m tests.site.calculator_cases"
 
 
 # In a browser

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
-from course import notebooks, runner
+from course.notebooks import output_text, read_notebook
+from course.runner.jobs import finish, start, verdict
+from course.runner.report import Row
 
 
 def run_lesson(
@@ -12,15 +14,15 @@ def run_lesson(
 ) -> tuple[NotebookNode, str]:
     """Execute the notebook into `folder` and assert that it passed; return it and all that its cells printed.
 
-    Both timeouts are in seconds. (`course.execute` watches standard input, and would end the process of the tests.)
+    Both timeouts are in seconds. (`execute` watches standard input, and would end the process of the tests.)
     """
-    row = runner.Row(notebook.stem, key="")
-    job = runner.start(row, notebook, folder, parameters, timeout=cell_timeout, one_thread=False)
+    row = Row(notebook.stem, key="")
+    job = start(row, notebook, folder, {"parameters": parameters, "timeout": cell_timeout})
     try:
         job.worker.wait(timeout=timeout)
     finally:
-        runner.finish(job, *runner.verdict(job))
+        finish(job, *verdict(job))
     assert row.status == "ok", row.error
-    executed = notebooks.read_notebook(Path(job.output))
+    executed = read_notebook(Path(job.output))
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    return executed, "".join(map(notebooks.output_text, outputs))
+    return executed, "".join(map(output_text, outputs))

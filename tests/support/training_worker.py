@@ -24,11 +24,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from helpers.errors import CourseError
 from helpers.models import tiny_config
-from helpers.training import Batch, TrainConfig, causal_lm_loss, train
+from helpers.training import TrainConfig, causal_lm_loss, train
+from helpers.training.batches import Batch
 from helpers.training.checkpoints import find_damage, load_tensors, newest_checkpoint, read_state, save_checkpoint
 
 VOCAB_SIZE = 64
