@@ -1,4 +1,4 @@
-"""Starts a new lesson: `python -m course.new_lesson 11_topic` writes a notebook that runs, and the test beside it.
+"""Starts a new lesson: `python -m course new-lesson 11_topic` writes a notebook that runs, and the test beside it.
 
 The notebook has every part that a lesson must have, around a small measurement that the author replaces. The module
 knows the anatomy of a lesson and nothing about its subject.
@@ -303,12 +303,12 @@ def write_lesson(name: str, folder: Path = ROOT) -> tuple[Path, Path]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m course.new_lesson", description="Start a new lesson.")
+    parser = argparse.ArgumentParser(prog="python -m course new-lesson", description="Start a new lesson.")
     parser.add_argument("name", help="number and name of the lesson, such as 11_topic")
     name = parser.parse_args(arguments).name
     for path in write_lesson(name):
         print(f"wrote {path.relative_to(ROOT)}")
-    print(f"Now change both, and run: python -m course.runner refresh --only {name[:2]}")
+    print(f"Now change both, and run: python -m course refresh --only {name[:2]}")
 
 
 if __name__ == "__main__":

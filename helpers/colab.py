@@ -23,7 +23,7 @@ from packaging.version import InvalidVersion, Version
 from helpers.errors import CourseError
 from helpers.profiles import ROOT, detect_hardware, get_profile
 
-# `python -m course.links` changes these two lines, and with them every place that repeats them.
+# `python -m course links` changes these two lines, and with them every place that repeats them.
 REPOSITORY = "https://github.com/llm-workbook/llm-workbook"
 TAG = "v0.1.0"  # of the release that the badges open and the setup cell fetches: the version in pyproject.toml
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from helpers.errors import CourseError
-from helpers.models import HUB_ID, hub_is_reachable
+from helpers.hub import HUB_ID, hub_is_reachable
 from helpers.profiles import Profile
 from helpers.world import CHAT_TASKS, World
 

@@ -86,7 +86,7 @@ class Lesson:
             f"in {self.machine.dtype}, seed {seed}, budget {budget:g}"
         )
 
-    def scaled(self, number: int, least: int = 2) -> int:
+    def scaled(self, number: int, least: int = 4) -> int:
         """A number of steps, documents or questions at this budget, of at least `least`."""
         return max(least, round(number * self.budget))
 
@@ -114,23 +114,25 @@ class Lesson:
         at_least: float | None = None,
         at_most: float | None = None,
         control: float | None = None,
+        insist: bool = True,
         form: str = ".3g",
     ) -> None:
         """Say an effect: print whether `value` keeps its bounds, and insist on it in the complete run with seed 0.
 
         On another seed a claim that does not hold is printed, and the lesson goes on. `statement` names the claim and
         has no measured number in it. `control` is the number where the thing said is not so, if the lesson measures
-        it; otherwise it is that of the null run. `form` formats numbers, ".0%" for shares. `AssertionError` if the
-        claim is insisted on and does not hold, `CourseError` without a bound.
+        it; otherwise it is that of the null run. `insist` is False where a machine was too slow to try it; `form`
+        formats numbers, ".0%" for shares. `AssertionError` if the claim is insisted on and does not hold,
+        `CourseError` without a bound.
         """
         if at_least is None and at_most is None:
             raise CourseError(f"The claim {statement!r} has no bound: give at_least or at_most, or use report.")
-        bounds = [f"at least {at_least:{form}}"] * (at_least is not None)
-        bounds += [f"at most {at_most:{form}}"] * (at_most is not None)
+        bounds = {"at least": at_least, "at most": at_most}
+        said = [f"{word} {bound:{form}}" for word, bound in bounds.items() if bound is not None]
+        shown = f"{float(value):{form}}, {' and '.join(said)}"
         control = None if control is None else float(control)
-        shown = f"{float(value):{form}}, {' and '.join(bounds)}"
         claim = Claim(statement, "effect", float(value), shown, at_least, at_most, control)
-        self._keep(claim, insisted=self.complete and self.seed == 0)
+        self._keep(claim, insisted=insist and self.complete and self.seed == 0)
 
     def equal(self, statement: str, difference: float, *, within: float = 0.0) -> None:
         """Say an identity, code against a library or a derivation: `difference` is at most `within`, on every seed."""

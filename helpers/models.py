@@ -6,7 +6,6 @@ A gated model needs a token, which huggingface_hub takes from HF_TOKEN or from C
 """
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +13,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import get_session
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,21 +26,12 @@ from transformers import (
 )
 
 from helpers.errors import CourseError
+from helpers.hub import HUB_ID, hub_is_reachable
 from helpers.profiles import ROOT, Profile
 
 MODEL_FOLDERS = {name: ROOT / "data" / name for name in ("shima-4m", "shima-4m-assistant")}
 BASE_MODEL_VERSION = 1  # "workbook_version" in the base model's config.json; raise it when old weights no longer fit
 _REBUILD = {"shima-4m": "make base", "shima-4m-assistant": "python -m recipes.assistant build"}
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-
-def hub_is_reachable() -> bool:
-    """Whether the Hugging Face hub answers. One request, since the hub's own client would retry for half a minute."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # what it raises changes with the version of the hub's client
-        return False
-    return True
 
 
 def load_tokenizer(profile_or_model_id: Profile | str) -> PreTrainedTokenizerBase:

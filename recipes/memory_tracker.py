@@ -2,7 +2,7 @@
 
 The model is built of fake tensors, which have a shape, a dtype and a lifetime but no data, so a 13 B model is followed
 on a laptop. `follow` counts every storage while it is alive. It says the same as torch's own `MemTracker`, which
-`tests/helpers/test_memory.py` checks, a hundred times faster; and it follows peft's frozen modules and bitsandbytes' 4-bit
+`tests/helpers/test_memory.py` checks, and much faster; it also follows peft's frozen modules and bitsandbytes' 4-bit
 weights, over which MemTracker stumbles.
 """
 

@@ -51,9 +51,9 @@ def draw(notebooks: list[Path]) -> str:
     columns = [[lesson for lesson in needs if level[lesson] == number] for number in range(max(level.values()) + 1)]
     tallest = max(map(len, columns))
     place = {}
-    for x, lessons in enumerate(columns):
-        for y, lesson in enumerate(lessons):
-            place[lesson] = (MARGIN + x * COLUMN, MARGIN + (y + (tallest - len(lessons)) / 2) * ROW)
+    for x, column in enumerate(columns):
+        for y, lesson in enumerate(column):
+            place[lesson] = (MARGIN + x * COLUMN, MARGIN + (y + (tallest - len(column)) / 2) * ROW)
     width = 2 * MARGIN + (len(columns) - 1) * COLUMN + BOX_WIDTH
     height = 2 * MARGIN + (tallest - 1) * ROW + BOX_HEIGHT
     lines = []

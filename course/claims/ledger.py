@@ -65,15 +65,20 @@ class Row:
         if self.kind != "effect" or self.spread is None:
             return False
         mean = statistics.fmean(v for v in self.values.values() if isinstance(v, (int, float)) and math.isfinite(v))
-        room = [mean - self.at_least] * (self.at_least is not None) + [self.at_most - mean] * (self.at_most is not None)
+        room = [] if self.at_least is None else [mean - self.at_least]
+        room += [] if self.at_most is None else [self.at_most - mean]
         return min(room) < self.spread
 
     @property
     def faults(self) -> list[str]:
         """What keeps this from being a claim; nothing if it is one."""
-        found = [f"broken by seed {', '.join(self.broken_by)}"] * bool(self.broken_by)
-        found += [f"holds in its control ({self.control:.3g})"] * self.holds_in_control
-        found += [f"its bound is within one spread ({self.spread or 0:.2g}) of the mean"] * self.is_close
+        found = []
+        if self.broken_by:
+            found.append(f"broken by seed {', '.join(self.broken_by)}")
+        if self.holds_in_control:
+            found.append(f"holds in its control ({self.control:.3g})")
+        if self.is_close:
+            found.append(f"its bound is within one spread ({self.spread:.2g}) of the mean")
         return found
 
 

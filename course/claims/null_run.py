@@ -39,10 +39,10 @@ def make_shipped_models_untrained() -> None:
     read = PreTrainedModel.from_pretrained.__func__
 
     def read_untrained(model_class: type, place: str | Path, *arguments, **settings) -> PreTrainedModel:
-        model = read(model_class, place, *arguments, **settings)
+        found = read(model_class, place, *arguments, **settings)
         if Path(place).resolve().is_relative_to(SHIPPED):
-            forget(model)
-        return model
+            forget(found[0] if isinstance(found, tuple) else found)  # a tuple if it says what it loaded
+        return found
 
     PreTrainedModel.from_pretrained = classmethod(read_untrained)
 

@@ -107,14 +107,14 @@ def passed(row: Row | None, out: Path) -> bool:
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the folder for this run. The system frees the lock when the process ends, however it ends."""
-    owner = out / ".lock.owner"
+    path = out / ".lock"
     try:
-        with FileLock(out / ".lock", timeout=0):
-            owner.write_text(str(os.getpid()))
+        with FileLock(path, timeout=0):
+            path.write_text(str(os.getpid()))
             yield
     except Timeout:
         raise CourseError(
-            f"Another run (process {owner.read_text()}) writes to {out}: wait until it ends, or choose another --out."
+            f"Another run (process {path.read_text()}) writes to {out}: wait until it ends, or choose another --out."
         ) from None
 
 

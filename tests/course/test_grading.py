@@ -345,7 +345,7 @@ class Graded:
 
 def grade(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "course.runner", "grade", *map(str, arguments)],
+        [sys.executable, "-m", "course", "grade", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -543,7 +543,7 @@ def test_a_killed_grader_leaves_no_process_behind_and_keeps_what_it_has(course_f
     hand_in(submissions, "bela", notebook({"first": body("import subprocess\nsubprocess.run(['sleep', '54321'])")}))
     arguments = [submissions, "--notebooks", course_folder / "notebooks", "--out", out, "--timeout", "500"]
     grader = subprocess.Popen(
-        [sys.executable, "-m", "course.runner", "grade", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "course", "grade", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
 
     def sleepers() -> list[psutil.Process]:

@@ -32,7 +32,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def links(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "course.links", *arguments]
+    command = [sys.executable, "-m", "course", "links", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -100,7 +100,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_the_command_says_in_one_line_why_it_refuses() -> None:
-    command = [sys.executable, "-m", "course.new_lesson", "05_again"]
+    command = [sys.executable, "-m", "course", "new-lesson", "05_again"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stdout == ""
     assert re.fullmatch(r"error: 05_\w+\.ipynb is there already: .*\n", result.stderr), result.stderr

@@ -149,12 +149,12 @@ def test_hints_are_folded_and_nothing_points_to_the_solutions(tmp_path: Path) ->
 
 def test_the_folder_runs_by_itself_and_says_not_attempted_yet(tmp_path: Path) -> None:
     notebooks, out = lesson(tmp_path / "notebooks").parent, tmp_path / "out"
-    command = [sys.executable, "-m", "course.runner", "student", "--notebooks", notebooks, "--out", out]
+    command = [sys.executable, "-m", "course", "student", "--notebooks", notebooks, "--out", out]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.stdout == f"1 notebooks without solutions are in {out}; exercises without a hint: 0\n", result.stderr
     assert {path.name for path in out.iterdir()} == {"01_small.ipynb", *NEEDED}
     # The helpers of the folder, not those of the repository, are the ones that run it.
-    ran = [sys.executable, "-m", "course.runner", "run", "--notebooks", ".", "--out", tmp_path / "ran"]
+    ran = [sys.executable, "-m", "course", "run", "--notebooks", ".", "--out", tmp_path / "ran"]
     result = subprocess.run(ran, cwd=out, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     cells = notebooks.code_cells(tmp_path / "ran" / "01_small.ipynb")

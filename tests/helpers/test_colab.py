@@ -16,6 +16,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 
+from course.runner.keys import imported_files
 from helpers import colab
 from helpers.colab import (
     NEVER_MOVED,
@@ -91,16 +92,14 @@ def imported(source: str) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_every_package_that_a_lesson_imports_is_one_that_the_setup_sees_to(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    todo = set().union(*(imported(TransformerManager().transform_cell(cell.source)) for cell in cells))
-    modules = set()
-    while todo:
-        modules.add(name := todo.pop())
-        if name.startswith("helpers."):
-            todo |= imported((ROOT / f"{name.replace('.', '/')}.py").read_text()) - modules
+    modules = set().union(*(imported(TransformerManager().transform_cell(cell.source)) for cell in cells))
+    modules |= set().union(*(imported(file.read_text()) for file in imported_files(path)))
     provided = {*lesson_packages(ROOT / "requirements.txt"), *RUNTIMES[0]["packages"], "sklearn"}
     provided |= {"IPython", "matplotlib_inline", "cycler", "google"}  # come with these, or are Colab's own
     provided |= {"submitit"}  # for clusters, and only there
-    missing = {name for name in modules if not name.startswith("helpers")} - provided - sys.stdlib_module_names
+    missing = (
+        {name for name in modules if not name.startswith(("helpers", "recipes"))} - provided - sys.stdlib_module_names
+    )
     assert missing == set()
 
 

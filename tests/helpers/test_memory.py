@@ -539,7 +539,8 @@ def test_the_command_prints_json_in_bytes():
 
 
 def test_the_module_needs_no_torch_and_little_time():
-    code = "import sys, time; start = time.process_time(); import helpers.memory as m; m.main(['Qwen/Qwen2.5-0.5B']); "
+    code = "import sys, time; start = time.process_time(); from helpers.memory.__main__ import main; "
+    code += "main(['Qwen/Qwen2.5-0.5B']); "
     code += "assert 'torch' not in sys.modules; print(time.process_time() - start)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert float(done.stdout.split()[-1]) < 0.5

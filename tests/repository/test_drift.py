@@ -12,7 +12,12 @@ from helpers.profiles import ROOT
 from tests.support import library_calls
 from tests.support.library_calls import Findings, check_file, check_sources
 
-FILES = sorted(path for folder in ("notebooks", "helpers", "tests") for path in (ROOT / folder).glob("*.[ip]*y*"))
+FILES = sorted(
+    path
+    for folder in ("notebooks", "helpers", "course", "recipes", "tests")
+    for path in (ROOT / folder).glob("**/*.[ip]*y*")
+    if "source" not in path.parts and "__pycache__" not in path.parts
+)
 LEAST = {"transformers": 120, "tokenizers": 20, "peft": 15, "datasets": 10, "bitsandbytes": 12, "trl": 4}
 
 

@@ -111,7 +111,7 @@ def the_metadata_describe_the_lesson(notebook: NotebookNode, stem: str) -> Itera
 def the_measured_budget_is_kept(notebook: NotebookNode, stem: str) -> Iterator[str]:
     budget = notebook.metadata.get("workbook", {}).get("budget", {}).get("cpu")
     if not budget:
-        yield "it has no measured budget: run python -m course.runner refresh"
+        yield "it has no measured budget: run python -m course refresh"
     elif budget["seconds"] >= MAX_SECONDS or budget["gib"] * 2**30 / 1e9 >= MAX_GIGABYTES:
         yield f"it took {budget['seconds']} s and {notebooks.gigabytes(budget['gib'])}"
 
@@ -241,7 +241,7 @@ def solutions_are_folded_markdown(notebook: NotebookNode, stem: str) -> Iterator
 @convention
 def outputs_are_those_of_the_sources(notebook: NotebookNode, stem: str) -> Iterator[str]:
     if notebook.metadata.get("workbook", {}).get("source_hash") != notebooks.source_hash(notebook):
-        yield f"it was changed after it ran: python -m course.runner refresh --only {stem[:2]}"
+        yield f"it was changed after it ran: python -m course refresh --only {stem[:2]}"
 
 
 @convention
