@@ -87,8 +87,8 @@ class Lesson:
         )
 
     def scaled(self, number: int, least: int = 4) -> int:
-        """A number of steps, documents or questions at this budget, of at least `least`."""
-        return max(least, round(number * self.budget))
+        """A number of steps, documents or questions at this budget, of at least `least`, if `number` is no smaller."""
+        return max(min(least, number), round(number * self.budget))
 
     @property
     def precision(self) -> str:

@@ -12,6 +12,8 @@ from course.runner.keys import lesson_key
 from helpers.errors import CourseError
 from helpers.lesson import RECORD
 
+CONTROL_BUDGET = 0.3  # where nothing learns, more steps change nothing
+
 
 def claims_of(notebook: Path) -> list[dict[str, Any]]:
     """The claims that the closing cell of an executed notebook recorded; none if it did not get there."""
@@ -80,6 +82,7 @@ def _run(notebooks: list[Path], name: str, out: Path, jobs: int, fresh: bool) ->
             notebooks,
             out / name.replace(" ", "_"),
             seed=0 if nothing_learns else int(name),
+            budget=CONTROL_BUDGET if nothing_learns else None,
             jobs=jobs,
             fresh=fresh,
             environment={RECORD: "record"},

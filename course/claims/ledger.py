@@ -50,8 +50,8 @@ class Row:
 
     @property
     def holds_in_control(self) -> bool:
-        """Whether an effect is there also where it must not be."""
-        return self.kind == "effect" and self.keeps(self.control)
+        """Whether an effect is there also where it must not be; a difference of exactly nothing is none."""
+        return self.kind == "effect" and self.keeps(self.control) and self.control not in (self.at_least, self.at_most)
 
     @property
     def spread(self) -> float | None:

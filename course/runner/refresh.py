@@ -1,6 +1,8 @@
 """Puts what a run measured into the committed notebooks, their figures and the tables of README.md."""
 
+import base64
 import copy
+import html
 from pathlib import Path
 
 import nbformat
@@ -23,17 +25,32 @@ from helpers.errors import CourseError
 from helpers.files import write_atomically
 
 
-def write_back(path: Path, out: Path, row: Row) -> None:
-    """Put outputs and measured budget of an executed notebook into the committed one, or say in `row` why not."""
+def write_back(path: Path, out: Path, row: Row, alone: bool) -> None:
+    """Put the outputs of an executed notebook into the committed one, or say in `row` why not.
+
+    Its time and memory are written down if it ran `alone`.
+
+    Its headline figure goes to the folder figures/ beside the notebooks' folder, if that is there.
+    """
     try:
-        notebook = with_outputs(read_notebook(path), read_notebook(out / path.name), row)
+        notebook = with_outputs(read_notebook(path), read_notebook(out / path.name), row if alone else None)
     except CourseError as error:
         row.status, row.error = "failed", str(error)
-    else:
-        write_atomically(path, nbformat.writes(notebook) + "\n")
+        return
+    write_atomically(path, nbformat.writes(notebook) + "\n")
+    figure, folder = headline(notebook), path.parent.parent / "figures"
+    if figure and folder.is_dir():
+        (folder / f"{path.stem}.png").write_bytes(base64.b64decode(figure.data["image/png"]))
 
 
-def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row) -> NotebookNode:
+def headline(notebook: NotebookNode) -> NotebookNode | None:
+    """The output with the figure that stands for the lesson: the first of the cell tagged `headline`."""
+    cells = [cell for cell in notebook.cells if "headline" in tags(cell)]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return next((output for output in outputs if "image/png" in output.get("data", {})), None)
+
+
+def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row | None) -> NotebookNode:
     """The source notebook with the outputs of its execution, and nothing else that execution leaves behind."""
     notebook = copy.deepcopy(source)
     ran = [cell for cell in executed.cells if "injected-parameters" not in tags(cell)]
@@ -42,7 +59,8 @@ def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row) -> Note
     header = notebook.cells[0]
     if not BUDGET.search(header.source):
         raise CourseError("its first cell has no line for the budget: write 'cpu 0 s · 0 GB' there")
-    header.source = BUDGET.sub(f"cpu {row.seconds:.0f} s · {gigabytes(row.gib)}", header.source)
+    if row:
+        header.source = BUDGET.sub(f"cpu {row.seconds:.0f} s · {gigabytes(row.gib)}", header.source)
     count = 0
     for cell, done in zip(notebook.cells, ran, strict=True):
         for leftover in ("execution", "papermill"):
@@ -58,7 +76,8 @@ def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row) -> Note
     for leftover in ("widgets", "papermill"):
         notebook.metadata.pop(leftover, None)
     workbook = notebook.metadata.setdefault("workbook", {})
-    workbook.setdefault("budget", {})["cpu"] = {"seconds": round(row.seconds), "gib": round(row.gib, 2)}
+    if row:
+        workbook.setdefault("budget", {})["cpu"] = {"seconds": round(row.seconds), "gib": round(row.gib, 2)}
     workbook["source_hash"] = source_hash(notebook)
     return notebook
 
@@ -84,11 +103,28 @@ def lesson_table(notebooks: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def gallery(notebooks: list[Path]) -> str:
+    """The headline figures of the lessons as HTML for README.md, each a link to its lesson."""
+    lines = []
+    for path in notebooks:
+        figure = headline(read_notebook(path))
+        if figure and (path.parent.parent / "figures" / f"{path.stem}.png").exists():
+            alt = html.escape(figure.data.get("text/plain", path.stem))
+            image = f'<img src="figures/{path.stem}.png" alt="{alt}" width="49%">'
+            lines.append(f'<a href="{path.parent.name}/{path.name}">{image}</a>')
+    return "\n".join(lines)
+
+
 def update_readme(folder: Path) -> None:
-    """Write the table of the lessons in `folder` into the README.md beside it, between its two markers."""
+    """Write the table and the figures of the lessons in `folder` into the README.md beside it, between its markers."""
     readme = folder.parent / "README.md"
-    if readme.exists():
-        before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- lessons -->\n")
-        _, end, after = rest.partition("<!-- /lessons -->")
+    if not readme.exists():
+        return
+    text = readme.read_text(encoding="utf-8")
+    notebooks = select_notebooks(folder)
+    for name, content in {"lessons": lesson_table(notebooks), "figures": gallery(notebooks)}.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
         if begin and end:
-            write_atomically(readme, f"{before}{begin}{lesson_table(select_notebooks(folder))}\n{end}{after}")
+            text = f"{before}{begin}{content}\n{end}{after}"
+    write_atomically(readme, text)

@@ -29,6 +29,7 @@ def run(
     *,
     profile: str = "cpu",
     seed: int = 0,
+    budget: float | None = None,
     jobs: int = 1,
     timeout: int = 600,
     fresh: bool = False,
@@ -39,13 +40,16 @@ def run(
 ) -> list[Row]:
     """Execute the notebooks, write report.json and report.html to `out`, and return the rows of these notebooks.
 
-    `timeout` is in seconds for each cell, 0 for none. `refresh` writes what passed back as the committed notebook.
+    `timeout` is in seconds for each cell, 0 for none. `refresh` writes what passed back as the committed notebook, with
+    its time and memory only if it had the machine for itself (`jobs` is 1). `budget` is the lessons' own if None.
     With `jobs` above 1 each notebook gets one thread. `environment` has further variables, `startup` a line of Python
     for the kernel before the first cell. With `keep_going` a cell that raises does not end its notebook, which then
     passes with the failures in its row's `error`. OSError where `out` cannot be written, CourseError if another
     run writes to it.
     """
     parameters = {"profile": get_profile(profile).name, "seed": seed}
+    if budget is not None:
+        parameters["budget"] = budget
     threads = "1" if jobs > 1 else os.environ.get("OMP_NUM_THREADS", "all")  # decides the time, which refresh keeps
     conditions = [parameters, threads, environment, startup, keep_going]
     execution = {"parameters": parameters, "timeout": timeout, "startup": startup, "keep_going": keep_going}
@@ -63,7 +67,7 @@ def run(
                 waiting.append(row := Row(path.stem, key, cells=len(code_cells(path))))
             elif path.stem in sources:
                 if refresh:
-                    write_back(path, out, row)
+                    write_back(path, out, row, jobs == 1)
                 print_row(row, "unchanged")
             if row:  # also what an earlier run found about other notebooks, if it is still true
                 report.append(row)
@@ -86,7 +90,7 @@ def run(
                         continue
                     running.remove(job)
                     if refresh and job.row.status == "ok":
-                        write_back(sources[job.row.notebook], out, job.row)
+                        write_back(sources[job.row.notebook], out, job.row, jobs == 1)
                     print_row(job.row)
                     write_report(out, report, parameters)
                 print_progress(running)
