@@ -165,9 +165,9 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def show_table(rows: Mapping[str, Sequence[str]], columns: Sequence[str]) -> None:
+def show_table(rows: Mapping[str, Sequence[object]], columns: Sequence[str]) -> None:
     """Print rows of cells under the names of their columns, name -> cells, aligned to the right."""
-    lines = [["", *columns], *([name, *cells] for name, cells in rows.items())]
+    lines = [["", *columns], *([name, *map(str, cells)] for name, cells in rows.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for name, *cells in lines:
         padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
