@@ -24,18 +24,6 @@ from helpers.training.checkpoints import MANIFEST, find_damage
 GENERATIONS = 2
 PARTIAL = ".partial-"
 
-# A long training that survives a lost runtime. docs/colab.md explains it.
-RESUME_CELL = """\
-# Saves the run as it goes. After a lost runtime: run the notebook again, and it continues where the copy was taken.
-from helpers.training.copies import drive_folder, kept
-
-keep_on_drive = False  # True keeps a copy on your Google Drive; Colab asks for access to it
-run = ROOT / "build" / "my_run"
-config = TrainConfig(max_steps=2000, checkpoint_dir=run, checkpoint_every=100)
-with kept(run, drive_folder("my_run") if keep_on_drive else None):
-    history = train(model, batches, config, resume=True)
-"""
-
 
 def drive_folder(name: str, mount_point: Path | str = "/content/drive") -> Path:
     """Mount Google Drive and return the folder of the run `name` in it; in Colab only, and Colab asks for access."""
