@@ -1,17 +1,20 @@
 """Where the course is published: `python -m course links [owner/name] [--version 1.0.0]`, or `make links REPO=...`.
 
-`REPOSITORY` and `TAG` in `helpers.colab` say it. The badges and the setup cell of every notebook, README.md,
-pyproject.toml and the documentation repeat it, and this command brings them all in line. It changes nothing else: the
-setup cell does the same as before outside of Colab, so outputs that belonged to their notebook still do.
+`REPOSITORY` and `TAG` in `helpers.colab` say it. The badges and the setup cell of every notebook and its twin,
+README.md, pyproject.toml and the documentation repeat it, and this command brings them all in line. It changes nothing
+else: the setup cell does the same as before outside of Colab, so outputs that belonged to their notebook still do.
 """
 
 import argparse
 import re
 from pathlib import Path
 
+import jupytext
 import nbformat
+from nbformat import NotebookNode
 
 from course.notebooks import read_notebook, select_notebooks, source_hash, tags
+from course.twins import FORMAT, as_source, contents_hash, twin
 from helpers.colab import REPOSITORY, SETUP_CELL, TAG
 from helpers.errors import CourseError
 from helpers.files import write_atomically
@@ -27,7 +30,8 @@ VERSION = re.compile(r"\d+\.\d+\.\d+")
 def relink(root: Path, repository: str, tag: str) -> list[Path]:
     """Make everything below `root` name this repository (owner/name) and this tag; return the files that changed.
 
-    A notebook whose outputs were those of its sources before remains so; one that was stale remains stale.
+    A notebook whose outputs were those of its sources before remains so; one that was stale remains stale. In the same
+    way a notebook and its twin that were in line remain so, and where one was edited it is known which.
     """
     old = REPOSITORY.removeprefix(GITHUB)
     setup = SETUP_CELL.replace(f'"{TAG}", "{REPOSITORY}"', f'"{tag}", "{GITHUB}{repository}"').strip()
@@ -36,18 +40,31 @@ def relink(root: Path, repository: str, tag: str) -> list[Path]:
         text = re.sub(rf"(?<={re.escape(GITHUB)}){re.escape(old)}(?![\w-])", repository, text)
         return BADGE.sub(f"{repository}/blob/{tag}", text)
 
-    texts = {}
-    for path in select_notebooks(root / "notebooks"):
-        notebook = read_notebook(path)
-        fresh = notebook.metadata.get("workbook", {}).get("source_hash") == source_hash(notebook)
+    def relink_cells(notebook: NotebookNode) -> None:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = relinked(cell.source)
             elif "setup" in tags(cell):
                 cell.source = setup
+
+    texts = {}
+    for path in select_notebooks(root / "notebooks"):
+        notebook = read_notebook(path)
+        workbook = notebook.metadata.get("workbook", {})
+        fresh = workbook.get("source_hash") == source_hash(notebook)
+        sides = [notebook]
+        if twin(path).exists():
+            sides.append(jupytext.read(twin(path), fmt=FORMAT))
+        last = next((side for side in sides if contents_hash(side) == workbook.get("twin")), None)
+        for side in sides:
+            relink_cells(side)
         if fresh:
-            notebook.metadata.workbook.source_hash = source_hash(notebook)
+            workbook["source_hash"] = source_hash(notebook)
+        if last:
+            workbook["twin"] = contents_hash(last)
         texts[path] = nbformat.writes(notebook) + "\n"
+        if len(sides) > 1:
+            texts[twin(path)] = as_source(sides[1])
     for path in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("*.cff"), root / "pyproject.toml"]:
         texts[path] = relinked(path.read_text(encoding="utf-8"))
         if path.suffix in (".cff", ".toml"):

@@ -1,7 +1,6 @@
-"""Sphinx's settings for the book. `site/build.py` collects the sources and starts it; nothing is run or fetched."""
+"""Sphinx's settings for the book. `course.site` collects the sources and starts it; nothing is run or fetched."""
 
-import pages
-
+from course.site import pages
 from helpers.colab import REPOSITORY, TAG
 
 project = "LLM Workbook"

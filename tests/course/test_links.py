@@ -11,7 +11,9 @@ import nbformat
 import pytest
 
 from course.__main__ import main
-from course.notebooks import tags
+from course.links import relink
+from course.notebooks import read_notebook, select_notebooks, tags
+from course.twins import bring_in_line, pending, twin
 from helpers.colab import REPOSITORY, TAG
 from helpers.errors import CourseError
 from helpers.profiles import ROOT
@@ -20,14 +22,26 @@ HERE = REPOSITORY.removeprefix("https://github.com/")
 OTHER = "ada-l/LLM_course.2"
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """The course without its data in a folder of its own, with its first and last notebooks."""
-    folder = tmp_path / "copy"
-    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The course without its data in a folder of its own, with its first and last notebooks and their twins."""
+    folder = tmp_path_factory.mktemp("links") / "original"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("build", "runs", "data", ".*", "__pycache__"))
-    for path in notebooks[1:-1]:
-        (folder / "notebooks" / path.name).unlink()
+    for path in select_notebooks(folder / "notebooks")[1:-1]:
+        path.unlink()
+        twin(path).unlink(missing_ok=True)
+    for path in select_notebooks(folder / "notebooks"):
+        bring_in_line(path, "notebook")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moved(original: Path) -> Path:
+    """A copy of it that says it is published elsewhere."""
+    folder = original.with_name("moved")
+    shutil.copytree(original, folder)
+    result = links(folder, OTHER, "--version", "12.3.4")
+    assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -44,30 +58,26 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_there_and_back_is_byte_for_byte_the_same_and_a_second_time_changes_nothing(copy):
-    assert links(copy).returncode == 0  # the constants, in every place
-    before = files(copy)
-    again = links(copy)
-    assert again.stdout == f"{HERE} at {TAG}: 0 files changed.\n" and files(copy) == before
+def test_every_place_of_the_course_says_what_the_constants_say(original):
+    before = files(original)
+    assert links(original).stdout == f"{HERE} at {TAG}: 0 files changed.\n" and files(original) == before
 
-    there = links(copy, OTHER, "--version", "12.3.4")
-    assert there.returncode == 0, there.stderr
-    moved = files(copy)
-    assert moved.keys() == before.keys()
-    for name, content in moved.items():
+
+def test_there_and_back_is_byte_for_byte_the_same(original, moved, tmp_path):
+    before, there = files(original), files(moved)
+    assert there.keys() == before.keys()
+    for name, content in there.items():
         if not name.startswith("tests/"):
             assert REPOSITORY.encode() not in content and f"github/{HERE}".encode() not in content, name
-    assert links(copy, OTHER, "--version", "12.3.4").stdout.endswith(": 0 files changed.\n") and files(copy) == moved
+    back = tmp_path / "back"
+    shutil.copytree(moved, back)
+    assert links(back, HERE, "--version", TAG.removeprefix("v")).returncode == 0
+    assert files(back) == before
 
-    assert links(copy, HERE, "--version", TAG.removeprefix("v")).returncode == 0
-    assert files(copy) == before
 
-
-def test_only_badges_addresses_and_the_setup_cell_change(copy):
-    before = {path.name: nbformat.read(path, as_version=4) for path in (copy / "notebooks").glob("*.ipynb")}
-    links(copy, OTHER, "--version", "12.3.4")
-    for name, old in before.items():
-        new = nbformat.read(copy / "notebooks" / name, as_version=4)
+def test_only_badges_addresses_and_the_setup_cell_change(original, moved):
+    for path in select_notebooks(original / "notebooks"):
+        old, new = read_notebook(path), read_notebook(moved / "notebooks" / path.name)
         for was, cell in zip(old.cells, new.cells, strict=True):
             if "setup" in tags(was):
                 assert cell.source.count(f'"v12.3.4", "https://github.com/{OTHER}"') == 1
@@ -75,44 +85,63 @@ def test_only_badges_addresses_and_the_setup_cell_change(copy):
                 back = cell.source.replace(OTHER, HERE).replace("/blob/v12.3.4/", "/blob/X/")
                 assert back == re.sub(r"(?<=/blob/)[\w.]+(?=/notebooks/)", "X", was.source)
             was.source = cell.source
-        assert f"github/{OTHER}/blob/v12.3.4/notebooks/{name}" in new.cells[0].source
-        old.metadata.workbook.source_hash = new.metadata.workbook.source_hash
+        assert f"github/{OTHER}/blob/v12.3.4/notebooks/{path.name}" in new.cells[0].source
+        for name in ("source_hash", "twin"):
+            old.metadata.workbook[name] = new.metadata.workbook[name]
         assert new == old
-    project = tomllib.loads((copy / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((moved / "pyproject.toml").read_text())["project"]
     assert project["version"] == "12.3.4" and project["urls"]["repository"] == f"https://github.com/{OTHER}"
 
 
 CONVENTIONS = """
 from helpers.colab import badge
 from course.notebooks import select_notebooks
+from course.twins import pending
 from helpers.profiles import ROOT
 from tests.support import notebook_structure as structure
 
 for path in select_notebooks():
     for check in structure.CHECKS:
-        print(*(f"{path.stem}: {problem}" for problem in check(structure.read(path), path.stem)), sep="\\n", end="")
+        for problem in check(structure.read(path), path.stem):
+            print(path.stem, check.__name__, problem)
     if badge(path.stem) not in (ROOT / "README.md").read_text():
         print(f"{path.stem}: README.md lacks its badge")
-print("looked at", len(select_notebooks()))
+    print(pending(path))
 """
 
 
-def test_the_conventions_of_notebooks_hold_afterwards_and_the_readme_has_the_new_badges(copy):
-    links(copy, OTHER, "--version", "12.3.4")
-    result = subprocess.run(
-        [sys.executable, "-c", CONVENTIONS], cwd=copy, capture_output=True, text=True, timeout=300, check=False
+def test_the_notebooks_keep_and_break_the_same_conventions_as_before_and_are_in_line_with_their_twins(original, moved):
+    before, after = (
+        subprocess.run([sys.executable, "-c", CONVENTIONS], cwd=folder, capture_output=True, text=True, check=True)
+        for folder in (original, moved)
     )
-    assert result.stdout == "looked at 2\n", result.stderr
+    assert after.stdout == before.stdout and after.stdout.count("None\n") == 2
+
+
+@pytest.fixture
+def copy(original: Path, tmp_path: Path) -> Path:
+    """The original, to be changed in this process."""
+    shutil.copytree(original, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def test_outputs_that_were_stale_remain_stale(copy):
-    path = next((copy / "notebooks").glob("*.ipynb"))
-    notebook = nbformat.read(path, as_version=4)
+    path = select_notebooks(copy / "notebooks")[0]
+    notebook = read_notebook(path)
     notebook.cells[-1].source += " More."
     nbformat.write(notebook, path)
-    stale = notebook.metadata.workbook.source_hash
-    links(copy, OTHER)
-    assert nbformat.read(path, as_version=4).metadata.workbook.source_hash == stale
+    relink(copy, OTHER, TAG)
+    assert read_notebook(path).metadata.workbook.source_hash == notebook.metadata.workbook.source_hash
+
+
+@pytest.mark.parametrize("edited", ["notebook", "source"])
+def test_which_of_notebook_and_twin_was_edited_stays_known(copy, edited):
+    path = select_notebooks(copy / "notebooks")[0]
+    side = path if edited == "notebook" else twin(path)
+    side.write_text(side.read_text(encoding="utf-8").replace("## What we saw", "## What we have seen"))
+    relink(copy, OTHER, TAG)
+    assert pending(path) == edited
+    assert OTHER in path.read_text(encoding="utf-8") and OTHER in twin(path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -126,18 +155,16 @@ def test_what_is_no_repository_is_one_sentence(name, monkeypatch):
         main(["links", "--", name])
 
 
-def test_what_is_no_version_is_one_sentence_and_changes_nothing(copy):
-    before = files(copy)
-    result = links(copy, OTHER, "--version", "v1")
-    assert result.returncode == 2
-    assert result.stderr == "error: 'v1' is no version: give three numbers, such as 1.0.0.\n"
-    assert files(copy) == before
+def test_what_is_no_version_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("course.links.relink", lambda *_: pytest.fail("files were about to change"))
+    with pytest.raises(CourseError, match=r"^'v1' is no version: give three numbers, such as 1\.0\.0\.$"):
+        main(["links", OTHER, "--version", "v1"])
 
 
 def test_a_damaged_notebook_is_named_and_nothing_is_changed(copy):
-    path = max((copy / "notebooks").glob("*.ipynb"))
+    path = select_notebooks(copy / "notebooks")[-1]
     path.write_text("{")
     before = files(copy)
-    result = links(copy, OTHER)
-    assert result.returncode == 2 and f"{path.name} is not a readable notebook" in result.stderr
+    with pytest.raises(CourseError, match=f"{path.name} is not a readable notebook"):
+        relink(copy, OTHER, TAG)
     assert files(copy) == before

@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course import slides
 from course.notebooks import NOTEBOOKS, read_notebook, select_notebooks, tags
+from course.slides.deck import deck
+from course.slides.export import export, package_file
+from course.slides.layout import ROOM, height, in_lines, pages
+from course.slides.sections import figures
+from course.slides.time_plan import LECTURE, minutes
 from helpers.errors import CourseError
 from tests.support import notebook_structure
 from tests.support.exercise_proof import read_exercises
@@ -43,12 +47,12 @@ setInterval(() => {
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The pages of two lessons."""
     folder = tmp_path_factory.mktemp("slides")
-    return {stem: slides.export(NOTEBOOKS / f"{stem}.ipynb", folder) for stem in EXPORTED}
+    return {stem: export(NOTEBOOKS / f"{stem}.ipynb", folder) for stem in EXPORTED}
 
 
 def everything(notebook: Path) -> str:
     """All markdown of a lesson's slides, notes included."""
-    return "\n\n".join(cell.source for cell in slides.deck(read_notebook(notebook), notebook.stem).cells)
+    return "\n\n".join(cell.source for cell in deck(read_notebook(notebook), notebook.stem).cells)
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -56,7 +60,7 @@ def test_every_section_and_every_figure_of_a_lesson_has_a_slide(path):
     notebook, text = read_notebook(path), everything(path)
     for section in notebook_structure.sections(notebook):
         assert re.search(rf"^##+ {re.escape(section)}$", text, re.MULTILINE), section
-    images = [image for cell in notebook.cells for image in slides.figures(cell)]
+    images = [image for cell in notebook.cells for image in figures(cell)]
     assert images
     for image, alt in images:
         assert text.count(image) == 1, alt
@@ -76,7 +80,7 @@ def test_no_solution_no_check_and_no_hint_is_in_the_slides(path):
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(path):
-    for cell in slides.deck(read_notebook(path), path.stem).cells:
+    for cell in deck(read_notebook(path), path.stem).cells:
         for table in re.findall(r"(?:^\|.*\n?){2,}", cell.source, re.MULTILINE):
             rows = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
             assert len(set(rows)) == 1, table
@@ -129,8 +133,8 @@ def test_in_a_browser_every_slide_fits_on_its_page_and_nothing_is_fetched(export
     assert found, "the page was never ready"
     report = json.loads(html.unescape(found[1]))
     assert len(report["pages"]) > 30
-    for text, height, width, errors, has_images in report["pages"]:
-        assert height <= 720 and width <= 1280, f"does not fit: {text}"
+    for text, high, width, errors, has_images in report["pages"]:
+        assert high <= 720 and width <= 1280, f"does not fit: {text}"
         assert not errors and has_images, f"is not drawn: {text}"
     assert f"{address}assets/reveal/reveal.js" in report["loaded"]
     assert not [name for name in report["loaded"] if not name.startswith((address, "data:", "blob:"))]
@@ -151,39 +155,48 @@ def test_a_cell_tagged_skip_is_left_out_and_one_tagged_slide_is_shown_whole():
         new_markdown_cell(text.replace("Lead", "Gone"), metadata={"tags": ["skip"]}),
         new_code_cell("question = None"),
     ]
-    shown = "\n".join(cell.source for cell in slides.deck(small_lesson(*cells), "99_title").cells)
+    shown = "\n".join(cell.source for cell in deck(small_lesson(*cells), "99_title").cells)
     assert "**Kept.** First sentence. Second sentence." in shown and "answer = 42" in shown
     assert "Gone" not in shown and "question = None" not in shown
 
 
 def test_a_slide_has_first_sentences_and_the_notes_have_the_whole_text():
     text = "**Lead.** Smith et al. 2020 found it, i.e. $a. B$ holds. The proof is long."
-    found = slides.deck(small_lesson(new_markdown_cell(text)), "99_title").cells
+    found = deck(small_lesson(new_markdown_cell(text)), "99_title").cells
     kinds = {cell.metadata.slideshow.slide_type: cell.source for cell in found[2:]}
     assert kinds["notes"] == text
     assert "**Lead.** Smith et al. 2020 found it, i.e. $a. B$ holds." in kinds["slide"]
     assert "proof" not in kinds["slide"]
 
 
+def test_the_closing_table_has_a_slide_and_a_bar_in_a_cell_divides_nothing():
+    table = "| what was measured | number | |\n|---|---|---|\n| p(a \\| b) | 0.62, at least 0.5 | holds |"
+    cell = new_code_cell("lesson.summary()", outputs=[new_output("display_data", {"text/markdown": table})])
+    (page,) = (cell.source for cell in deck(small_lesson(cell), "99_title").cells if "measured" in cell.source)
+    assert page.endswith(table)
+
+
 def test_a_text_that_only_leads_over_stands_in_the_notes_of_the_next_slide():
     cells = [new_markdown_cell("Now the sum."), new_code_cell("x = 1"), new_markdown_cell("**Lead.** It holds.")]
-    (notes,) = (c.source for c in slides.deck(small_lesson(*cells), "99_title").cells[2:] if "Now" in c.source)
+    (notes,) = (c.source for c in deck(small_lesson(*cells), "99_title").cells[2:] if "Now" in c.source)
     assert notes == "Now the sum.\n\n**Lead.** It holds."
 
 
 def test_a_long_row_of_formulas_is_drawn_one_below_the_other():
     first, second = "a = " + " + ".join("bcdefgh"), "y = " + " + ".join("zxwvut" * 6)
-    assert slides.in_lines(f"$${first} \\qquad {second}$$").count("\\\\") == 1
-    assert slides.in_lines(f"$${first} \\qquad {first}$$") == f"$${first} \\qquad {first}$$"
+    assert in_lines(f"$${first} \\qquad {second}$$").count("\\\\") == 1
+    assert in_lines(f"$${first} \\qquad {first}$$") == f"$${first} \\qquad {first}$$"
 
 
 def test_claims_that_a_cell_printed_stand_under_its_figure():
     image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
     picture = new_output("display_data", {"image/png": image}, metadata={"image/png": {"alt": "two pixels"}})
-    printed = new_output("stream", name="stdout", text="some table\nholds: it is wide & <low>\nlast line\n")
-    cells = slides.deck(small_lesson(new_code_cell("draw()", outputs=[picture, printed])), "99_title").cells
+    printed = new_output(
+        "stream", name="stdout", text="some table\nholds: it is wide & <low> (0.62, at least 0.5)\nlast line\n"
+    )
+    cells = deck(small_lesson(new_code_cell("draw()", outputs=[picture, printed])), "99_title").cells
     (figure,) = (cell for cell in cells if cell.metadata.get("kind") == "figure")
-    assert "- it is wide &amp; &lt;low&gt;" in figure.source and "some table" not in figure.source
+    assert "- it is wide &amp; &lt;low&gt; (0.62, at least 0.5)" in figure.source and "some table" not in figure.source
 
 
 def test_exercises_are_named_in_their_cells_or_in_the_text_above_them():
@@ -192,25 +205,25 @@ def test_exercises_are_named_in_their_cells_or_in_the_text_above_them():
         new_code_cell("def add(a, b):\n    raise NotImplementedError", metadata={"tags": ["exercise"]}),
         new_code_cell("# Exercise 99.2, hard: divide.\ndef divide(): ...", metadata={"tags": ["exercise"]}),
     ]
-    (page,) = (c.source for c in slides.deck(small_lesson(*cells), "99_title").cells if "99.1" in c.source)
+    (page,) = (c.source for c in deck(small_lesson(*cells), "99_title").cells if "99.1" in c.source)
     assert "- **99.1** (easy) *Add.*\n" in page and "- **99.2** (hard) divide\n" in page
 
 
 def test_long_lists_and_tables_are_divided_and_each_part_of_a_table_has_its_head():
     table = "\n".join(["| a | b |", "|---|---|", *(f"| {i} | {'word ' * 30} |" for i in range(30))])
-    parts = slides.pages([table])
+    parts = pages([table])
     assert len(parts) > 2 and all(part.startswith("| a | b |\n|---|---|\n") for part in parts)
     assert sum(part.count("word word") > 0 for part in parts) == len(parts)
-    assert all(slides.height(part) <= slides.ROOM for part in parts)
+    assert all(height(part) <= ROOM for part in parts)
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_the_minutes_of_a_lecture_add_up_and_end_before_the_exercises(path):
-    found = slides.minutes(read_notebook(path))
-    assert sum(found.values()) == slides.LECTURE and min(found.values()) >= 1
+    found = minutes(read_notebook(path))
+    assert sum(found.values()) == LECTURE and min(found.values()) >= 1
     assert not [title for title in found if "Exercises" in title or title == "What we saw"]
 
 
 def test_a_missing_package_is_one_sentence_that_says_what_to_install():
-    with pytest.raises(CourseError, match=r"need the package no-such-package: install requirements\.txt"):
-        slides.package_file("no-such-package", "static")
+    with pytest.raises(CourseError, match=r"need the package no-such-package: install requirements-dev\.txt"):
+        package_file("no-such-package", "static")

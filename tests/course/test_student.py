@@ -2,16 +2,16 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course import notebooks
+from course.__main__ import main
 from course.student import NEEDED, exercises_without_hint, student_edition, write_student_edition
 from helpers.colab import SETUP_CELL, badge
 from helpers.errors import CourseError
@@ -147,17 +147,16 @@ def test_hints_are_folded_and_nothing_points_to_the_solutions(tmp_path: Path) ->
     assert exercises_without_hint([path]) == ["Exercise 1.1, easy: sum."]
 
 
-def test_the_folder_runs_by_itself_and_says_not_attempted_yet(tmp_path: Path) -> None:
-    notebooks, out = lesson(tmp_path / "notebooks").parent, tmp_path / "out"
-    command = [sys.executable, "-m", "course", "student", "--notebooks", notebooks, "--out", out]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert result.stdout == f"1 notebooks without solutions are in {out}; exercises without a hint: 0\n", result.stderr
+def test_the_folder_runs_by_itself_and_says_not_attempted_yet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, out = lesson(tmp_path / "notebooks").parent, tmp_path / "out"
+    main(["student", "--notebooks", str(folder), "--out", str(out)])
+    said = f"1 notebooks without solutions are in {out}; exercises without a hint: 0\n"
+    assert capsys.readouterr().out == said
     assert {path.name for path in out.iterdir()} == {"01_small.ipynb", *NEEDED}
-    # The helpers of the folder, not those of the repository, are the ones that run it.
-    ran = [sys.executable, "-m", "course", "run", "--notebooks", ".", "--out", tmp_path / "ran"]
-    result = subprocess.run(ran, cwd=out, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    cells = notebooks.code_cells(tmp_path / "ran" / "01_small.ipynb")
+    notebook = notebooks.read_notebook(out / "01_small.ipynb")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(out)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    # The helpers of the folder, not those of the repository, are the ones that ran it.
     assert cells[2].outputs[0].text == f"{out}/helpers/__init__.py\n"
     assert cells[-1].outputs[0].text == "Exercise 1.1: not attempted yet\n"
 

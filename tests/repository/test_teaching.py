@@ -6,9 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from course.sections import figures, sections
 
-from course import notebooks, slides
+from course import notebooks
 from course.notebooks import output_text, select_notebooks
+from course.slides.time_plan import LECTURE, minutes
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import read_exercises
 
@@ -53,10 +55,10 @@ def titles_of(source: str) -> list[re.Pattern]:
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_the_minutes_are_those_of_the_lessons_sections_and_fill_the_lecture(path):
-    planned = slides.minutes(read_notebook(path))
+    planned = minutes(read_notebook(path))
     rows = re.findall(r"^\| (.+?) \| (\d+) \|", part(page(path), "Minutes"), re.MULTILINE)
     assert [title for title, _ in rows] == list(planned)
-    assert sum(int(number) for _, number in rows) == slides.LECTURE
+    assert sum(int(number) for _, number in rows) == LECTURE
     for title, number in rows:
         assert abs(int(number) - planned[title]) <= 3, f"{title}: {planned[title]} minutes by the lesson"
 
@@ -66,7 +68,7 @@ def test_every_plot_of_the_lesson_is_explained_under_its_title(path):
     named = re.findall(r'^- \*\*"(.+?)"\*\*: \S', part(page(path), "What to say at each plot"), re.MULTILINE)
     left = list(named)
     for cell in read_notebook(path).cells:
-        images = len(list(slides.figures(cell))) if cell.cell_type == "code" else 0
+        images = len(list(figures(cell))) if cell.cell_type == "code" else 0
         patterns = titles_of(cell.source) if images else []
         here = [title for title in left if any(pattern.fullmatch(title) for pattern in patterns)]
         assert len(here) >= images, f"{images} plots, explained: {here}\n{cell.source[:300]}"
@@ -96,7 +98,7 @@ def test_every_number_of_the_page_stands_in_the_lesson(path):
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_the_page_has_the_lessons_title_and_something_to_discuss(path):
     text = page(path)
-    assert text.startswith(f"# {slides.sections(read_notebook(path))[0].title}\n")
+    assert text.startswith(f"# {sections(read_notebook(path))[0].title}\n")
     assert len(re.findall(r"^- .+", part(text, "To discuss"), re.MULTILINE)) >= 2
     assert "**Before:**" in text
 

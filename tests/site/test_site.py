@@ -1,7 +1,6 @@
 """The book as a reader meets it: built once, its HTML read as text, then every page opened in a browser."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +12,15 @@ import pytest
 from bs4 import BeautifulSoup, Tag
 
 from course import notebooks
+from course.claims.ledger import read_ledger
+from course.slides.sections import figures
 from helpers.colab import badge
 from helpers.profiles import ROOT
-from tests.site.calculator_cases import CASES, answer
+from tests.site.calculator_cases import CASES
 
+pytestmark = pytest.mark.slow
 NOTEBOOKS = notebooks.select_notebooks()
+CASE_ROWS = json.loads(CASES.read_text(encoding="utf-8"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--headless",
@@ -33,10 +36,8 @@ FLAGS = [
 
 def build(out: Path, folder: Path = ROOT) -> subprocess.CompletedProcess:
     """Run the command of `make site`."""
-    command = [sys.executable, str(folder / "site/build.py"), "--out", str(out)]
-    return subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-m", "course", "site", "--out", str(out)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_every_lesson_document_and_model_card_has_a_page_that_the_contents_list(
     expected = {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
     for pattern in ("docs/*.md", "data/*/README.md"):
         expected |= {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob(pattern)}
-    expected |= {"index.html", "lesson_map.html", "memory_calculator.html", "search.html"}
+    expected |= {"index.html", "lesson_map.html", "claims.html", "memory_calculator.html", "search.html"}
     assert expected <= pages.keys()
     assert {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob("docs/*/*.md")} <= pages.keys()
     listed = {link["href"] for link in pages["index.html"].select("nav.bd-links a[href]")}
@@ -161,7 +162,7 @@ def test_the_map_draws_each_lesson_and_an_arrow_for_each_direct_prerequisite(pag
 
 def test_what_is_not_complete_does_not_replace_the_book(tmp_path):
     folder, out = tmp_path / "course", tmp_path / "book"
-    for name in ("site", "helpers", "data"):
+    for name in ("course", "site", "helpers", "data"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "notebooks").mkdir()
     shutil.copy(NOTEBOOKS[0], folder / "notebooks")
@@ -176,31 +177,18 @@ def test_what_is_not_complete_does_not_replace_the_book(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-# The calculator in Python
-
-CASE_ROWS = json.loads(CASES.read_text(encoding="utf-8"))
-
-
-def test_the_table_of_cases_covers_every_model_and_choice():
-    from helpers.memory import METHODS, OPTIMIZERS, PRECISIONS, QUANTISATIONS, bundled_shapes
-
-    assert len(CASE_ROWS) >= 60
-    for purpose in ("training", "inference"):
-        rows = [case for case in CASE_ROWS if case["purpose"] == purpose]
-        assert {case["model"] for case in rows} == set(bundled_shapes())
-        assert any(case["changes"] for case in rows)
-    training = [case["settings"] for case in CASE_ROWS if case["purpose"] == "training"]
-    assert {row["method"] for row in training} == set(METHODS)
-    assert {row["optimizer"] for row in training} == set(OPTIMIZERS)
-    assert {row["precision"] for row in training} == set(PRECISIONS)
-    assert {row["zero_stage"] for row in training} == {0, 1, 2, 3}
-    inference = [case["settings"] for case in CASE_ROWS if case["purpose"] == "inference"]
-    assert {row["quantization"] for row in inference} == {None, *QUANTISATIONS}
+def test_the_start_page_shows_the_headline_figures_with_their_texts(pages):
+    shown = {image["alt"] for image in content(pages["index.html"]).select("#lessons img")}
+    for path in NOTEBOOKS:
+        if (ROOT / "figures" / f"{path.stem}.png").exists():
+            cells = [cell for cell in notebooks.read_notebook(path).cells if "headline" in notebooks.tags(cell)]
+            assert next(alt for cell in cells for _, alt in figures(cell)) in shown
 
 
-def test_python_answers_as_the_table_says():
-    different = [case["model"] for case in CASE_ROWS if answer(case) != case["expected"]]
-    assert not different, f"{different}: after a change of helpers.memory, run python -m tests.site.calculator_cases"
+def test_the_ledger_has_a_table_for_each_lesson_that_is_in_it(pages):
+    ledger = read_ledger()
+    tables = content(pages["claims.html"]).find_all("table")
+    assert [len(table.select("tbody tr")) for table in tables] == [len(lesson.claims) for lesson in ledger.values()]
 
 
 # In a browser
@@ -277,7 +265,6 @@ def serious(page) -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site, pages, page):
     import axe_playwright_python
 

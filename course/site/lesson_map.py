@@ -5,6 +5,7 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
+from course.notebooks import read_notebook
 from course.runner.refresh import lessons
 
 BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 132, 62, 168, 76, 4
@@ -24,7 +25,7 @@ def prerequisites(notebooks: list[Path]) -> dict[str, set[str]]:
     known = {path.stem[:2] for path in notebooks}
     needs = {}
     for path in notebooks:
-        workbook = notebooks.read_notebook(path).metadata.get("workbook", {})
+        workbook = read_notebook(path).metadata.get("workbook", {})
         needs[path.stem[:2]] = set(workbook.get("prerequisites", [])) & known
     return needs
 

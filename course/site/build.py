@@ -1,0 +1,114 @@
+"""Collects the sources of the book, and has Sphinx build it, without a network.
+
+The sources are collected in a folder that mirrors the repository: the pages in site/, every lesson, docs/*.md, the
+model cards and the headline figures. What is drawn from the notebooks' metadata, the ledger of claims, and the tables
+of the calculator, are written beside them.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from sphinx.cmd.build import build_main
+
+from course.notebooks import read_notebook, select_notebooks, tags
+from course.site import ledger, lesson_map
+from course.slides.sections import figures
+from helpers.errors import CourseError
+from helpers.files import replacing_folder
+from helpers.memory import CONTEXT, FRAGMENTATION, GPUS, ModelShape, bundled_shapes
+from helpers.profiles import ROOT
+
+SITE = ROOT / "site"
+SOURCES = (
+    "notebooks/[0-9][0-9]_*.ipynb",
+    "figures/*.png",
+    "docs/**/*.md",
+    "docs/**/*.png",
+    "docs/**/*.svg",
+    "data/*/README.md",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "site", help="folder, which is replaced")
+
+
+def command(options: argparse.Namespace) -> None:
+    """Build the book, and leave an older one alone until the new one is complete; CourseError if Sphinx complains."""
+    out = options.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name, replacing_folder(out) as made:
+        sources = Path(name) / "sources"
+        sources.mkdir()
+        collect(sources)
+        flags = ["--quiet", "--fail-on-warning", "--define", f"html_static_path={sources / 'static'}"]
+        status = build_main([*flags, "-b", "html", "-c", str(SITE), "-d", f"{name}/read", str(sources), str(made)])
+        if status:
+            raise CourseError("The book was not built: mend what Sphinx says above, and run make site again.")
+    print(f"The book is ready: open {out / 'index.html'}")
+
+
+def collect(folder: Path) -> None:
+    """Copy and write all sources of the book into the folder."""
+    for page in SITE.glob("*.md"):
+        shutil.copy(page, folder / page.name)
+    shutil.copytree(SITE / "static", folder / "static")
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            target = folder / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    lessons = select_notebooks()
+    cards = sorted(path.parent.name for path in folder.glob("data/*/README.md"))
+    entries = [f"Model card: {name} <data/{name}/README>" for name in cards]
+    for path in sorted(folder.glob("docs/*.md")):
+        entries.append(f"docs/{path.stem}")
+        if parts := sorted(path.with_suffix("").glob("*.md")):  # the parts of docs/NAME.md are in docs/NAME/
+            names = "\n".join(f"{path.stem}/{part.stem}" for part in parts)
+            text = path.read_text(encoding="utf-8")
+            path.write_text(f"{text}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n", encoding="utf-8")
+    fill(
+        folder / "index.md",
+        lessons=lesson_map.table(lessons),
+        figures=headline_figures(lessons),
+        documents="\n".join(entries),
+    )
+    fill(folder / "claims.md", claims=ledger.page(lessons))
+    fill(folder / "lesson_map.md", map=lesson_map.draw(lessons))
+    tables = "const CALCULATOR = " + json.dumps(calculator_tables(), separators=(",", ":")) + ";\n"
+    (folder / "static/calculator_tables.js").write_text(tables, encoding="utf-8")
+
+
+def fill(page: Path, **values: str) -> None:
+    """Replace each {{ name }} in the page."""
+    text = page.read_text(encoding="utf-8")
+    for name, value in values.items():
+        text = text.replace(f"{{{{ {name} }}}}", value)
+    page.write_text(text, encoding="utf-8")
+
+
+def headline_figures(lessons: list[Path]) -> str:
+    """Markdown of the figures in figures/, each a link to its lesson."""
+    found = []
+    for path in lessons:
+        if (ROOT / "figures" / f"{path.stem}.png").exists():
+            cells = [cell for cell in read_notebook(path).cells if "headline" in tags(cell)]
+            alt = next((alt for cell in cells for _, alt in figures(cell)), path.stem)
+            alt = alt.replace("[", "\\[").replace("]", "\\]")
+            found.append(f"[![{alt}](figures/{path.stem}.png)](notebooks/{path.name})")
+    return "\n".join(found)
+
+
+def calculator_tables() -> dict:
+    """What the calculator in the browser has to know: the bundled models, the GPUs, and the rule of thumb."""
+    return {
+        "shapes": {name: asdict(ModelShape.from_config(name)) for name in bundled_shapes()},
+        "gpus": {name: gpu.memory for name, gpu in GPUS.items()},
+        "context": CONTEXT,
+        "fragmentation": FRAGMENTATION,
+    }

@@ -1,0 +1,65 @@
+"""What of a lesson's text stands on the slides: first sentences, formulas, lists and tables."""
+
+import re
+
+PROTECTED = re.compile(r"\$[^$]+\$|`[^`]+`")  # formulas and code, in which no sentence ends
+SENTENCE_END = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)[.!?][*\")]*\s+(?=[A-Z*\"(\x00])")
+LEAD = re.compile(r"\*\*[^*]+[.?:]\*\*\s+")  # such as **What you see.**
+
+
+def blocks(text: str) -> list[str]:
+    """Paragraphs, formulas, lists, tables, headings and code of a markdown text."""
+    text = re.sub(r"^(\$\$.+?\$\$)$", r"\n\1\n", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"([^\n])\n((?:[-*]|\d+\.) )", lambda m: "\n".join(m.groups()), text)
+    return [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a paragraph; its bold lead belongs to the first of them."""
+    kept = PROTECTED.findall(text)
+    plain = PROTECTED.sub("\x00", text.replace("\n", " "))
+    start = lead.end() if (lead := LEAD.match(plain)) else 0
+    ends = [match.end() for match in SENTENCE_END.finditer(plain) if match.end() > start]
+    pieces = [plain[a:b].strip() for a, b in zip([0, *ends], [*ends, len(plain)], strict=True)]
+    originals = iter(kept)
+    return [re.sub("\x00", lambda _: next(originals), piece) for piece in pieces if piece]
+
+
+def kind_of(block: str) -> str:
+    """What a block is: heading, formula, table, list, code, image or text."""
+    if block.startswith("$$"):
+        return "formula"
+    starts = {"#": "heading", "|": "table", "```": "code", "[![": "image", "![": "image", "<": "image"}
+    if found := next((kind for start, kind in starts.items() if block.startswith(start)), None):
+        return found
+    return "list" if re.match(r"([-*]|\d+\.) ", block) else "text"
+
+
+def items(block: str) -> list[tuple[str, str]]:
+    """The items of a list as pairs of mark and text."""
+    return [
+        (mark, " ".join(text.split()))
+        for mark, text in (item.split(" ", 1) for item in re.split(r"\n(?=(?:[-*]|\d+\.) )", block))
+    ]
+
+
+def condensed(text: str) -> list[str]:
+    """What of a text stands on the slides: first sentences, formulas, lists and tables."""
+    chosen = []
+    parts = blocks(text)
+    for block, after in zip(parts, [*parts[1:], ""], strict=True):
+        kind = kind_of(block)
+        if kind == "text":
+            said = sentences(block)
+            leads_on = block.endswith(":") and kind_of(after) != "text" and len(said) > 1
+            chosen.append(" ".join([said[0], *([said[-1]] if leads_on else [])]))
+        elif kind == "list":
+            chosen.append("\n".join(f"{mark} {sentences(item)[0]}" for mark, item in items(block)))
+        elif kind in ("formula", "table"):
+            chosen.append(block)
+    return chosen
+
+
+def leads_nowhere(chosen: list[str]) -> bool:
+    """Whether the blocks are sentences without a bold lead, which only lead over to the next cell."""
+    return all(kind_of(block) == "text" and not block.startswith("**") for block in chosen)

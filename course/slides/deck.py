@@ -1,0 +1,207 @@
+"""The pages of a lesson, as a notebook of markdown cells."""
+
+import ast
+import html
+import re
+import struct
+from base64 import b64decode
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell, new_notebook
+
+from course.notebooks import BUDGET, tags
+from course.slides.condensing import LEAD, blocks, condensed, kind_of, leads_nowhere, sentences
+from course.slides.layout import LINE, ROOM, height, pages
+from course.slides.sections import NEVER_SHOWN, Section, claims, figures, sections
+
+CODE_LINES, MAX_CODE_WIDTH = range(5, 20), 98
+MEASURED = "**Measured here**"
+
+
+@dataclass
+class Slide:
+    """One page: its kind is title, text, code, figure or tall (a figure that is as high as it is wide).
+
+    One of kind notes is no page; its notes belong to the next one.
+    """
+
+    kind: str
+    heading: str
+    body: str  # markdown
+    notes: list[str] = field(default_factory=list)  # markdown
+
+
+def text_slides(heading: str, chosen: list[str], notes: str) -> Iterator[Slide]:
+    """Slides with the chosen blocks; the first has the whole text in its notes, also what no page is left for."""
+    for number, page in enumerate(pages(chosen)):
+        if number and leads_nowhere(page.split("\n\n")):
+            continue
+        yield Slide("text", heading, page, [notes] if number == 0 else [])
+
+
+def figure_slide(heading: str, image: str, alt: str, found: list[str]) -> Slide:
+    """A page with a figure, and under or beside it what was claimed about it."""
+    width, high = struct.unpack(">II", b64decode(image[:64])[16:24])
+    kind = "tall" if high > 0.9 * width else "figure"
+    beside = found[: 3 if kind == "figure" else 6]
+    pixels = 610 - (kind == "figure") * 34 * (len(beside) + sum(len(claim) > LINE * 1.3 for claim in beside))
+    style = f"max-height: {pixels}px"
+    plot = f'<div class="plot"><img alt="{html.escape(alt)}" style="{style}" src="data:image/png;base64,{image}"></div>'
+    listed = [f"- {claim}" for claim in found]
+    return Slide(kind, heading, "\n\n".join([plot, "\n".join(listed[: len(beside)])]), [alt, "\n".join(listed)])
+
+
+def short_function(cell: NotebookNode) -> str:
+    """The source of the cell's first function, if it is neither trivial nor too long for a page; otherwise nothing."""
+    try:
+        tree = ast.parse(cell.source)
+    except SyntaxError:  # a magic
+        return ""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            source = ast.get_source_segment(cell.source, node)
+            lines = source.split("\n")
+            return source if len(lines) in CODE_LINES and max(map(len, lines)) <= MAX_CODE_WIDTH else ""
+    return ""
+
+
+def code_slides(heading: str, cells: list[NotebookNode], after_formula: bool) -> Iterator[Slide]:
+    """Slides of the code cells between two texts: the method, the figures, and what was claimed."""
+    shown: Slide | tuple[str, str] | None = None  # a page of code or a figure, which waits for the claims below it
+    found: list[str] = []
+    for cell in cells:
+        source = cell.source if "slide" in tags(cell) else short_function(cell) if after_formula else ""
+        if source:
+            yield from claimed(heading, shown, found)
+            shown, found, after_formula = Slide("code", heading, f"```python\n{source}\n```"), [], False
+        for image in figures(cell):
+            yield from claimed(heading, shown, found)
+            shown, found = image, []
+        found += claims(cell)
+    yield from claimed(heading, shown, found)
+
+
+def claimed(heading: str, shown: Slide | tuple[str, str] | None, found: list[str]) -> Iterator[Slide]:
+    """The page of code or the figure with the claims that followed it; without either, the claims alone."""
+    if isinstance(shown, tuple):
+        yield figure_slide(heading, *shown, found)
+    elif shown or found:
+        held = "\n".join(f"- {claim}" for claim in found)
+        kind, above = (shown.kind, shown.body) if shown else ("text", MEASURED)
+        yield Slide(kind, heading, f"{above}\n\n{held}")
+
+
+def exercise_slide(heading: str, cells: list[NotebookNode]) -> Slide:
+    """A page that lists the exercises, each by the line that names it in its cell or in the text above it."""
+    named = []
+    for cell in cells:
+        if cell.cell_type == "code":
+            named += re.findall(r"^# Exercise ([\d.]+), (\w+): (.+)$", cell.source, re.MULTILINE)
+        else:
+            named += re.findall(r"^\*\*Exercise ([\d.]+)\*\* \((\w+)[^)]*\)\.? (.+)$", cell.source, re.MULTILINE)
+    listed = [f"- **{number}** ({level}) {sentences(task)[0].rstrip('.')}" for number, level, task in named]
+    ask = "Write the answer in place of `raise NotImplementedError`; the check below it answers at once."
+    return Slide("text", heading, "\n".join(listed) + f"\n\n{ask}")
+
+
+def opening_slides(section: Section, stem: str) -> Iterator[Slide]:
+    """Title with the promise, what the student will do, and the symbols."""
+    parts = [block for block in blocks(section.cells[0].source) if kind_of(block) not in ("image", "heading")]
+    parts = [block for block in parts if not BUDGET.search(block)]
+    promise = sentences(parts[0])
+    told = " ".join(promise[:2])
+    yield Slide("title", section.title, f"{told}\n\n`notebooks/{stem}.ipynb`", ["\n\n".join(parts)])
+    chosen = [block if kind_of(block) != "text" else sentences(block)[0] for block in parts[1:]]
+    yield from text_slides(section.title, chosen, "")
+
+
+def section_slides(section: Section) -> Iterator[Slide]:
+    """One column of slides."""
+    shown = [cell for cell in section.cells if not NEVER_SHOWN & set(tags(cell))]
+    exercises = [cell for cell in shown if "exercise" in tags(cell)]
+    texts = [cell for cell in shown if cell.cell_type == "markdown"]
+    first = blocks(texts[0].source) if texts else []
+    asks = bool(first) and first[0].startswith("**Question.**")
+    question = first[0].removeprefix("**Question.**").strip() if asks else ""
+    if question:
+        yield Slide("title", section.title, question)
+    if exercises:
+        yield exercise_slide(section.title, [*texts, *exercises])
+        shown = [cell for cell in shown if "exercise" not in tags(cell) and cell.cell_type == "code"]
+    after_formula = False
+    for is_text, group in groupby(shown, key=lambda cell: cell.cell_type == "markdown"):
+        cells = list(group)
+        if not is_text:
+            printed = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+            tables = [data["text/markdown"] for data in printed if "text/markdown" in data]
+            yield from text_slides(section.title, tables, "")
+            yield from code_slides(section.title, cells, after_formula)
+            continue
+        for cell in cells:
+            source = cell.source
+            if question and cell is texts[0]:
+                source = "\n\n".join(first[1:])
+            chosen = blocks(source) if "slide" in tags(cell) else condensed(source)
+            seen = [block for block in blocks(source) if block.startswith("**What you see.**")]
+            chosen = [block for block in chosen if not block.startswith("**What you see.**")]
+            for block in seen:
+                yield seen_slide(section.title, block)
+            if leads_nowhere(chosen):
+                yield Slide("notes", "", "", [source])
+            else:
+                yield from text_slides(section.title, chosen, source)
+            after_formula = "$$" in source
+
+
+def seen_slide(heading: str, block: str) -> Slide:
+    """What was seen, sentence by sentence, as far as a page holds it; all of it in the notes."""
+    said = sentences(block)
+    said[0] = LEAD.sub("", said[0])
+    listed: list[str] = []
+    for sentence in said:
+        if listed and height("\n".join([*listed, f"- {sentence}"])) > ROOM - 1.5:
+            break
+        listed.append(f"- {sentence}")
+    return Slide("text", heading, "**What you see**\n\n" + "\n".join(listed), [block])
+
+
+def joined(slides: Iterable[Slide]) -> Iterator[Slide]:
+    """The slides of a column, where short pages of text are put together."""
+    last: Slide | None = None
+    waiting: list[str] = []
+    for slide in slides:
+        slide.notes, waiting = waiting + slide.notes, []
+        if slide.kind == "notes":
+            waiting = slide.notes
+            continue
+        both = f"{last.body}\n\n{slide.body}" if last and last.kind == slide.kind == "text" else ""
+        both = re.sub(rf"({re.escape(MEASURED)}\n\n(?:- .*\n)+)\n{re.escape(MEASURED)}\n\n", r"\1", both)
+        if both and sum(map(height, both.split("\n\n"))) <= ROOM:
+            last = Slide("text", last.heading, both, [*last.notes, *slide.notes])
+            continue
+        if last:
+            yield last
+        last = slide
+    if last:
+        last.notes += waiting
+        yield last
+
+
+def deck(notebook: NotebookNode, stem: str) -> NotebookNode:
+    """A notebook of markdown cells with the slide types of nbconvert, made from the lesson `stem`."""
+    opening, *others = sections(notebook)
+    columns = [list(joined(opening_slides(opening, stem)))]
+    for section in others:  # one whose text only leads over to code has its heading
+        columns.append(list(joined(section_slides(section))) or [Slide("title", section.title, "")])
+    cells = []
+    for column in columns:
+        for number, slide in enumerate(column):
+            mark = "##" if slide.kind == "title" else "###"
+            metadata = {"slideshow": {"slide_type": "subslide" if number else "slide"}, "kind": slide.kind}
+            cells.append(new_markdown_cell(f"{mark} {slide.heading}\n\n{slide.body}", metadata=metadata))
+            if notes := "\n\n".join(note for note in slide.notes if note):
+                cells.append(new_markdown_cell(notes, metadata={"slideshow": {"slide_type": "notes"}}))
+    return new_notebook(cells=cells, metadata={"title": opening.title})
