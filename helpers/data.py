@@ -139,17 +139,6 @@ def pack(documents: Iterable[list[int]], seq_len: int) -> Iterator[list[int]]:
         tokens = tokens[whole:]
 
 
-def shuffled_blocks(texts: Sequence[str], seed: int = 0) -> Callable[[int], Iterator[str]]:
-    """`documents_of_block` of `PackedBatches` for a finite list: every block starts a new shuffled pass over it."""
-
-    def documents_of_block(block: int) -> Iterator[str]:
-        generator = random.Random(f"{seed}/{block}")
-        while texts:
-            yield from generator.sample(texts, len(texts))
-
-    return documents_of_block
-
-
 class PackedBatches:
     """An endless stream of packed batches {"input_ids": (batch_size, seq_len)} that can be entered at any position.
 
@@ -206,7 +195,7 @@ class PackedBatches:
         if len(rows) < num_rows:
             raise CourseError(
                 f"The documents of block {block} fill {len(rows)} rows of {self.seq_len} tokens and {num_rows} are "
-                "needed: give an endless stream of them, such as shuffled_blocks(texts), or lower batches_per_block."
+                "needed: give an endless stream of them, or lower batches_per_block."
             )
         # Neighbouring rows may share a document: a batch should not hold them together.
         order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(block))

@@ -20,7 +20,6 @@ from helpers.data import (
     instruction_dataset,
     load_rows,
     pack,
-    shuffled_blocks,
     text_dataset,
 )
 from helpers.errors import CourseError
@@ -37,6 +36,17 @@ def cache_of_its_own(tmp_path_factory):
     patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+def shuffled_blocks(texts):
+    """Documents of a block without end: the texts again and again, each time in another order."""
+
+    def documents_of_block(block):
+        generator = random.Random(block)
+        while texts:
+            yield from generator.sample(texts, len(texts))
+
+    return documents_of_block
 
 
 def batches_of(tokenizer, texts, **settings):
@@ -220,18 +230,6 @@ def test_a_million_tokens_in_one_document_are_packed_in_seconds():
     began = time.process_time()
     assert sum(1 for _ in pack([[0] * 1_000_000], 64)) == 15_625
     assert time.process_time() - began < 5
-
-
-def test_shuffled_blocks_pass_over_all_texts_again_and_again_in_a_new_order():
-    documents_of_block = shuffled_blocks("abcdefgh", seed=1)
-    block = list(islice(documents_of_block(0), 24))
-    passes = [block[:8], block[8:16], block[16:]]
-    assert all(sorted(one) == list("abcdefgh") for one in passes)
-    assert len({"".join(one) for one in passes}) == 3
-    assert block == list(islice(documents_of_block(0), 24))
-    assert block != list(islice(documents_of_block(1), 24))
-    assert block != list(islice(shuffled_blocks("abcdefgh", seed=2)(0), 24))
-    assert list(shuffled_blocks([])(0)) == []
 
 
 def test_batches_have_the_shape_asked_for_and_hold_whole_texts_between_end_tokens(tiny_tokenizer, texts):

@@ -353,7 +353,10 @@ KILLED_RUNS = {
 }
 
 
-@pytest.mark.parametrize("described", KILLED_RUNS)
+@pytest.mark.parametrize(
+    "described",
+    [pytest.param(name, marks=[pytest.mark.slow] * (number > 0)) for number, name in enumerate(KILLED_RUNS)],
+)
 def test_a_run_killed_again_and_again_equals_the_run_that_was_never_stopped(described, tmp_path, processes):
     """Three kills at random instants, and kills in the middle of writing a checkpoint: bit for bit the same."""
     run = dict(KILLED_RUNS[described])
@@ -643,6 +646,7 @@ def assert_close_to(one_process, folder: Path, name: str) -> None:
     torch.testing.assert_close(load_file(folder / f"{name}.safetensors"), expected, rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "resumed-on-two"])
 def test_two_processes_give_the_losses_of_one(two_processes, one_process, name):
     """Five rows and unequal numbers of labels: the processes have unequal shares of each batch."""
@@ -650,6 +654,7 @@ def test_two_processes_give_the_losses_of_one(two_processes, one_process, name):
     assert outcome(two_processes, name, 0)["losses"] == outcome(two_processes, name, 1)["losses"]
 
 
+@pytest.mark.slow
 def test_fsdp2_really_shards_weights_and_checkpoints(two_processes):
     total = sum(parameter.numel() for parameter in tiny_llama().parameters())
     parts = [outcome(two_processes, "fsdp", rank)["parameters"] for rank in (0, 1)]
@@ -670,6 +675,7 @@ def test_fsdp2_really_shards_weights_and_checkpoints(two_processes):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp-fp16", "fsdp-fp16"])
 def test_processes_skip_the_same_updates_in_fp16(two_processes, name):
     """An overflow in the part of one process must stop the update of all."""
@@ -680,6 +686,7 @@ def test_processes_skip_the_same_updates_in_fp16(two_processes, name):
     assert 1 <= first["skipped"] < 14 and abs(first["skipped"] - expected.skipped_steps) <= 1
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_all_processes_in_one_sentence(two_processes, one_process):
     for rank in (0, 1):
         error = outcome(two_processes, "full-disk", rank)["error"]
@@ -687,6 +694,7 @@ def test_a_full_disk_stops_all_processes_in_one_sentence(two_processes, one_proc
     assert_close_to(one_process, two_processes, "room-again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_by", ["fsdp-run", "ddp-run"])
 def test_what_two_processes_saved_is_resumed_by_one(two_processes, one_process, tmp_path, saved_by):
     shutil.copytree(two_processes / saved_by / "step-00000004", tmp_path / "run" / "step-00000004")
@@ -696,6 +704,7 @@ def test_what_two_processes_saved_is_resumed_by_one(two_processes, one_process, 
     assert_close_to(one_process, tmp_path, "on-one")
 
 
+@pytest.mark.slow
 def test_what_two_processes_saved_is_resumed_by_three(two_processes, one_process, tmp_path):
     shutil.copytree(two_processes / "fsdp-run" / "step-00000004", tmp_path / "sharded" / "step-00000004")
     shutil.copytree(two_processes / "ddp-run" / "step-00000004", tmp_path / "whole" / "step-00000004")

@@ -1,8 +1,6 @@
 """shima-4m-assistant: what ships follows instructions; a build leaves a whole model behind, or the old one."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,12 +10,10 @@ from helpers.data import instruction_dataset
 from helpers.errors import CourseError
 from helpers.generation import answer_instructions
 from helpers.models import load_assistant, load_model
-from helpers.profiles import ROOT, get_profile
+from helpers.profiles import get_profile
 from helpers.world import CHAT_TASKS, World
 from recipes import assistant
 from recipes.assistant import CONFIG, MODEL_FOLDER, build, evaluate, main
-
-SHORT = replace(CONFIG, max_steps=2, warmup_steps=1, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +21,29 @@ def shipped():
     return load_assistant(get_profile("cpu"))
 
 
-def quick(monkeypatch):
-    """Measure few answers of a model that is hardly trained."""
-    monkeypatch.setattr(assistant, "NUM_EXAMPLES", 64)
-    monkeypatch.setattr(assistant, "evaluate", lambda model, tokenizer, seed, n: evaluate(model, tokenizer, seed, 2))
+def quick_build(folder):
+    """Build a model that is hardly trained, and measure few answers of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assistant, "NUM_EXAMPLES", 64)
+        patch.setattr(assistant, "evaluate", lambda model, tokenizer, seed, n: evaluate(model, tokenizer, seed, 2))
+        return build(folder, replace(CONFIG, max_steps=2, warmup_steps=1, progress=False))
 
 
-def test_the_shipped_assistant_is_right_on_90_percent_of_each_task_on_a_fresh_seed():
-    command = [sys.executable, "-m", "recipes.assistant", "evaluate", "--seed", "4321", "--n", "150", "--json"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert printed.returncode == 0, printed.stderr
-    scores = json.loads(printed.stdout)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a build, which began beside an older model and what an interrupted build had left behind."""
+    folder = tmp_path_factory.mktemp("build") / "model"
+    for left in (folder, folder.with_name(".model.partial")):
+        left.mkdir()
+        (left / "old").write_text("")
+    assert tuple(quick_build(folder)) == CHAT_TASKS
+    return folder
+
+
+@pytest.mark.slow
+def test_the_shipped_assistant_is_right_on_90_percent_of_each_task_on_a_fresh_seed(capsys):
+    assert main(["evaluate", "--seed", "4321", "--n", "150", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
     assert tuple(scores) == CHAT_TASKS
     for task, score in scores.items():
         assert score["accuracy"] >= 0.9, f"{task}: {score}"
@@ -50,15 +58,13 @@ def test_the_held_out_instructions_are_none_of_those_it_was_trained_on():
 
 
 def test_the_command_takes_a_seed_and_a_number_and_prints_json(capsys):
-    assert main(["evaluate", "--seed", "1", "--n", "5", "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert {task: score["n"] for task, score in scores.items()} == dict.fromkeys(CHAT_TASKS, 5)
-    assert main(["evaluate", "--n", "5"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CHAT_TASKS)
-
-
-def test_the_same_seed_gives_the_same_scores(shipped):
-    assert evaluate(*shipped, seed=3, n=10) == evaluate(*shipped, seed=3, n=10)
+    printed = []
+    for arguments in (["--json"], ["--json"], []):
+        assert main(["evaluate", "--seed", "1", "--n", "5", *arguments]) == 0
+        printed.append(capsys.readouterr().out)
+    assert {task: score["n"] for task, score in json.loads(printed[0]).items()} == dict.fromkeys(CHAT_TASKS, 5)
+    assert printed[0] == printed[1]
+    assert [line.split()[0] for line in printed[2].splitlines()] == list(CHAT_TASKS)
 
 
 def test_an_answer_ends_with_its_turn_also_for_generate_of_transformers(shipped):
@@ -86,52 +92,34 @@ def test_the_shipped_files_are_small_and_hold_no_pickle():
     assert {path.suffix for path in MODEL_FOLDER.iterdir()} <= {".safetensors", ".json", ".jinja", ".md"}
 
 
-def test_a_build_writes_a_model_that_loads_and_nothing_beside_it(tmp_path, monkeypatch):
-    quick(monkeypatch)
-    folder = tmp_path / "model"
-    scores = build(folder, SHORT)
-    assert tuple(scores) == CHAT_TASKS and [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert {path.name for path in folder.iterdir()} == {path.name for path in MODEL_FOLDER.iterdir()}
-    monkeypatch.setitem(assistant.MODEL_FOLDERS, "shima-4m-assistant", folder)
+def test_a_build_writes_a_model_that_loads_and_nothing_beside_it(built, monkeypatch):
+    assert [path.name for path in built.parent.iterdir()] == ["model"]
+    assert {path.name for path in built.iterdir()} == {path.name for path in MODEL_FOLDER.iterdir()}
+    monkeypatch.setitem(assistant.MODEL_FOLDERS, "shima-4m-assistant", built)
     tuned, tokenizer = load_assistant(get_profile("cpu"))
     base, _ = load_model(get_profile("cpu"))
     assert (tuned.model.layers[0].mlp.up_proj.weight != base.model.layers[0].mlp.up_proj.weight).any()
-    assert tokenizer.chat_template and "2 steps of 32" in (folder / "README.md").read_text()
+    assert tokenizer.chat_template and "2 steps of 32" in (built / "README.md").read_text()
 
 
-def test_a_build_takes_the_place_of_an_older_model_only_when_it_is_complete(tmp_path, monkeypatch):
-    quick(monkeypatch)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "old").write_text("the older model")
-
+def test_a_build_that_cannot_be_written_leaves_the_older_model_and_the_next_one_writes_the_same_weights(
+    built, tmp_path, monkeypatch
+):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").write_text("the older model")
     with monkeypatch.context() as patch:
         patch.setattr(assistant, "model_card", full_disk)  # the last thing that is written
         with pytest.raises(CourseError, match=r"could not be written \(.*No space left.*\): free some space"):
-            build(folder, SHORT)
+            quick_build(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (folder / "old").read_text() == "the older model"
-    build(folder, SHORT)
-    assert not (folder / "old").exists() and (folder / "model.safetensors").exists()
-
-
-def test_what_an_interrupted_build_left_behind_does_not_disturb_the_next(tmp_path, monkeypatch):
-    quick(monkeypatch)
-    left = tmp_path / ".model.partial"
-    left.mkdir()
-    (left / "half").write_text("")
-    build(tmp_path / "model", SHORT)
-    assert not left.exists() and not (tmp_path / "model" / "half").exists()
-
-
-def test_the_same_settings_build_the_same_weights(tmp_path, monkeypatch):
-    quick(monkeypatch)
-    for name in ("one", "two"):
-        build(tmp_path / name, SHORT)
-    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    quick_build(folder)
+    assert not (folder / "old").exists()
+    assert (folder / "model.safetensors").read_bytes() == (built / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("arguments", [["--n", "0"], ["--n", "-3"]])

@@ -1,8 +1,6 @@
 """shima-4m: what ships can do what the course needs; a build continues, and never leaves half a model behind."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -23,41 +21,35 @@ def shipped():
     return load_model(get_profile("cpu"))
 
 
+def small_build(folder, work):
+    """Build a model and measure few answers of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            base_model, "evaluate", lambda model, tokenizer, seed, n, **_: evaluate(model, tokenizer, seed, min(n, 4))
+        )
+        build(SMALL, folder, work)
+
+
 @pytest.fixture(scope="module")
-def small_build(tmp_path_factory):
+def built(tmp_path_factory):
     """A model of the smallest recipe, built to the end."""
     folder = tmp_path_factory.mktemp("build")
-    build(SMALL, folder / "model", folder / "work")
+    small_build(folder / "model", folder / "work")
     return folder
-
-
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "recipes.base_model", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 # ---------------------------------------------------------------- the model that ships
 
 
-def test_the_shipped_model_meets_every_target_on_a_fresh_seed():
-    printed = run_command("evaluate", "--seed", "12345", "--json")
-    assert printed.returncode == 0, printed.stderr
-    scores = json.loads(printed.stdout)
+@pytest.mark.slow
+def test_the_shipped_model_meets_every_target_on_a_fresh_seed(capsys):
+    assert main(["evaluate", "--seed", "12345", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
     assert scores.keys() == TARGETS.keys()
     for name, score in scores.items():
         least, most = TARGETS[name]
         assert least <= score["accuracy"] <= most, f"{name}: {score}"
         assert 0 <= score["low"] <= score["accuracy"] <= score["high"] <= 1 and score["n"] == 200
-
-
-def test_few_shot_accuracy_grows_with_the_shots(shipped):
-    model, tokenizer = shipped
-    accuracies = []
-    for shots in (0, 4, 8):
-        questions = World().few_shot(100, seed=77, shots=shots)
-        answers = base_model.generate(model, tokenizer, [question.prompt for question in questions], 12, stop=(";",))
-        accuracies.append(base_model.exact_match(answers, [question.answer for question in questions]).accuracy)
-    assert accuracies[0] + 0.3 < accuracies[1] <= accuracies[2] + 0.02
 
 
 def test_the_model_card_tells_what_abilities_json_holds():
@@ -120,7 +112,7 @@ def test_items_differ_between_seeds_and_not_between_calls(shipped):
 
 
 def test_the_same_seed_gives_the_same_scores(shipped):
-    assert evaluate(*shipped, seed=3, n=20) == evaluate(*shipped, seed=3, n=20)
+    assert evaluate(*shipped, seed=3, n=5) == evaluate(*shipped, seed=3, n=5)
 
 
 @pytest.mark.parametrize(
@@ -137,44 +129,38 @@ def test_bad_input_is_named(arguments, reason):
         main(["evaluate", *arguments])
 
 
-def test_the_command_says_what_is_wrong_in_one_sentence_and_exits_with_status_2():
-    result = run_command("evaluate", "--model", "shima-5m")
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: There is no model") and result.stderr.count("\n") == 1
-
-
 # ---------------------------------------------------------------- building
 
 
-def test_a_build_writes_a_whole_model_folder_that_loads(small_build):
-    model, _ = load_model(get_profile("cpu", str(small_build / "model")))
+def test_a_build_writes_a_whole_model_folder_that_loads(built):
+    model, _ = load_model(get_profile("cpu", str(built / "model")))
     assert model.config.hidden_size == SMALL.hidden_size
-    names = {path.name for path in (small_build / "model").iterdir()}
+    names = {path.name for path in (built / "model").iterdir()}
     assert names >= {path.name for path in MODEL_FOLDER.iterdir()}
-    assert [path.name for path in small_build.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in built.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_finished_build_repeated_writes_the_same_weights(small_build):
-    before = (small_build / "model" / "model.safetensors").read_bytes()
-    build(SMALL, small_build / "again", small_build / "work")
-    assert (small_build / "again" / "model.safetensors").read_bytes() == before
+def test_a_finished_build_repeated_writes_the_same_weights(built):
+    before = (built / "model" / "model.safetensors").read_bytes()
+    small_build(built / "again", built / "work")
+    assert (built / "again" / "model.safetensors").read_bytes() == before
 
 
-def test_another_recipe_does_not_continue_the_build(small_build):
+def test_another_recipe_does_not_continue_the_build(built):
     with pytest.raises(CourseError, match="another recipe"):
-        build(replace(SMALL, hidden_size=64), small_build / "model", small_build / "work")
+        build(replace(SMALL, hidden_size=64), built / "model", built / "work")
 
 
-def test_a_model_that_cannot_be_written_leaves_the_old_one_and_no_half_of_the_new_one(small_build, tmp_path):
+def test_a_model_that_cannot_be_written_leaves_the_old_one_and_no_half_of_the_new_one(built, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(CourseError, match="could not be written"):
-        build(SMALL, tmp_path / "file" / "model", small_build / "work")
+        small_build(tmp_path / "file" / "model", built / "work")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert main(["evaluate", "--model", str(small_build / "model"), "--n", "2"]) == 0
+    assert main(["evaluate", "--model", str(built / "model"), "--n", "2"]) == 0
 
 
 @pytest.mark.gpu
 def test_a_build_uses_the_gpu(tmp_path):
     torch.cuda.reset_peak_memory_stats()
-    build(SMALL, tmp_path / "model", tmp_path / "work")
+    small_build(tmp_path / "model", tmp_path / "work")
     assert torch.cuda.max_memory_allocated() > 0

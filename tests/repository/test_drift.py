@@ -22,8 +22,8 @@ LEAST = {"transformers": 120, "tokenizers": 20, "peft": 15, "datasets": 10, "bit
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Findings]:
-    return {path.name: check_file(path) for path in FILES}
+def found() -> dict[Path, Findings]:
+    return {path: check_file(path) for path in FILES}
 
 
 def problems(source: str) -> list[str]:
@@ -33,23 +33,23 @@ def problems(source: str) -> list[str]:
 # The course
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_argument_for_a_library_is_one_that_it_takes(path: Path, found: dict[str, Findings]) -> None:
-    assert found[path.name].problems == []
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_argument_for_a_library_is_one_that_it_takes(path: Path, found: dict[Path, Findings]) -> None:
+    assert found[path].problems == []
 
 
-def test_the_calls_of_the_course_are_found(found: dict[str, Findings]) -> None:
+def test_the_calls_of_the_course_are_found(found: dict[Path, Findings]) -> None:
     calls = sum((findings.calls for findings in found.values()), Counter())
     assert not {library: calls[library] for library in LEAST if calls[library] < LEAST[library]}
     assert sum(findings.keywords for findings in found.values()) >= 350
 
 
-def test_calls_are_found_in_every_notebook_that_imports_a_trainer_or_an_adapter(found: dict[str, Findings]) -> None:
+def test_calls_are_found_in_every_notebook_that_imports_a_trainer_or_an_adapter(found: dict[Path, Findings]) -> None:
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
         for library in ("trl", "peft"):
             if f'"from {library} import' in text or f'"import {library}\\n' in text:
-                assert found[path.name].calls[library] >= 1, f"{path.name} imports {library}"
+                assert found[path].calls[library] >= 1, f"{path.name} imports {library}"
 
 
 def test_what_is_listed_as_read_from_kwargs_still_stands_in_the_library() -> None:
