@@ -8,7 +8,6 @@ Lesson 05 shows the method; here it is used once, so that later lessons can begi
 
 import argparse
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from helpers.chat import encode_chat, end_of_turn
 from helpers.data import PaddedBatches, instruction_dataset
 from helpers.errors import CourseError, exit_cleanly
 from helpers.evaluation import Score, exact_match
+from helpers.files import replacing_folder
 from helpers.generation import answer_instructions
 from helpers.models import BASE_MODEL_VERSION, MODEL_FOLDERS, load_assistant, load_model
 from helpers.profiles import get_profile
@@ -49,23 +49,19 @@ def build(folder: Path = MODEL_FOLDER, config: TrainConfig = CONFIG) -> dict[str
     examples = [encode_chat(tokenizer, row["instruction"], row["answer"]) for row in rows]
     train(model, PaddedBatches(examples, BATCH_SIZE, tokenizer.pad_token_id), config)
 
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    model = model.to(torch.bfloat16)
+    model.config.workbook_version = BASE_MODEL_VERSION
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]  # an answer ends with its turn
     try:
-        model = model.to(torch.bfloat16)
-        model.config.workbook_version = BASE_MODEL_VERSION
-        end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]  # an answer ends with its turn
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        scores = evaluate(model.float(), tokenizer, seed=0, n=200)  # of the rounded weights, as shipped
-        abilities = {name: asdict(score) for name, score in scores.items()}
-        (staging / "abilities.json").write_text(json.dumps(abilities, indent=1) + "\n")
-        (staging / "README.md").write_text(model_card(scores, config))
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
+        with replacing_folder(folder) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            scores = evaluate(model.float(), tokenizer, seed=0, n=200)  # of the rounded weights, as shipped
+            abilities = {name: asdict(score) for name, score in scores.items()}
+            (beside / "abilities.json").write_text(json.dumps(abilities, indent=1) + "\n")
+            (beside / "README.md").write_text(model_card(scores, config))
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise CourseError(f"{folder} could not be written ({error}): free some space and build again.") from error
     return scores
 

@@ -10,7 +10,6 @@ A Llama-architecture model of 3.6 million parameters, trained on the documents o
 import argparse
 import json
 import math
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from helpers.data import PackedBatches
 from helpers.errors import CourseError, exit_cleanly
 from helpers.evaluation import Score, exact_match
+from helpers.files import replacing_folder, write_atomically
 from helpers.generation import answer_instructions, generate
 from helpers.models import BASE_MODEL_VERSION, MODEL_FOLDERS, load_model
 from helpers.profiles import ROOT, get_profile
@@ -207,27 +207,23 @@ def _same_recipe(recipe: Recipe, work: Path) -> None:
     wanted = {**asdict(recipe), "version": BASE_MODEL_VERSION}
     if record.exists() and json.loads(record.read_text()) != wanted:
         raise CourseError(f"{work} holds an unfinished build with another recipe: delete it or choose another --work.")
-    record.write_text(json.dumps(wanted, indent=2) + "\n")
+    write_atomically(record, json.dumps(wanted, indent=2) + "\n")
 
 
 def _write_model(model, tokenizer, history, recipe: Recipe, folder: Path) -> None:
-    """Write model, tokenizer, abilities, curve and card beside `folder`, then put them in its place."""
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    """Put model, tokenizer, abilities, curve and card in the place of `folder`."""
+    model = model.to("cpu", torch.bfloat16)
+    model.config.workbook_version = BASE_MODEL_VERSION
     try:
-        model = model.to("cpu", torch.bfloat16)
-        model.config.workbook_version = BASE_MODEL_VERSION
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        scores = evaluate(model.float(), tokenizer, seed=0, n=500, progress=True)  # of the rounded weights, as shipped
-        _write_json(staging / "abilities.json", {name: asdict(score) for name, score in scores.items()})
-        _write_json(staging / "training_curve.json", _curve(history))
-        _write_json(staging / "recipe.json", asdict(recipe))
-        (staging / "README.md").write_text(model_card(recipe, model.num_parameters(), scores, history))
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
+        with replacing_folder(folder) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            scores = evaluate(model.float(), tokenizer, seed=0, n=500, progress=True)  # of the rounded weights
+            _write_json(beside / "abilities.json", {name: asdict(score) for name, score in scores.items()})
+            _write_json(beside / "training_curve.json", _curve(history))
+            _write_json(beside / "recipe.json", asdict(recipe))
+            (beside / "README.md").write_text(model_card(recipe, model.num_parameters(), scores, history))
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise CourseError(
             f"{folder} could not be written ({error}): free some space and run the same command again, which "
             "continues from the last checkpoint."

@@ -11,7 +11,6 @@ is done. The module knows nothing of fits and laws: those stand in the lesson.
 import argparse
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.errors import CourseError, exit_cleanly
+from helpers.files import write_atomically
 from helpers.models import load_tokenizer
 from helpers.profiles import ROOT
 from helpers.world import RELATIONS, World, ask
@@ -295,12 +295,7 @@ def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
         "cpu_seconds": round(sum(row["seconds"] for row in results.values())),
     }
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in results.values())
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w") as file:
-        file.write(f'{{"recipe": {json.dumps(recipe)},\n"cells": [\n{rows}\n]}}\n')
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_atomically(path, f'{{"recipe": {json.dumps(recipe)},\n"cells": [\n{rows}\n]}}\n')
 
 
 def run_sweep(

@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from course.sections import figures, sections
 
 from course import notebooks
 from course.notebooks import output_text, select_notebooks
+from course.slides.sections import figures, sections
 from course.slides.time_plan import LECTURE, minutes
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import read_exercises
