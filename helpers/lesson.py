@@ -182,3 +182,4 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
     warnings.filterwarnings("ignore", module=r"trl\b")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # trl asks by old names

@@ -4,11 +4,15 @@ Optimisers do nothing, and the models that ship with the course come with fresh 
 nothing about learning. LBFGS goes on working: lessons fit curves with it, and train no model.
 """
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import MethodType
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from helpers.profiles import ROOT
 
@@ -38,11 +42,20 @@ def make_shipped_models_untrained() -> None:
     """From now on a model that is read from data/ has the shapes of its weights, and none of their values."""
     read = PreTrainedModel.from_pretrained.__func__
 
+    @cache
+    def untrained(folder: Path) -> str:
+        """A copy of the folder with fresh weights: what quantises while it reads finds them too."""
+        copy = tempfile.mkdtemp(prefix="untrained-")
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        model = read(LlamaForCausalLM, folder)
+        forget(model)
+        model.save_pretrained(copy)
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        return copy
+
     def read_untrained(model_class: type, place: str | Path, *arguments, **settings) -> PreTrainedModel:
-        found = read(model_class, place, *arguments, **settings)
-        if Path(place).resolve().is_relative_to(SHIPPED):
-            forget(found[0] if isinstance(found, tuple) else found)  # a tuple if it says what it loaded
-        return found
+        folder = Path(place).resolve()
+        return read(model_class, untrained(folder) if folder.parent == SHIPPED else place, *arguments, **settings)
 
     PreTrainedModel.from_pretrained = classmethod(read_untrained)
 
@@ -53,8 +66,6 @@ def forget(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     deviation = model.config.get_text_config().initializer_range
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise TypeError(f"{name} is packed: forget the weights before they are quantised")
         if parameter.ndim > 1:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
         else:

@@ -1,0 +1,1710 @@
+# %% [markdown]
+# # 07 · GPU memory: will it fit, and how fast will it run?
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/07_gpu_memory.ipynb)
+#
+# "Will it fit my GPU?" is the first question of every project, and the usual answers are rules of thumb, often wrong by a factor of two. In this lesson you count every byte of a training step yourself: weights, gradients, optimiser, activations, logits, and the cache of generation. Each formula is checked against bytes counted on this machine, and against a real model of half a billion parameters that is followed through a step without being allocated. Then you measure what decides the speed, and turn both into money, energy and carbon.
+#
+# **cpu 0 s · 0 GB**
+#
+# **You will**
+#
+# 1. count a Llama's parameters, and say why training one takes 16 bytes where using it takes 2, or half a byte;
+# 2. derive what a layer keeps for its backward pass, equal to the byte with what autograd keeps, and predict the peak of whole steps within 5 %;
+# 3. compute which models fit which GPUs for inference, full training, LoRA and QLoRA, and what to change when one does not;
+# 4. measure this machine's roofline, place prefill and decoding on it, and predict how fast a 7 B model decodes on a T4, A100 or H100;
+# 5. estimate energy, cost and carbon of a million tokens, and read from eight GPUs what became the bottleneck.
+#
+# **Prerequisites:** lessons 01 and 03; lesson 06 for LoRA and QLoRA.
+#
+# **The model** measured here is *shima-4m*, a small Llama that comes with the course; on a GPU profile it is an open hub model. The formulas do not care about the size.
+#
+# **Units.** 1 GB is $10^9$ bytes and 1 GiB is $2^{30}$ bytes, 7 % more. Papers say GB, and `nvidia-smi` says MiB. This lesson says which it means.
+#
+# | symbol | meaning |
+# |---|---|
+# | $P$, $w$ | number of parameters; bytes of one number (4 in fp32, 2 in bf16 and fp16) |
+# | $b$, $s$ | sequences in a batch, tokens in a sequence (`batch`, `seq`) |
+# | $h$, $L$, $V$ | width of the hidden states, layers, vocabulary (`hidden`, `layers`, `vocab`) |
+# | $i$ | width of the feed-forward part (`intermediate`) |
+# | $a$, $a_{kv}$, $d$ | query heads, key-value heads, width of a head; $q = a d$ and $k = a_{kv} d$ (`heads`, `kv_heads`, `head_dim`) |
+
+# %% tags=["setup"]
+# Finds the course's files. In Colab it first fetches them, installs what is missing and says what it runs on.
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+clone = Path.cwd() / "llm-workbook"
+places = [Path.cwd(), *Path.cwd().parents, clone]
+if "COLAB_RELEASE_TAG" in os.environ and not any((place / "helpers/profiles.py").exists() for place in places):
+    tag, address = "v0.1.0", "https://github.com/llm-workbook/llm-workbook"
+    git = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", tag]
+    subprocess.run([*git, address, str(clone)], check=False)
+ROOT = next((place for place in places if (place / "helpers/profiles.py").exists()), None)
+if ROOT is None:
+    raise FileNotFoundError("The course's files are not here: start Jupyter in them; in Colab, git says why above.")
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from helpers import colab
+
+colab.set_up()
+
+# %% tags=["parameters"]
+profile = ""  # "" chooses by hardware; or "cpu", "t4", "large"
+model_id = ""  # another model to measure: a hub id, or a folder in hub format
+seed = 0
+budget = 1.0  # share of the repetitions when time is measured; speeds are asserted from 1.0 on
+calculator_model = "Qwen/Qwen2.5-7B"  # for the calculator of section 8: a name in data/model_shapes.json
+calculator_gpu = "T4"  # a name in data/gpus.json
+carbon_intensity = 481  # g of CO2 per kWh of electricity (section 11): the world's average in 2023
+
+# %% [markdown]
+# The next cell holds all that depends on the hardware, one row per profile. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+
+# %%
+import copy
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+import weakref
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from helpers import plots
+from helpers.exercises import check, expect_equal, expect_true
+from helpers.lesson import Lesson, show_table
+from helpers.models import load_model
+
+lesson = Lesson("07", profile, model_id, seed, budget)
+machine = lesson.machine
+# half: the 16-bit format; live: batch and length of the steps that are measured; big: a shape whose speed is
+# measured besides, with two layers and random weights; batches: of decoding
+TINY_LLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+SETTINGS = {
+    "cpu": {"half": "bf16", "live": (4, 128), "big": TINY_LLAMA, "batches": (1, 4, 16, 64)},
+    "t4": {"half": "fp16", "live": (2, 256), "big": "", "batches": (1, 4, 16, 64, 256)},
+    "large": {"half": "bf16", "live": (2, 512), "big": "", "batches": (1, 4, 16, 64, 256)},
+}
+settings = SETTINGS[machine.name]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+half = settings["half"]
+warnings.filterwarnings("ignore", message=".*checkpointing.*")
+torch.manual_seed(seed)
+
+# %%
+GIB = 2**30
+clock = time.process_time if machine.device == "cpu" else time.perf_counter  # section 4 says why
+
+# %% [markdown]
+# ## 1 · The weights
+#
+# **Question.** How much memory does a model need that just lies there?
+#
+# Number of parameters times bytes of a parameter. Both factors deserve a look.
+#
+# **Bytes.** fp32 takes 4 bytes, bf16 and fp16 take 2, int8 takes 1. "4 bit" is more than half a byte, because the 16 levels of a 4-bit number have to be scaled to the weights. QLoRA's NF4 (Dettmers et al. 2023) cuts a matrix into blocks of 64 weights and keeps the largest absolute value of each block. In fp32 these scales would add $32/64 = 0.5$ bit a weight. So they are quantised again (*double quantisation*): 8 bits each, with one fp32 number for every 256 of them:
+#
+# $$4 + \frac{8}{64} + \frac{32}{64 \cdot 256} = 4.127 \text{ bits a weight}$$
+#
+# Beside that lie two code books, 16 and 256 fp32 numbers, and one offset. The next cell counts the bytes of a matrix that `bitsandbytes` has really quantised.
+#
+# **Parameters.** A Llama has in each layer four attention matrices, of which keys and values are narrower where heads share them (*grouped-query attention*, GQA), three feed-forward matrices (gate, up, down), and two norms. Around the layers are the embedding, one more norm, and the output matrix, unless that is *tied*, which means that it is the embedding itself:
+#
+# $$P = \underbrace{(1 \text{ or } 2)\, V h}_{\text{embedding, output}} + L\,\big(\underbrace{2 h q + 2 h k}_{\text{attention}} + \underbrace{3 h i}_{\text{feed-forward}} + \underbrace{2h}_{\text{norms}}\big) + h$$
+#
+# Qwen2 has biases of $q + 2k$ numbers a layer besides. The cells after the next compare with the library: with the model of this profile, and with larger ones built on torch's *meta* device, where tensors have a shape but no memory.
+
+# %%
+from bitsandbytes.functional import quantize_4bit
+
+from helpers.memory import quantised_size
+
+
+def nf4_bytes(rows: int, columns: int) -> int:
+    """Bytes of an NF4 matrix with double quantisation."""
+    blocks = math.ceil(rows * columns / 64)
+    code_books = 4 * (16 + 256 + 1)
+    return math.ceil(rows * columns / 2) + blocks + 4 * math.ceil(blocks / 256) + code_books
+
+
+rows, columns = 1024, 2816
+matrix = torch.randn(rows, columns, device=machine.device)
+packed, state = quantize_4bit(matrix, compress_statistics=True, quant_type="nf4")
+scales = [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+really = sum(tensor.nbytes for tensor in [packed, *scales])
+table = {name: [f"{dtype.itemsize}", f"{matrix.numel() * dtype.itemsize:,}"] for name, dtype in DTYPES.items()}
+table["NF4, by hand"] = [f"{nf4_bytes(rows, columns) / matrix.numel():.4f}", f"{nf4_bytes(rows, columns):,}"]
+table["NF4, bitsandbytes"] = [f"{really / matrix.numel():.4f}", f"{really:,}"]
+show_table(table, ["bytes each", f"matrix of {rows} x {columns}"])
+lesson.equal("the bytes counted by hand are those of bitsandbytes", abs(nf4_bytes(rows, columns) - really))
+lesson.equal("helpers.memory says the same", abs(quantised_size((rows, columns), "nf4") - really))
+lesson.report("bits of a 4-bit weight with its scales", f"{8 * really / matrix.numel():.3f}")
+
+# %%
+from helpers.memory import ModelShape, bundled_shapes
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The configuration of an open model, from the table that comes with the course."""
+    fields = {key: value for key, value in bundled_shapes()[name].items() if key != "source"}
+    return AutoConfig.for_model(fields.pop("model_type"), **fields, pad_token_id=None)
+
+
+def widths(config: PretrainedConfig) -> tuple[int, int]:
+    """q and k: the widths of all queries and of all keys of a token."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of a Llama or Qwen2."""
+    h, (q, k) = config.hidden_size, widths(config)
+    bias = q + 2 * k if config.model_type == "qwen2" else 0
+    layer = 2 * h * q + 2 * h * k + 3 * h * config.intermediate_size + 2 * h + bias
+    outside = config.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
+    return outside + config.num_hidden_layers * layer
+
+
+# %%
+base, tokenizer = load_model(machine)
+name = machine.model_id.split("/")[-1]
+counted = {name: (base.config, base.num_parameters())}
+for other in ("Qwen/Qwen2.5-0.5B", "meta-llama/Meta-Llama-3-8B"):
+    with torch.device("meta"):  # shapes only
+        model = AutoModelForCausalLM.from_config(config_of(other))
+    counted[other] = model.config, model.num_parameters()
+table = {}
+for other, (config, library) in counted.items():
+    ours, theirs = count_parameters(config), ModelShape.from_config(config).num_parameters
+    table[other] = [f"{ours:,}", f"{library:,}", f"{theirs:,}", f"{2 * ours / 1e9:.2f} GB"]
+    lesson.equal(
+        f"{other}: our formula, transformers and helpers.memory agree",
+        max(ours, library, theirs) - min(ours, library, theirs),
+    )
+show_table(table, ["our formula", "transformers", "helpers.memory", "in 16 bit"])
+storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
+print(f"\nbytes of {name} in memory: {sum(storages.values()):,} = ", end="")
+print(f"{base.num_parameters():,} x {base.dtype.itemsize}")
+assert sum(storages.values()) == base.num_parameters() * base.dtype.itemsize
+
+
+# %% [markdown]
+# ## 2 · Gradients and optimiser: what training adds
+#
+# **Question.** The weights fit twice over. Why does training fail?
+#
+# Each trained parameter has a gradient, and AdamW keeps two more numbers for it, the running means $m$ of the gradient and $v$ of its square. What that takes depends on the number formats, and there are three common recipes:
+#
+# | recipe | weight | gradient | fp32 copy of the weight | $m$, $v$ | bytes a parameter |
+# |---|---|---|---|---|---|
+# | classical mixed precision (Micikevicius et al. 2018; Rajbhandari et al. 2020) | 2 | 2 | 4 | 4 + 4 | **16** |
+# | torch autocast: weights in fp32, matrix products in 16 bit | 4 | 4 | | 4 + 4 | **16** |
+# | everything in 16 bit: small updates are rounded away | 2 | 2 | | 2 + 2 | **8** |
+#
+# The first two need the same, in different places. The cell below builds all three for the model of this profile, makes a step each and counts the bytes of weights, gradients and optimiser state.
+
+# %%
+def training_state(recipe: str) -> dict[str, int]:
+    """Bytes by part after a backward pass, with the optimiser's state of the step before still there."""
+    dtype = torch.float32 if recipe == "autocast" else DTYPES[half]
+    model = copy.deepcopy(base).to(dtype).train()
+    weights = list(model.parameters())
+    masters = [p.detach().float() for p in weights] if recipe == "classical" else []
+    optimizer = torch.optim.AdamW(masters or weights, fused=True)
+    ids = torch.randint(model.config.vocab_size, (1, 16), device=machine.device)
+    with torch.autocast(machine.device, DTYPES[half], enabled=recipe == "autocast"):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for master, weight in zip(masters, weights if masters else [], strict=True):
+        master.grad = weight.grad.float()
+    optimizer.step()  # makes m and v
+    kept = [v for state in optimizer.state.values() for v in state.values() if v.numel() > 1]
+    parts = {"weights": weights, "gradients": [p.grad for p in weights], "fp32 copy": masters, "m, v": kept}
+    return {part: sum(tensor.nbytes for tensor in tensors) for part, tensors in parts.items()}
+
+
+table = {}
+for recipe in ("classical", "autocast", "all in 16 bit"):
+    parts = training_state(recipe)
+    each = [size / base.num_parameters() for size in parts.values()]
+    table[recipe] = [*(f"{size:.2f}" for size in each), f"{sum(each):.2f}"]
+show_table(table, ["weights", "gradients", "fp32 copy", "m, v", "all"])
+expected = {"classical": 16, "autocast": 16, "all in 16 bit": 8}
+lesson.equal("bytes a parameter are 16, 16 and 8", max(abs(float(table[r][-1]) - n) for r, n in expected.items()))
+lesson.report("bytes a parameter: classical, autocast, all in 16 bit", ", ".join(row[-1] for row in table.values()))
+
+# %% [markdown]
+# That is the *state*. The *peak* is higher, because a step also makes temporary tensors. To see it we need a counter for the bytes that are alive at each moment. On CUDA the allocator has one, `torch.cuda.max_memory_allocated()`. The class below does the same on any device: torch calls `__torch_dispatch__` for every operation, also those of the backward pass and the optimiser, and we count each new storage until the last reference to it is gone.
+#
+# **Its first use: the copy that nobody mentions.** `torch.optim.AdamW` has three implementations. The loop updates one tensor after the other. `foreach`, the default on CUDA, does each arithmetic operation for all tensors at once, so its intermediate result is as large as all parameters together. `fused` does everything in one kernel and needs no intermediate result. We start from weights, gradients and state, and look at the peak of the step alone. Then the same for a model that we do not have: under `FakeTensorMode` tensors have shape, type and lifetime, but no data.
+
+# %%
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages while they are alive, beginning with those of the tensors given."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+        self.count(tensors)
+
+    def count(self, tensors) -> None:
+        for storage in (t.untyped_storage() for t in tensors if isinstance(t, Tensor)):
+            if storage not in self.seen:  # views share a storage
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count(tree_leaves(result))
+        return result
+
+
+# %%
+from torch._subclasses import FakeTensorMode
+
+VARIANTS = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Gradients are made of nothing, then a step makes the optimiser's state."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def extra_copies(model: nn.Module) -> list[float]:
+    """What the update of each variant needs besides what is there, in sizes of the model."""
+    weights, found = list(model.parameters()), []
+    for options in VARIANTS.values():
+        optimizer = torch.optim.AdamW(weights, **options)
+        with Live(*weights, *state_of(optimizer), *(p.grad for p in weights)) as live:
+            before = live.now
+            optimizer.step()
+        found.append((live.peak - before) / sum(p.nbytes for p in weights))
+    return found
+
+
+extra = {name: extra_copies(copy.deepcopy(base))}
+with FakeTensorMode():
+    fake = AutoModelForCausalLM.from_config(config_of("Qwen/Qwen2.5-1.5B"), dtype=torch.bfloat16)
+    extra["Qwen2.5-1.5B, fake"] = extra_copies(fake)
+    in_gib = sum(p.nbytes for p in fake.parameters()) / GIB
+show_table({other: [f"{v:.2f}" for v in row] for other, row in extra.items()}, [*VARIANTS])
+print(f"\n1.00 is one more copy of all weights: {in_gib:.2f} GiB for Qwen2.5-1.5B in bf16")
+copied = [row[1:] for row in extra.values()]
+lesson.claim("foreach needs one more copy of the weights", min(a for a, _ in copied), at_least=0.9, form=".2f")
+lesson.claim("fused needs none", max(b for _, b in copied), at_most=0.05, form=".2f")
+lesson.report(
+    "extra copies of the weights in a foreach step; in a fused one", f"{copied[1][0]:.2f}; {copied[1][1]:.2f}"
+)
+del fake
+
+
+# %% [markdown]
+# **What you see.** One argument, `fused=True`, saves a whole copy of the weights at the moment of the update. (It only helps where the update is the peak of the step; section 5 shows when that is.) `helpers.training` and `helpers.memory` mean the fused one when they say `adamw`.
+#
+# ## 3 · Activations: what a layer keeps
+#
+# **Question.** State does not depend on the batch. What grows with it?
+#
+# The backward pass of an operation needs some of the numbers of its forward pass: a product needs its factors, since $\partial (xW) / \partial W$ contains $x$; a sum needs nothing. Autograd keeps those tensors from the forward pass until the backward pass has used them. Go through one layer of a Llama, line by line, and write down what each line keeps for each token:
+#
+# - **norm** (twice): in fp32, whatever the format of the model. It keeps its input in fp32 ($4h$ bytes; in 16 bit that is a copy), $1/\sqrt{\text{mean square}}$ (4), the normalised vector ($wh$), needed for the gradient of the norm's weight, and its product with that weight ($wh$), which is the input of the next matrix.
+# - **attention**: the rotated queries ($wq$), the keys and values ($2wk$), the result ($wq$), and for each head the logarithm of the softmax's denominator ($4a$). Fused attention (SDPA, FlashAttention: Dao et al. 2022) does not keep the $s \times s$ probabilities; it computes them again.
+# - **feed-forward**: $\text{down}\big(\text{silu}(\text{gate}(x)) \cdot \text{up}(x)\big)$ keeps the output of gate for silu, the outputs of silu and of up for the product, and the product for down: $4wi$.
+# - **residual sums** keep nothing. The rotation needs cosines and sines only, which all layers share.
+#
+# $$\frac{\text{bytes}}{\text{token, layer}} = \underbrace{2\,(4h + 4 + 2wh)}_{\text{norms}} + \underbrace{w\,(2q + 2k) + 4a}_{\text{attention}} + \underbrace{4wi}_{\text{feed-forward}}$$
+#
+# Where a batch has padding, transformers hands SDPA a mask. Then keys and values are copied once for each query head ($k$ becomes $q$), and each layer keeps the mask as numbers ($ws$ for each token).
+#
+# **Measured.** `torch.autograd.graph.saved_tensors_hooks` calls a function for each tensor that autograd keeps. Ours notes the storages, each once, and leaves out the model's own weights.
+
+# %%
+def layer_bytes(config: PretrainedConfig, w: int, seq: int = 0, padded: bool = False) -> dict[str, int]:
+    """What a layer keeps for each token."""
+    h, i, heads, (q, k) = config.hidden_size, config.intermediate_size, config.num_attention_heads, widths(config)
+    norm = 4 * h + 4 + w * h + w * h  # input in fp32, inverse, normalised, times weight
+    return {
+        "norms": 2 * norm,
+        "queries, keys, values": w * (q + 2 * (q if padded else k)),
+        "mask": w * seq if padded else 0,
+        "result of attention": w * q + 4 * heads,
+        "feed-forward": 4 * w * i,
+    }
+
+
+def kept_bytes(config: PretrainedConfig, w: int, batch: int, seq: int, padded: bool = False) -> dict[str, int]:
+    """What a forward pass keeps for the backward pass."""
+    tokens, h = batch * seq, config.hidden_size
+    head_dim = widths(config)[0] // config.num_attention_heads
+    return {
+        "layers": config.num_hidden_layers * tokens * sum(layer_bytes(config, w, seq, padded).values()),
+        "last norm": tokens * (4 * h + 4 + 2 * w * h),
+        "log-probabilities": tokens * 4 * config.vocab_size,  # in fp32, for the loss
+        "token ids, cosines, sines": 2 * 8 * tokens + 2 * seq * head_dim * w,
+    }
+
+
+# %%
+def saved_bytes(run, model: nn.Module) -> int:
+    """Bytes that autograd keeps while `run()` computes a loss."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # holding it keeps its address from being given out again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def random_batch(config: PretrainedConfig, batch: int, seq: int) -> Tensor:
+    """Token ids (batch, seq): how many bytes a step takes does not depend on which they are."""
+    return torch.randint(config.vocab_size, (batch, seq), device=machine.device)
+
+
+(batch, seq), table, errors = settings["live"], {}, []
+for precision in ("fp32", half):
+    model = copy.deepcopy(base).to(DTYPES[precision]).train()
+    for rows, length in ((batch, seq), (2 * batch, seq), (batch, 2 * seq)):
+        ids = random_batch(model.config, rows, length)
+        found = saved_bytes(lambda m=model, i=ids: m(input_ids=i, labels=i, use_cache=False).loss, model)
+        ours = sum(kept_bytes(model.config, DTYPES[precision].itemsize, rows, length).values())
+        errors.append(abs(ours / found - 1))
+        table[f"{precision}, {rows} x {length}"] = [f"{ours:,}", f"{found:,}", f"{ours - found:+,}"]
+show_table(table, ["our formula", "kept by autograd", "difference"])
+print(f"\nof one layer and token, in {half}:", layer_bytes(base.config, 2))
+lesson.equal("the formula is within 0.1 % of what autograd keeps", max(errors), within=0.001)
+lesson.report("kept for the backward pass: our formula against autograd, largest error", f"{max(errors):.5%}")
+
+
+# %% [markdown]
+# **The published formula.** Korthikanti et al. 2022 derived for the layer of a GPT in 16 bit, without fused attention:
+#
+# $$s\,b\,h \left(34 + 5\,\frac{a s}{h}\right) \text{ bytes}$$
+#
+# It is quoted everywhere, for all kinds of models. Let us see what it describes by building that layer: two LayerNorms, full-width keys and values, a feed-forward part of width $4h$ with GELU, attention with all its probabilities, and three dropouts, each of which keeps a mask of one byte a number. (On a CPU torch's own dropout keeps a wider mask, so the cell has one like that of CUDA.)
+
+# %%
+class ByteDropout(torch.autograd.Function):
+    """Dropout that keeps a byte for each number."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        mask = torch.rand(x.shape, device=x.device) > 0.1
+        ctx.save_for_backward(mask)
+        return x * mask / 0.9
+
+
+class GPTLayer(nn.Module):
+    def __init__(self, h: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(h), nn.LayerNorm(h)
+        self.qkv, self.out = nn.Linear(h, 3 * h), nn.Linear(h, h)
+        self.up, self.down = nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, h)
+        drop = ByteDropout.apply
+        parts = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous() for y in parts)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (batch, heads, seq, seq)
+        attended = (drop(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
+        x = x + drop(self.out(attended))
+        return x + drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+# %%
+h, heads, rows, table, errors = 256, 8, 2, {}, []
+layer = GPTLayer(h, heads).to(machine.device, DTYPES[half])
+for length in (64, 256):
+    x = torch.randn(rows, length, h, device=machine.device, dtype=DTYPES[half], requires_grad=True)
+    found = saved_bytes(lambda x=x: layer(x), layer)
+    published = rows * length * h * (34 + 5 * heads * length / h)
+    errors.append(abs(found / published - 1))
+    table[f"seq {length}"] = [f"{published:,.0f}", f"{found:,}", f"{errors[-1]:.3%}"]
+show_table(table, ["s b h (34 + 5 a s / h)", "kept by autograd", "difference"])
+lesson.equal("the published formula is right for the layer it describes, to 0.5 %", max(errors), within=0.005)
+
+llama = config_of("meta-llama/Llama-2-7b-hf")
+ours, h, heads = sum(layer_bytes(llama, 2).values()), llama.hidden_size, llama.num_attention_heads
+print("\na layer of Llama-2 7B, bytes for each token divided by h:", end=" ")
+print({part: round(size / h, 2) for part, size in layer_bytes(llama, 2).items()}, f"sum {ours / h:.1f}")
+lengths = [512 * 2**n for n in range(7)]
+sizes = {
+    "GPT formula, all probabilities kept": [n * (34 * h + 5 * heads * n) / GIB for n in lengths],
+    "Llama with fused attention": [n * ours / GIB for n in lengths],
+    "only the layer's input": [n * 2 * h / GIB for n in lengths],
+}
+figure = plots.curve(
+    {label: (lengths, values) for label, values in sizes.items()},
+    title="Fused attention makes activations grow with the length, not its square",
+    xlabel="tokens in the sequence",
+    ylabel="kept by one layer (GiB)",
+    log_x=True,
+    log_y=True,
+)
+last = "; ".join(f"{label} {values[-1]:.1f} GiB" for label, values in sizes.items())
+plots.show(figure, f"Kept by one layer of Llama-2 7B over the length. At {lengths[-1]:,} tokens: {last}.")
+ratio = (34 * h + 5 * heads * 4096) / ours
+lesson.report("activations of Llama-2 7B at 4,096 tokens: GPT formula divided by ours", f"{ratio:.1f}")
+
+
+# %% [markdown]
+# **What you see.** The published formula is exact for its layer, and of no use for a Llama. The constant changes for four reasons: no dropout means no masks; RMSNorm in transformers works in fp32 and keeps more; the gated feed-forward part has four tensors of width $i$ instead of two of width $4h$; and GQA shrinks keys and values. The quadratic term is simply gone with fused attention. What is left is proportional to the number of tokens.
+#
+# **Logits.** The output layer is special, since $V$ is large. The loss takes the logits ($w V$ for each token), a copy of them in fp32 ($4V$) and their log-probabilities ($4V$). The first two can go when the loss is there. The backward pass then has the log-probabilities, their gradient and the gradient of the fp32 logits at the same time: $12 V$ bytes for each token, whatever the format of the model. For Qwen2.5 with its 151,936 tokens that is 1.8 MB for every token of the batch.
+#
+# ## 4 · Gradient checkpointing: keep less, compute twice
+#
+# **Question.** Activations can be larger than the model. Which of them do we need?
+#
+# Only the input of each layer ($wh$ for each token, the lowest line of the plot). With *gradient checkpointing* (Chen et al. 2016) the backward pass runs each layer forward again from its input, and keeps that one layer's activations while it goes back through it:
+#
+# $$\text{kept} = b s \,\big(\underbrace{L\, w h}_{\text{all inputs}} + \underbrace{2(4h+4+2wh) + w(2q+2k) + 4a + 4wi}_{\text{one layer at a time}}\big)$$
+#
+# The price is one more forward pass. A backward pass costs twice a forward pass, since it has two products where the forward pass has one. So a step should take $(1 + 1 + 2)/(1 + 2) = 4/3$ of the time.
+#
+# Times in this lesson are the shortest of several tries. On a CPU they are taken with one thread, as processor time, which other programs disturb least; on a quiet machine it is the time that passes.
+
+# %%
+def seconds(run, repeats: int = 5) -> float:
+    """Shortest time of a call."""
+    times = []
+    for _ in range(max(2, round(repeats * budget))):
+        start = clock()
+        run()
+        if machine.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(clock() - start)
+    return min(times)
+
+
+threads, _ = torch.get_num_threads(), torch.set_num_threads(1)
+rows, length, table, times, errors = 4, 256, {}, [], []
+for checkpointing in (False, True):
+    model = copy.deepcopy(base).to(DTYPES["fp32" if machine.device == "cpu" else half]).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    ids = random_batch(model.config, rows, length)
+    w, h = model.dtype.itemsize, model.config.hidden_size
+    parts = kept_bytes(model.config, w, rows, length)
+    if checkpointing:
+        parts["layers"] = model.config.num_hidden_layers * rows * length * w * h
+    with Live(*model.parameters(), *model.buffers(), ids) as live:
+        before = live.now
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        kept = live.now - before
+    del loss
+    times.append(seconds(lambda m=model, i=ids: m(input_ids=i, labels=i, use_cache=False).loss.backward()))
+    errors.append(abs(sum(parts.values()) / kept - 1))
+    row = [f"{sum(parts.values()) / 2**20:.2f}", f"{kept / 2**20:.2f}", f"{times[-1] * 1e3:.0f} ms"]
+    table["checkpointing" if checkpointing else "everything kept"] = row
+show_table(table, ["formula, MiB", "alive after the forward pass, MiB", "forward and backward"])
+torch.set_num_threads(threads)
+slower = times[1] / times[0]
+
+# %%
+lesson.equal("the bytes alive after the forward pass are those of the formula, to 5 %", max(errors), within=0.05)
+lesson.claim(
+    "recomputing makes a step 5 % to 80 % longer (33 % by operations)",
+    slower - 1,
+    at_least=0.05,
+    at_most=0.8,
+    form=".0%",
+)
+kept = ", ".join(row[1] for row in table.values())
+lesson.report("checkpointing: MiB kept without and with it; time of a step", f"{kept}; {slower:.2f} x")
+
+
+# %% [markdown]
+# ## 5 · The peak of a step
+#
+# **Question.** We have all parts. Is their sum the memory that a step needs?
+#
+# No: they are not all there at the same time. A step runs through phases, and the answer is the largest of them. After the first step the weights $P$ and the optimiser's state $O$ are always there. Then:
+#
+# | moment | besides $P$ and $O$ |
+# |---|---|
+# | end of the forward pass | all that is kept, logits, fp32 copy, log-probabilities |
+# | start of the backward pass | all that is kept, and $12V$ for each token |
+# | a layer in the backward pass (the last one comes first) | what is still kept, gradients so far, with checkpointing this layer's activations, and gradients on their way through it |
+# | the embedding, last of all | all gradients $G$; if it is tied, also its second gradient and the sum of both |
+# | update | $G$ (and a copy with an unfused optimiser) |
+#
+# With small batches the end of the backward pass is the peak, with large ones its start. Write it as a function, and compare it with steps on this machine.
+#
+# **A real model, without allocating it.** Under `FakeTensorMode` the same step runs on Qwen2.5-0.5B, on any machine: transformers' real code, torch's real autograd, storages without data. torch comes with a counter for this, `MemTracker`, which also says what belongs to which module, and takes its time. We run it once, to see that our `Live` counts the same, and use ours from then on.
+#
+# (In fake mode nobody can look whether a mask is all ones, so transformers acts as if the batch had padding: that is the `padded` of our formula.)
+
+# %%
+def peak_bytes(
+    config: PretrainedConfig, w: int, batch: int, seq: int, checkpointing: bool = False, padded: bool = False
+) -> dict[str, int]:
+    """Peaks of the phases of a training step with fused AdamW, all numbers of w bytes."""
+    tokens, h, vocab = batch * seq, config.hidden_size, config.vocab_size
+    weights = w * count_parameters(config)
+    always = weights + 2 * weights  # and AdamW's two moments
+    parts = kept_bytes(config, w, batch, seq, padded)
+    layer = parts["layers"] // config.num_hidden_layers
+    if checkpointing:
+        parts["layers"] = config.num_hidden_layers * tokens * w * h
+    kept = sum(parts.values())
+    copied = 4 if w == 2 else 0  # the logits in fp32
+    passing = tokens * w * 2 * (config.intermediate_size + h)  # gradients on their way through a layer
+    table = w * vocab * h  # embedding, or output matrix
+    tables = w * h * (vocab * (1 if config.tie_word_embeddings else 2) + 1)
+    one_layer = (weights - tables) // config.num_hidden_layers
+    return {
+        "forward": always + kept + tokens * vocab * (w + copied),
+        "start of backward": always + kept + tokens * 8 * vocab,  # 4 V of the 12 V are in `kept`
+        "last layer": always + kept - tokens * 4 * vocab + table + checkpointing * layer + passing,
+        "first layer": always + weights - one_layer + layer + passing,
+        "embedding": always + weights + tokens * w * h + config.tie_word_embeddings * 2 * table,
+        "update": always + weights,
+    }
+
+
+# %%
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> int:
+    """Peak of live bytes in a training step that is not the first."""
+    state = state_of(optimizer)
+    optimizer.zero_grad()
+    with Live(*model.parameters(), *model.buffers(), *state, ids) as live:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return live.peak
+
+
+def live_step(precision: str, batch: int, seq: int, checkpointing: bool) -> tuple[int, int]:
+    """The same for this profile's model; and what CUDA's allocator says, where there is one."""
+    model = copy.deepcopy(base).to(DTYPES[precision]).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = random_batch(model.config, batch, seq)
+    if machine.device != "cuda":
+        return train_step(model, optimizer, ids), 0
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated() - sum(p.nbytes for p in model.parameters())
+    torch.cuda.reset_peak_memory_stats()
+    return train_step(model, optimizer, ids), torch.cuda.max_memory_allocated() - others
+
+
+# %%
+from helpers.memory import estimate_training
+
+shape = replace(ModelShape.from_config(base.config), name=name)
+batch, seq = settings["live"]
+live_steps = [("fp32", batch, seq, False), (half, batch, seq, False), (half, batch, seq, True), (half, 1, 16, False)]
+table, errors = {}, []
+for precision, rows, length, checkpointing in live_steps:
+    ours = max(peak_bytes(base.config, DTYPES[precision].itemsize, rows, length, checkpointing).values())
+    options = {"batch_size": rows, "seq_len": length, "gradient_checkpointing": checkpointing}
+    library = estimate_training(shape, precision=precision, padded=False, device=machine.device, **options).total
+    found, allocated = live_step(precision, rows, length, checkpointing)
+    errors += [(ours / found - 1, library / found - 1)]
+    row = [f"{n / 2**20:.1f}" for n in (ours, library, found, allocated)]
+    label = f"{precision}, {rows} x {length}" + ", checkpointing" * checkpointing
+    table[label] = [*row, f"{errors[-1][0]:+.1%}", f"{errors[-1][1]:+.1%}"]
+show_table(table, ["ours, MiB", "helpers.memory", "counted", "max_memory_allocated", "ours", "helpers"])
+worst = [max(abs(pair[i]) for pair in errors) for i in (0, 1)]
+lesson.equal("both predictions are within 5 % of the bytes counted", max(worst), within=0.05)
+lesson.report("peak of a step here, largest error: ours, helpers.memory", f"{worst[0]:.1%}, {worst[1]:.1%}")
+
+# %%
+from torch.distributed._tools.mem_tracker import MemTracker
+
+
+def fake_step(config: PretrainedConfig, batch: int, seq: int, checkpointing: bool, count=train_step) -> int:
+    """Peak of a step in bf16 with fused AdamW, of a model that is never allocated."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        return count(model, optimizer, torch.zeros(batch, seq, dtype=torch.long))
+
+
+def mem_tracker_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> int:
+    """The same, counted by torch's MemTracker."""
+    state_of(optimizer)
+    optimizer.zero_grad()
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, ids)
+    with tracker:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
+
+
+qwen = config_of("Qwen/Qwen2.5-0.5B")
+start = time.perf_counter()
+theirs, middle = fake_step(qwen, 2, 1024, False, mem_tracker_step), time.perf_counter()
+ours, end = fake_step(qwen, 2, 1024, False), time.perf_counter()
+print(f"MemTracker {theirs / GIB:.3f} GiB in {middle - start:.1f} s, Live {ours / GIB:.3f} GiB in {end - middle:.1f} s")
+lesson.equal("our counter says the same as torch's MemTracker, to 0.1 %", abs(ours / theirs - 1), within=0.001)
+
+# %%
+FAKE = [(2, 1024, False), (2, 1024, True), (1, 64, False), (8, 512, False), (1, 4096, True), (1, 8192, False)]
+rows, errors = {}, []
+for batch, seq, checkpointing in FAKE:
+    tracked = fake_step(qwen, batch, seq, checkpointing)
+    phases = peak_bytes(qwen, 2, batch, seq, checkpointing, padded=True)
+    options = {"batch_size": batch, "seq_len": seq, "gradient_checkpointing": checkpointing}
+    library = estimate_training("Qwen/Qwen2.5-0.5B", device="cpu", **options).total
+    label = f"{batch} x {seq}" + ", checkpointing" * checkpointing
+    rows[label] = max(phases.values()), library, tracked, max(phases, key=phases.get)
+table = {}
+for label, (ours, library, tracked, moment) in rows.items():
+    errors.append((ours / tracked - 1, library / tracked - 1))
+    sizes = [f"{size / GIB:.2f}" for size in (ours, library, tracked)]
+    table[label] = [*sizes, f"{errors[-1][0]:+.1%}", f"{errors[-1][1]:+.1%}", moment]
+show_table(table, ["ours, GiB", "helpers.memory", "tracked", "ours", "helpers", "the peak is at the"])
+worst = [max(abs(pair[i]) for pair in errors) for i in (0, 1)]
+lesson.equal("both predictions are within 5 % of the tracked peak", max(worst), within=0.05)
+lesson.report("peak of a step of Qwen2.5-0.5B, largest error: ours, helpers.memory", f"{worst[0]:.1%}, {worst[1]:.1%}")
+
+figure, axes = plt.subplots(figsize=(plots.WIDTH, 3.4))
+for place, (ours, library, tracked, _) in enumerate(rows.values()):
+    axes.barh(place, tracked / GIB, height=0.6, color=plots.COLORS[5], label="tracked" if not place else None)
+    axes.plot([0.95 * tracked / GIB, 1.05 * tracked / GIB], [place] * 2, color=plots.GREY, linewidth=7, alpha=0.35)
+    axes.plot(ours / GIB, place, "o", color=plots.COLORS[1], label="our formula" if not place else None)
+    axes.plot(library / GIB, place, "x", color=plots.INK, label="helpers.memory" if not place else None)
+axes.set_yticks(range(len(rows)), rows)
+axes.invert_yaxis()
+axes.set_title("All predictions are within 5 % (grey)")
+axes.set_xlabel("peak of a training step of Qwen2.5-0.5B (GiB)")
+axes.grid(axis="y", visible=False)
+axes.legend(loc="upper right")
+alt = "Tracked peak and predictions of six steps: " + "; ".join(
+    f"{label}: {r[2] / GIB:.1f} GiB tracked, {r[0] / GIB:.1f} by our formula" for label, r in rows.items()
+)
+plots.show(figure, alt)
+
+# %% [markdown]
+# **All models.** Our formula knows one family, one optimiser and two formats. `helpers.memory` does the same for the others, with LoRA, QLoRA, autocast, eager attention, mixtures of experts and sharding: it performs the step on sizes, allocation by allocation. `data/memory_truth.json` holds 132 steps of 22 models from 0.1 to 13 B parameters, followed on fake tensors as above. The same cells show what three estimators say that people use: `accelerate estimate-memory`, DeepSpeed's formula for ZeRO-2 on one GPU, and EleutherAI's *Transformer Math 101* (Anthony et al. 2023). Those know full fine-tuning with Adam only, and the first two do not know the batch, so they appear on the 74 cells that they speak about.
+
+# %%
+from helpers.profiles import ROOT
+
+cells = json.loads((ROOT / "data" / "memory_truth.json").read_text(encoding="utf-8"))["cells"]
+pairs = {"helpers.memory": [], "accelerate": [], "deepspeed": [], "eleuther": [], "our formula": []}
+for cell in cells:
+    truth, options = cell["truth"]["total"], dict(cell["settings"])
+    if "rank" in options:
+        options["lora_rank"] = options.pop("rank")
+    pairs["helpers.memory"].append((truth, estimate_training(cell["model"], device="cpu", **options).total))
+    for other, value in cell["published"].items():
+        pairs[other] += [(truth, value)] if value else []
+    plain = {"batch_size", "seq_len", "gradient_checkpointing", "precision"} >= options.keys()
+    config = config_of(cell["model"]) if plain and options.get("precision", "bf16") in DTYPES else None
+    if config is not None and config.model_type in ("llama", "qwen2"):
+        checkpointing = options.get("gradient_checkpointing", False)
+        w = DTYPES[options.get("precision", "bf16")].itemsize
+        phases = peak_bytes(config, w, options["batch_size"], options["seq_len"], checkpointing, padded=True)
+        pairs["our formula"].append((truth, max(phases.values())))
+errors = {who: [abs(said / truth - 1) for truth, said in found] for who, found in pairs.items()}
+table = {
+    who: [len(e), f"{statistics.median(e):.2%}", f"{max(e):.2%}", f"{sum(x < 0.05 for x in e) / len(e):.0%}"]
+    for who, e in errors.items()
+}
+show_table(table, ["steps", "median error", "largest", "within 5 %"])
+lesson.equal("helpers.memory is within 5 % on all 132 steps", max(errors["helpers.memory"]), within=0.05)
+lesson.equal("the table has all 132 steps", abs(len(cells) - 132))
+lesson.equal("our formula is within 5 % on the steps that it describes", max(errors["our formula"]), within=0.05)
+for who, found in errors.items():
+    lesson.report(f"{who}: {len(found)} steps, median error, within 5 %", ", ".join(table[who][i] for i in (1, 3)))
+
+# %%
+figure, axes = plt.subplots(figsize=(plots.WIDTH, 4.6))
+shown = {"eleuther": (4, "^"), "deepspeed": (3, "s"), "accelerate": (1, "v"), "helpers.memory": (0, "o")}
+for who, (color, marker) in shown.items():
+    truth, said = zip(*pairs[who], strict=True)
+    axes.plot(
+        [t / GIB for t in truth],
+        [s / t for s, t in zip(said, truth, strict=True)],
+        marker,
+        color=plots.COLORS[color],
+        markersize=5,
+        alpha=0.75,
+        label=f"{who} ({sum(x < 0.05 for x in errors[who]) / len(errors[who]):.0%} within 5 %)",
+    )
+axes.axhspan(0.95, 1.05, color=plots.GREY, alpha=0.25, zorder=0)
+axes.set(xscale="log", yscale="log", xlabel="tracked peak of the step (GiB)", ylabel="predicted / tracked")
+axes.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+axes.yaxis.set_minor_formatter(lambda *_: "")
+axes.set_title("Performing the step predicts all 132 peaks")
+axes.legend(loc="lower right", fontsize=8.5)
+alt = "Predicted divided by tracked peak over the tracked peak. " + "; ".join(
+    f"{who}: {table[who][0]} steps, median error {table[who][1]}, largest {table[who][2]}" for who in shown
+)
+plots.show(figure, alt)
+
+# %% [markdown]
+# **What you see.** The other estimators are not wrong about what they count; they leave out the rest. accelerate's and DeepSpeed's count the state and no activations. EleutherAI's takes the activations of a GPT (section 3), 12 bytes of optimiser whatever the format, and no logits. An error of a third is the difference between a GPU that fits and one that does not.
+#
+# ## 6 · The cache of generation
+#
+# **Question.** Inference has no gradients. What grows there?
+#
+# To produce one token, attention needs the keys and values of all tokens before it. They are kept in the *KV cache*: two tensors in each layer, of $k = a_{kv} d$ numbers for each token.
+#
+# $$\text{KV cache} = 2 \cdot L \cdot a_{kv} \cdot d \cdot s \cdot b \cdot w$$
+#
+# For Llama-3 8B ($L = 32$, $a_{kv} = 8$, $d = 128$) at $s = 8192$ in 16 bit: $2 \cdot 32 \cdot 8 \cdot 128 \cdot 8192 \cdot 2 = 2^{30}$ bytes, exactly 1 GiB for each conversation.
+
+# %%
+from helpers.memory import estimate_inference
+
+
+def kv_cache(config: PretrainedConfig, context: int, batch: int, w: int) -> int:
+    """Bytes of keys and values."""
+    return 2 * config.num_hidden_layers * widths(config)[1] * context * batch * w
+
+
+rows, length = 2, 48
+with torch.no_grad():
+    cache = base(random_batch(base.config, rows, length), use_cache=True).past_key_values
+found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+ours = kv_cache(base.config, length, rows, base.dtype.itemsize)
+print(f"here, {rows} x {length} tokens: {ours:,} bytes by the formula, {found:,} in the model's cache")
+llama3 = config_of("meta-llama/Meta-Llama-3-8B")
+eight = kv_cache(llama3, 8192, 1, 2)
+library = estimate_inference("meta-llama/Meta-Llama-3-8B", context_len=8192).kv_cache
+print(f"Llama-3 8B at 8,192 tokens: {eight:,} bytes = {eight / GIB} GiB; helpers.memory {library / GIB} GiB")
+
+# %%
+lesson.equal(
+    "formula, model and helpers.memory agree to the byte",
+    max(abs(ours - found), abs(eight - library), abs(library - GIB)),
+)
+lesson.report("KV cache of Llama-3 8B at 8,192 tokens, GiB", f"{eight / GIB:.3f}")
+
+several = ["meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-0.5B"]
+contexts = [1024 * 2**n for n in range(8)]
+series = {}
+for model_name in several:
+    config = config_of(model_name)
+    label = f"{model_name.split('/')[-1]}: {config.num_key_value_heads} of {config.num_attention_heads} heads"
+    series[label] = contexts, [kv_cache(config, n, 1, 2) / GIB for n in contexts]
+figure = plots.curve(
+    series,
+    title="Shared key-value heads decide how long a conversation may be",
+    xlabel="tokens of context, one sequence",
+    ylabel="KV cache in 16 bit (GiB)",
+    log_x=True,
+    log_y=True,
+)
+alt = "KV cache over context. " + "; ".join(
+    f"{label}: {y[-1]:.1f} GiB at {x[-1]:,}" for label, (x, y) in series.items()
+)
+plots.show(figure, alt)
+
+# %% [markdown]
+# ## 7 · Which model fits which GPU
+#
+# **Question.** What can be done with a V100 of 16 GB, a T4, an A100, an H100, an H200?
+#
+# Everything is there to compute the table. Four things to do with a model:
+#
+# - **I**, inference: weights in 16 bit, one conversation of 2,048 tokens;
+# - **F**, full training: autocast, 16 bytes a parameter, AdamW, one sequence of 1,024 tokens, checkpointing;
+# - **L**, LoRA: frozen weights in 16 bit, adapters of rank 16 on all matrices;
+# - **Q**, QLoRA: frozen weights in 4 bit, the same adapters, paged 8-bit AdamW.
+#
+# We use fp16, since V100 and T4 have no bf16; the bytes are the same. Beside what torch allocates a GPU holds the CUDA context, and the allocator loses some memory in pieces that nothing fits in. `Estimate.overhead` puts that at 0.5 GiB and 4 %. It is a rule of thumb, not a measurement. `fits` includes it.
+
+# %%
+from helpers.memory import GPUS
+
+MODELS = [
+    *("Qwen/Qwen2.5-0.5B", "llm-jp/llm-jp-3-980m", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-1.5B"),
+    *("meta-llama/Llama-3.2-3B", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
+    *("meta-llama/Llama-2-13b-hf", "Qwen/Qwen2.5-32B", "meta-llama/Llama-2-70b-hf"),
+]
+BOARDS = ["V100-16GB", "T4", "A10G", "A100-40GB", "A100-80GB", "H100-SXM", "H200"]
+TRAINING = {"batch_size": 1, "seq_len": 1024, "gradient_checkpointing": True}
+USES = {
+    "I": lambda m: estimate_inference(m, precision="fp16", context_len=2048),
+    "F": lambda m: estimate_training(m, precision="fp16-mixed", **TRAINING),
+    "L": lambda m: estimate_training(m, method="lora", precision="fp16", **TRAINING),
+    "Q": lambda m: estimate_training(m, method="qlora", precision="fp16", optimizer="paged_adamw_8bit", **TRAINING),
+}
+needs = {model_name: {use: run(model_name) for use, run in USES.items()} for model_name in MODELS}
+table = {}
+for model_name, estimates in needs.items():
+    billions = ModelShape.from_config(model_name).num_parameters / 1e9
+    sizes = [f"{(e.total + e.overhead) / GIB:.1f}" for e in estimates.values()]
+    table[model_name.split("/")[-1]] = [f"{billions:.2f}", *sizes]
+show_table(table, ["B parameters", "inference", "full training", "LoRA", "QLoRA"])
+print("GiB with context and fragmentation. The GPUs have:", end=" ")
+print(", ".join(f"{board} {GPUS[board].memory / GIB:.1f}" for board in BOARDS))
+
+# %% tags=["headline"]
+fits = {m: {g: [u for u in USES if needs[m][u].fits(g)] for g in BOARDS} for m in MODELS}
+counts = [[len(fits[m][g]) for g in BOARDS] for m in MODELS]
+figure, axes = plt.subplots(figsize=(plots.WIDTH, 4.8))
+axes.imshow(counts, cmap="Blues", vmin=0, vmax=6, aspect="auto")
+for row, model_name in enumerate(MODELS):
+    for column, board in enumerate(BOARDS):
+        axes.text(column, row, " ".join(fits[model_name][board]) or "none", ha="center", va="center")
+labels = [f"{m.split('/')[-1]} ({ModelShape.from_config(m).num_parameters / 1e9:.1f} B)" for m in MODELS]
+axes.set_yticks(range(len(MODELS)), labels)
+axes.set_xticks(range(len(BOARDS)), [f"{g}\n{GPUS[g].memory / GIB:.0f} GiB" for g in BOARDS], fontsize=8.5)
+axes.xaxis.tick_top()
+axes.tick_params(length=0)
+axes.grid(visible=False)
+axes.set_title("What fits: I inference, F full training, L LoRA, Q QLoRA")
+alt = "Uses that fit, by GPU. " + "; ".join(
+    f"{g}: " + ", ".join(f"{m.split('/')[-1]} {''.join(fits[m][g]) or 'none'}" for m in MODELS) for g in BOARDS
+)
+plots.show(figure, alt)
+
+
+# %%
+def largest(board: str, use: str) -> tuple[float, str]:
+    """Billions of parameters and name of the largest model of the table with which this fits."""
+    return max(
+        (ModelShape.from_config(m).num_parameters / 1e9, m.split("/")[-1]) for m in MODELS if use in fits[m][board]
+    )
+
+
+for board in ("V100-16GB", "T4", "H200"):
+    text = ", ".join(f"{use} {largest(board, use)[1]} ({largest(board, use)[0]:.1f} B)" for use in USES)
+    print(f"{board}, largest of the table: {text}")
+v100 = GPUS["V100-16GB"]
+room = (v100.memory - GIB / 2) / 1.04  # without context and fragmentation
+print(f"\nstate alone: {room / 2 / 1e9:.1f} B parameters at 2 bytes, {room / 16 / 1e9:.2f} B at 16 bytes fill a V100")
+lesson.claim(
+    "a V100 with 16 GB holds about 7 B for inference",
+    largest("V100-16GB", "I")[0],
+    at_least=6.5,
+    at_most=8.5,
+    form=".1f",
+)
+lesson.claim(
+    "its memory at 16 bytes a parameter is about 1 B for training",
+    room / 16 / 1e9,
+    at_least=0.8,
+    at_most=1.2,
+    form=".2f",
+)
+lesson.claim("QLoRA trains about 7 B on a T4", largest("T4", "Q")[0], at_least=6.5, form=".1f")
+lesson.claim("full training of 1 B does not fit there", largest("T4", "F")[0], at_most=1, form=".2f")
+for use, what in {"I": "inference", "F": "full training", "L": "LoRA", "Q": "QLoRA"}.items():
+    names = [f"{board} {largest(board, use)[0]:.1f}" for board in ("V100-16GB", "T4", "A100-80GB", "H200")]
+    lesson.report(f"largest model of the table for {what}, B parameters", ", ".join(names))
+
+
+# %% [markdown]
+# **More than one GPU.** Data parallelism keeps the whole state on every GPU, which is waste. ZeRO (Rajbhandari et al. 2020) divides it among $N$ GPUs in three stages: the optimiser's 12 bytes (with the fp32 copy of the weights), then also the gradients, then also the weights:
+#
+# $$16 P \;\to\; \Big(4 + \frac{12}{N}\Big) P \;\to\; \Big(2 + \frac{14}{N}\Big) P \;\to\; \frac{16}{N} P$$
+#
+# The paper's example is 7.5 B parameters on 64 GPUs. The formula counts the state only. `helpers.memory` adds what a stage-3 step must gather: the layer in use, the next one, and what is outside the layers.
+#
+# **It does not fit. What now?** Changes have prices, so take the cheapest first: a chunked loss costs nothing in the result, checkpointing costs time, a smaller batch with accumulation costs parallel work, an 8-bit optimiser costs precision of the moments, LoRA restricts what can be learned, and 4-bit weights are less exact. `recommend` tries them in this order, stops when it fits, and drops those that turned out not to be needed. The worked example: "How do I train a 7 B model on a T4?"
+
+# %%
+def zero_bytes(parameters: float, stage: int, gpus: int) -> float:
+    """Bytes of weights, gradients and optimiser on each GPU."""
+    whole, divided = [(16, 0), (4, 12), (2, 14), (0, 16)][stage]
+    return parameters * (whole + divided / gpus)
+
+
+stages = [round(zero_bytes(7.5e9, stage, 64) / 1e9, 1) for stage in range(4)]
+print("7.5 B parameters on 64 GPUs, stages 0 to 3:", " -> ".join(f"{size} GB" for size in stages))
+lesson.equal(
+    "these are the paper's 120, 31.4, 16.6 and 1.9 GB",
+    sum(a != b for a, b in zip(stages, [120.0, 31.4, 16.6, 1.9], strict=True)),
+)
+table = {}
+for stage in range(4):
+    devices = 8 if stage else 1
+    options = {"precision": "bf16-mixed", "zero_stage": stage, "num_gpus": devices, **TRAINING}
+    estimate = estimate_training("meta-llama/Llama-2-7b-hf", **options)
+    state = zero_bytes(ModelShape.from_config("meta-llama/Llama-2-7b-hf").num_parameters, stage, devices)
+    fitting = [g for g in ("A100-40GB", "A100-80GB", "H200") if estimate.fits(g)]
+    row = [f"{state / GIB:.1f}", f"{estimate.total / GIB:.1f}", estimate.phase, ", ".join(fitting) or "none"]
+    table[f"stage {stage}, {devices} GPU" + "s" * (devices > 1)] = row
+print("\nLlama-2 7B:")
+show_table(table, ["state, GiB", "peak, GiB", "which is in", "fits"])
+lesson.report("7.5 B on 64 GPUs, GB each at ZeRO stages 0 to 3", ", ".join(map(str, stages)))
+
+# %%
+from helpers.memory import max_batch_size, max_context, recommend
+
+plan = {"seq_len": 1024, "batch_size": 8, "precision": "fp16-mixed"}
+advice = recommend("meta-llama/Llama-2-7b-hf", "T4", **plan)
+print(advice)
+filled = [(e.total + e.overhead) / GPUS["T4"].memory for e in (advice.start, advice.estimate)]
+lesson.claim("as asked, it takes more than a T4 has", filled[0], at_least=1, form=".0%")
+lesson.claim("the advice makes it fit", filled[1], at_most=1, form=".0%")
+chosen = plan | {key: value for change in advice.changes for key, value in change.settings.items()}
+print("\nparts at the peak, in GiB:")
+for part in advice.estimate.parts:
+    print(f"  {part:<12}{advice.start.parts[part] / GIB:>8.1f} -> {advice.estimate.parts[part] / GIB:.2f}")
+lesson.report(
+    "Llama-2 7B on a T4: as asked, after the advice (GiB)",
+    f"{advice.start.total / GIB:.0f}, {advice.estimate.total / GIB:.1f}",
+)
+rest = {key: value for key, value in chosen.items() if key != "batch_size"}
+print(f"\nlargest batch then: {max_batch_size('meta-llama/Llama-2-7b-hf', 'T4', **rest)} sequences")
+
+
+# %% [markdown]
+# ## 8 · The calculator
+#
+# The sliders below call the same functions. They appear where something can show them (Jupyter, Colab, VS Code). Below them the same cell does it with plain parameters: `calculator_model` and `calculator_gpu` stand in the parameters cell at the top. On a command line it is `python -m helpers.memory Qwen/Qwen2.5-7B --method qlora --gpu T4`.
+
+# %%
+def calculate(model_name: str, gpu: str, method: str, batch_size: int, seq_len: int, checkpointing: bool) -> None:
+    """Print the parts of a training step, and what would make it fit."""
+    precision = "fp16-mixed" if method == "full" else "fp16"
+    options = {"method": method, "batch_size": batch_size, "seq_len": seq_len, "precision": precision}
+    options |= {"gradient_checkpointing": checkpointing}
+    estimate = estimate_training(model_name, **options)
+    print(estimate)
+    print("fits" if estimate.fits(gpu) else "does not fit", f"in the {GPUS[gpu].memory / GIB:.1f} GiB of a {gpu}")
+    if not estimate.fits(gpu):
+        print(recommend(model_name, gpu, **options))
+
+
+frontend = {"JPY_SESSION_NAME", "COLAB_RELEASE_TAG"} & os.environ.keys() or "__vsc_ipynb_file__" in globals()
+if frontend:
+    from ipywidgets import Dropdown, IntSlider, interact
+
+    interact(
+        calculate,
+        model_name=Dropdown(options=sorted(bundled_shapes()), value=calculator_model),
+        gpu=Dropdown(options=list(GPUS), value=calculator_gpu),
+        method=Dropdown(options=["full", "lora", "qlora"], value="qlora"),
+        batch_size=IntSlider(1, min=1, max=64, continuous_update=False),
+        seq_len=IntSlider(1024, min=128, max=8192, step=128, continuous_update=False),
+        checkpointing=True,
+    )
+else:
+    print("There is nothing here that could show sliders: here is the same without.\n")
+
+for method in ("full", "qlora"):
+    calculate(calculator_model, calculator_gpu, method, batch_size=1, seq_len=1024, checkpointing=True)
+    print()
+longest = max_context(calculator_model, calculator_gpu, inference=True, quantization="nf4")
+print(f"4-bit inference on a {calculator_gpu}: up to {longest:,} tokens of context")
+
+# %% [markdown]
+# ## 9 · How fast: the roofline
+#
+# **Question.** It fits. How fast will it run?
+#
+# A processor does two things: it moves bytes from memory, at $\beta$ bytes a second, and it computes, at $\pi$ operations (FLOP) a second. Work that needs $F$ operations and moves $M$ bytes takes at least $\max(F/\pi,\ M/\beta)$, since the two overlap at best. Divide by the work, and it depends on one property, the *arithmetic intensity* $I = F/M$ (Williams, Waterman and Patterson 2009):
+#
+# $$\text{rate} \le \min(\pi,\ \beta I)$$
+#
+# Plotted over $I$ this is a roof: a slope where memory is the limit, a flat part where computing is. The edge is at $I^* = \pi / \beta$.
+#
+# First measure the two numbers of this machine: $\beta$ by copying a block too large for the caches (it is read and written), $\pi$ by a product of large matrices.
+#
+# **The model's two kinds of work.** *Prefill* reads a prompt: all its tokens at once. *Decoding* makes one token for each sequence, and needs all weights for it. Each weight is used for one multiplication and one addition for each token, and is read once for all of them. With $b$ sequences, $t$ new tokens each and $c$ tokens in the cache:
+#
+# $$F \approx 2\,P_{\text{mat}}\, b\,t + 4\,L\,q\,b\,t\,\big(c + \tfrac{t}{2}\big) \qquad M \approx w\,P_{\text{mat}} + \text{KV cache}$$
+#
+# $P_{\text{mat}}$ are the parameters that take part in products: without an embedding, which is only looked up. So a decoding step with a short context has an intensity of about $2b/w$: half a FLOP for each byte at $b = 1$ in fp32. A prefill has that times $t$. This is the whole reason why prefill is fast, decoding slow, and batching cheap.
+#
+# shima-4m is so small that its weights stay in a CPU's cache. To see the memory at work, the cpu profile measures a second model besides: two layers of the shape of TinyLlama, with random weights, since speed does not depend on what the weights are.
+#
+# **Batch size.** The weights are read once for all sequences of a batch. So below the edge a larger batch costs hardly any time, and the tokens come for nothing; above it they cost computing. What the batch does cost is patience: each sequence waits for the step of all. The dashed lines are the roofline's prediction from three numbers: bytes, operations and this machine's two rates.
+
+# %%
+dtype = DTYPES["fp32" if machine.device == "cpu" else half]
+torch.set_num_threads(1)
+
+
+def device_rates(mebibytes: int = 128, size: int = 1024 if machine.device == "cpu" else 8192) -> tuple[float, float]:
+    """Bytes a second by a copy, operations a second by a matrix product."""
+    source = torch.ones(mebibytes * 2**20 // dtype.itemsize, device=machine.device, dtype=dtype)
+    target = torch.zeros_like(source)
+    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source), 15)
+    left, right = (torch.randn(size, size, device=machine.device, dtype=dtype) for _ in range(2))
+    return bandwidth, 2 * size**3 / seconds(lambda: left @ right, 15)
+
+
+bandwidth, rate = device_rates()
+edge = rate / bandwidth
+print(f"this machine in {dtype}: {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:,.0f} GFLOP/s; edge at {edge:.1f} FLOP/byte")
+lesson.report("this machine: GB/s, GFLOP/s, edge in FLOP/byte", f"{bandwidth / 1e9:.1f}, {rate / 1e9:,.0f}, {edge:.1f}")
+
+
+# %%
+def work(config: PretrainedConfig, w: int, batch: int, new: int, cached: int = 0) -> tuple[float, float]:
+    """FLOP and bytes of a forward pass that gives the next token of each sequence."""
+    h, layers, (q, k) = config.hidden_size, config.num_hidden_layers, widths(config)
+    per_layer = 2 * h * q + 2 * h * k + 3 * h * config.intermediate_size
+    output = config.vocab_size * h  # only for the last token
+    flops = 2 * batch * (new * layers * per_layer + output)
+    flops += 4 * layers * q * batch * new * (cached + new / 2)  # scores, and the sum of the values
+    moved = w * (layers * per_layer + output) + kv_cache(config, cached + new, batch, w)
+    return flops, moved
+
+
+@torch.inference_mode()
+def decoding_time(model: nn.Module, batch: int, prompt: int, steps: int = 8) -> float:
+    """Seconds of the fastest of some decoding steps after a short prompt."""
+    ids = random_batch(model.config, batch, prompt)
+    times = []
+    cache = None
+    for _ in range(1 + steps):
+        start = clock()
+        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)  # (batch, 1)
+        ids.tolist()  # waits for the device
+        times.append(clock() - start)
+    return min(times[1:])
+
+
+# %%
+small = copy.deepcopy(base).to(dtype).eval()
+models = {name: small}
+if settings["big"] and not model_id:
+    config = config_of(settings["big"])
+    config.num_hidden_layers, config.tie_word_embeddings = 2, True
+    models["TinyLlama, 2 layers"] = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+big_name = list(models)[-1]
+speeds = {}  # name, batch -> seconds of a decoding step
+points = []  # name, kind, FLOP, bytes, seconds
+for label, model in models.items():
+    prompt = 256 if machine.device == "cpu" else 1024
+    prompt = min(prompt, model.config.max_position_embeddings // 2)
+    with torch.inference_mode():
+        ids = random_batch(model.config, 1, prompt)
+        duration = seconds(lambda m=model, i=ids: m(i, use_cache=True, logits_to_keep=1).logits.sum().item(), 2)
+    points.append((label, f"prefill of {prompt}", *work(model.config, dtype.itemsize, 1, prompt), duration))
+    for batch in settings["batches"]:
+        duration = speeds[label, batch] = decoding_time(model, batch, 8)
+        points.append((label, f"decoding {batch}", *work(model.config, dtype.itemsize, batch, 1, 9), duration))
+table = {}
+for label, kind, flops, moved, duration in points:
+    roof = min(rate, bandwidth * flops / moved)
+    row = [
+        f"{flops / moved:.1f}",
+        f"{flops / duration / 1e9:.2f}",
+        f"{roof / 1e9:.2f}",
+        f"{flops / duration / roof:.0%}",
+    ]
+    table[f"{label}, {kind}"] = [*row, "memory" if flops / moved < edge else "computing"]
+show_table(table, ["FLOP/byte", "GFLOP/s", "roof", "reached", "bound by"])
+
+# %%
+figure, axes = plt.subplots(figsize=(plots.WIDTH, 4.6))
+span = [min(p[2] / p[3] for p in points) / 2, max(max(p[2] / p[3] for p in points), edge) * 2]
+grid = [span[0] * (span[1] / span[0]) ** (n / 100) for n in range(101)]
+axes.plot(grid, [min(rate, bandwidth * x) / 1e9 for x in grid], color=plots.INK, label="roof, measured")
+axes.axvline(edge, color=plots.GREY, linestyle=(0, (4, 3)), linewidth=1)
+for color, label in enumerate(models):
+    for kind, marker in (("prefill", "s"), ("decoding", "o")):
+        chosen = [p for p in points if p[0] == label and p[1].startswith(kind)]
+        xy = [p[2] / p[3] for p in chosen], [p[2] / p[4] / 1e9 for p in chosen]
+        axes.plot(*xy, marker, color=plots.COLORS[color], label=f"{label}, {kind}")
+        for x, y, (_, text, *_) in zip(*xy, chosen, strict=True):
+            axes.annotate(text.split()[-1], (x, y), (0, -13), textcoords="offset points", ha="center", fontsize=8)
+axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="GFLOP/s")
+axes.set_title("Decoding climbs the memory slope, prefill stands under the roof")
+axes.legend(loc="lower right", fontsize=8.5)
+alt = f"Roofline, its edge at {edge:.1f} FLOP/byte; the numbers at the points are batch or prompt. "
+alt += "; ".join(f"{p[0]} {p[1]}: {p[2] / p[3]:.1f} FLOP/byte, {p[2] / p[4] / 1e9:.1f} GFLOP/s" for p in points)
+plots.show(figure, alt)
+one = next(p for p in points if p[:2] == (big_name, "decoding 1"))
+reading = next(p for p in points if p[0] == big_name and p[1].startswith("prefill"))
+reached = one[3] / one[4] / bandwidth
+print(
+    f"{big_name} decodes one sequence at {one[3] / one[4] / 1e9:.1f} GB/s of weights, {reached:.0%} of the copy's rate"
+)
+prefilled, decoded = reading[2] / reading[4], one[2] / one[4]
+print(f"a prefill computes {prefilled / decoded:.0f} times as fast as decoding")
+lesson.claim(
+    "decoding one sequence reads at 15 % to 200 % of the copy's rate", reached, at_least=0.15, at_most=2, form=".0%"
+)
+lesson.claim("a prefill computes more than 3 times as fast as decoding", prefilled / decoded, at_least=3, form=".1f")
+lesson.report(
+    f"{big_name}: share of the bandwidth reached in decoding; prefill against decoding, FLOP/s",
+    f"{reached:.0%}; {prefilled / decoded:.0f} x",
+)
+
+# %%
+batches, config, predicted = settings["batches"], models[big_name].config, {}
+for batch in batches:
+    flops, moved = work(config, dtype.itemsize, batch, 1, 9)
+    predicted[batch] = max(flops / rate, moved / bandwidth)
+now = {batch: speeds[big_name, batch] for batch in batches}
+figure, panels = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.6))
+for axes, label, value in (
+    (panels[0], "tokens per second, all sequences", lambda b, t: b / t),
+    (panels[1], "time of a token (ms)", lambda b, t: 1e3 * t),
+):
+    axes.plot(batches, [value(b, now[b]) for b in batches], "o-", label="measured")
+    axes.plot(batches, [value(b, predicted[b]) for b in batches], "--", color=plots.GREY, label="roofline")
+    axes.set(xscale="log", yscale="log", xlabel="sequences in the batch", ylabel=label)
+    axes.set_xticks(batches, batches)
+    axes.minorticks_off()
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+panels[0].legend()
+panels[0].set_title("Batching: more tokens for the same bytes")
+table = {
+    f"batch {b}": [
+        f"{b / now[b]:.0f}",
+        f"{now[b] * 1e3:.1f}",
+        f"{predicted[b] * 1e3:.1f}",
+        f"{now[b] / predicted[b]:.1f}",
+    ]
+    for b in batches
+}
+alt = "Tokens per second and time of a token over the batch size. " + "; ".join(
+    f"{row}: {cells[0]} tokens/s, {cells[1]} ms, roofline {cells[2]} ms" for row, cells in table.items()
+)
+plots.show(figure, alt)
+show_table(table, ["tokens/s", "ms a token", "roofline, ms", "ratio"])
+last, slower = batches[-1], now[batches[-1]] / now[1]
+
+# %%
+lesson.claim(f"batch {last} gives more than 4 times the tokens of batch 1", last / slower, at_least=4, form=".1f")
+shortest = min(now[b] / predicted[b] for b in batches)
+lesson.claim("the roofline is a bound: no step takes less than half of it", shortest, at_least=0.5, form=".2f")
+lesson.report(
+    f"{big_name}, batch {last} against 1: tokens/s, time of a token", f"{last / slower:.1f} x, {slower:.1f} x"
+)
+torch.set_num_threads(threads)
+models = small = model = None
+
+# %% [markdown]
+# **What you see.** The column of ratios says how far two rates and a count explain the times: best where there is most to compute. A batch of 4 should cost what a batch of 1 costs, and on a CPU it costs clearly more: products of a few rows reach neither of the two roofs, and calling the operations takes time too. On a GPU, where the work of a small step takes microseconds, the calling weighs more. That is why serving systems record the operations of a decoding step and replay them (CUDA graphs), and why a tiny model is not faster in proportion.
+#
+# ## 10 · How fast a 7 B model decodes on a GPU
+#
+# **Question.** What do a T4, an A100 and an H100 reach at best?
+#
+# One token needs all weights and the cache of its conversation. So bandwidth divided by those bytes bounds the tokens a second of one conversation, whatever the software. From the data sheets:
+
+# %%
+SPEED_MODEL = "Qwen/Qwen2.5-7B"
+config7 = config_of(SPEED_MODEL)
+
+
+def bytes_read(batch: int, context: int, quantization: str | None) -> int:
+    """Bytes of a decoding step: all weights but an embedding that is looked up, and the caches."""
+    weights = estimate_inference(SPEED_MODEL, quantization=quantization).parameters
+    lookup = 0 if config7.tie_word_embeddings else 2 * config7.vocab_size * config7.hidden_size
+    return weights - lookup + kv_cache(config7, context, batch, 2)
+
+
+table, bound = {}, {}
+for board in ("T4", "A100-80GB", "H100-SXM", "H200"):
+    gpu = GPUS[board]
+    row = []
+    for quantization in (None, "nf4"):
+        read = bytes_read(1, 2048, quantization)
+        bound[board, quantization] = gpu.bandwidth * 1e9 / read
+        there = estimate_inference(SPEED_MODEL, context_len=2048, quantization=quantization).fits(gpu)
+        row += [f"{bound[board, quantization]:.0f}" + ("" if there else " (does not fit)")]
+    table[board] = [gpu.bandwidth, *row, f"{gpu.tflops['fp16'] * 1e12 / gpu.bandwidth / 1e9:.0f}"]
+print(f"{SPEED_MODEL}: {bytes_read(1, 2048, None) / 1e9:.2f} GB a token in 16 bit,", end=" ")
+print(f"{bytes_read(1, 2048, 'nf4') / 1e9:.2f} GB in 4 bit, at 2,048 tokens of context\n")
+show_table(table, ["GB/s", "tokens/s at most, 16 bit", "4 bit", "edge: FLOP/byte"])
+bounds = bound["H100-SXM", None] / bound["A100-80GB", None]
+lesson.equal("the bounds stand to each other as the bandwidths", abs(bounds / (3350 / 2039) - 1), within=1e-9)
+lesson.report(
+    "7 B at batch 1, 16 bit, tokens/s at most: A100, H100",
+    f"{bound['A100-80GB', None]:.0f}, {bound['H100-SXM', None]:.0f}",
+)
+
+# %% [markdown]
+# **What you see.** An H100 can compute hundreds of operations for each byte that it reads; decoding one sequence in 16 bit asks for one. So more than 99 % of what it can compute is idle, and only bandwidth counts. Four bits bring a factor of about 3, not 4: the output matrix stays in 16 bit, and so does the cache. (The bound assumes that unpacking the 4-bit weights costs nothing, which real kernels do not quite reach.)
+#
+# ## 11 · Energy, cost and carbon of a million tokens
+#
+# **Question.** What does it cost to answer?
+#
+# With $r$ tokens a second, power $p$ (watts), a price $c$ per hour and carbon intensity $g$ (grams per kWh):
+#
+# $$E = \frac{p \cdot u}{r} \text{ joules a token} \qquad \text{cost} = \frac{10^6\, c}{3600\, r} \qquad \text{carbon} = \frac{10^6\, E}{3.6 \cdot 10^6}\, g$$
+#
+# per million tokens. What is assumed, and easy to change in the cell: the board takes all of its rated power (an upper bound); the data centre needs $u = 1.2$ times that for cooling; real software reaches 60 % of the roofline; prices per hour are round numbers of the size that clouds asked in 2025, not a quotation. The carbon intensity is a parameter at the top. Values for 2023, in g of CO2 per kWh: world 481, India 713, Germany 381, France 56, Norway 30 (Ember; Our World in Data).
+
+# %%
+USD_PER_HOUR = {"T4": 0.40, "A100-80GB": 2.0, "H100-SXM": 3.0, "H200": 4.0}  # assumed
+REACHED, COOLING = 0.6, 1.2  # assumed
+
+
+def per_million(board: str, batch: int, context: int = 2048, quantization: str | None = None) -> dict[str, float]:
+    """What a million decoded tokens take."""
+    gpu = GPUS[board]
+    flops, _ = work(config7, 2, batch, 1, context)
+    at_best = max(flops / gpu.tflops["fp16"] / 1e12, bytes_read(batch, context, quantization) / gpu.bandwidth / 1e9)
+    rate = REACHED * batch / at_best  # tokens per second
+    kwh = gpu.power * COOLING / rate * 1e6 / 3.6e6
+    dollars = USD_PER_HOUR[board] / 3600 / rate * 1e6
+    return {"tokens/s": rate, "kWh": kwh, "USD": dollars, "kg CO2": kwh * carbon_intensity / 1000}
+
+
+costs = {}
+for board in USD_PER_HOUR:
+    quantization = "nf4" if board == "T4" else None  # 16 bit does not fit
+    limit = max_batch_size(SPEED_MODEL, board, inference=True, context_len=2048, quantization=quantization)
+    for batch in dict.fromkeys((1, min(16, limit), limit)):
+        costs[board, batch] = per_million(board, batch, quantization=quantization)
+table = {
+    f"{board}, batch {batch}" + (", 4 bit" if board == "T4" else ""): [f"{value:,.3g}" for value in row.values()]
+    for (board, batch), row in costs.items()
+}
+show_table(table, ["tokens/s", "kWh", "USD", "kg CO2"])
+
+# %%
+boards = list(USD_PER_HOUR)
+single = {board: costs[board, 1] for board in boards}
+full = {board: costs[max(key for key in costs if key[0] == board)] for board in boards}
+figure, panels = plt.subplots(1, 2, figsize=(plots.WIDTH, 3.6))
+for axes, unit in zip(panels, ("kWh", "USD"), strict=True):
+    for offset, (label, rows) in enumerate({"batch 1": single, "largest that fits": full}.items()):
+        places = [place + 0.38 * (offset - 0.5) for place in range(len(boards))]
+        axes.bar(places, [rows[board][unit] for board in boards], width=0.36, color=plots.COLORS[offset], label=label)
+    axes.set(yscale="log", title=f"{unit} per million tokens")
+    axes.set_xticks(range(len(boards)), [board.split("-")[0] for board in boards])
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_ylim(top=3 * max(row[unit] for row in single.values()))
+panels[1].legend(fontsize=8.5, loc="upper right", ncols=2)
+alt = "Energy and price of a million decoded tokens of a 7 B model. " + "; ".join(
+    f"{board}: batch 1 {single[board]['kWh']:.2g} kWh, {single[board]['USD']:.2g} USD, "
+    f"largest batch {full[board]['kWh']:.2g} kWh, {full[board]['USD']:.2g} USD"
+    for board in boards
+)
+plots.show(figure, alt)
+cheaper = {board: single[board]["USD"] / full[board]["USD"] for board in boards}
+prices = [row["USD"] for row in single.values()]
+print("batching makes a token cheaper by:", ", ".join(f"{board} {x:.0f} times" for board, x in cheaper.items()))
+lesson.claim(
+    "batching changes the price more than the choice of the GPU does",
+    min(cheaper.values()) / (max(prices) / min(prices)),
+    at_least=1,
+    form=".1f",
+)
+lesson.report(
+    "a million tokens of 7 B on an H100, largest batch: kWh, USD, kg CO2 (assumptions of section 11)",
+    ", ".join(f"{full['H100-SXM'][unit]:.2g}" for unit in ("kWh", "USD", "kg CO2")),
+)
+
+# %% [markdown]
+# ## 12 · Eight GPUs: what became the bottleneck
+#
+# **Question.** GPUs become faster every two years. At what?
+#
+# Eight boards for data centres, of the architectures Pascal, Volta, Turing, Ampere, Hopper and Blackwell, from vendors' data sheets (`data/gpus.json` names them). Rates are dense 16-bit matrix rates. Prices are missing on purpose: vendors publish none for these boards, and what clouds ask changes by the month, which is why section 11 has it as a parameter. The second table holds what the vendor's architecture papers say about the chips.
+
+# %%
+EIGHT = ["P100", "V100-16GB", "T4", "A100-40GB", "A100-80GB", "H100-SXM", "H200", "B200"]
+# process, billions of transistors, memory, NVLink in GB/s (both directions together)
+CHIPS = {
+    "P100": ("TSMC 16 nm", 15.3, "HBM2", 160),
+    "V100-16GB": ("TSMC 12 nm", 21.1, "HBM2", 300),
+    "T4": ("TSMC 12 nm", 13.6, "GDDR6", 0),
+    "A100-40GB": ("TSMC 7 nm", 54.2, "HBM2", 600),
+    "A100-80GB": ("TSMC 7 nm", 54.2, "HBM2e", 600),
+    "H100-SXM": ("TSMC 4N", 80, "HBM3", 900),
+    "H200": ("TSMC 4N", 80, "HBM3e", 900),
+    "B200": ("TSMC 4NP, two dies", 208, "HBM3e", 1800),
+}
+eight = {board: GPUS[board] for board in EIGHT}
+table, chips = {}, {}
+for board, gpu in eight.items():
+    balance = gpu.tflops["fp16"] * 1e3 / gpu.bandwidth
+    row = [gpu.year, gpu.tflops["fp16"], gpu.bandwidth, round(gpu.memory / GIB), gpu.power]
+    table[board] = [*row, f"{balance:.0f}", f"{1e3 * gpu.tflops['fp16'] / gpu.power:.0f}"]
+    chips[board] = [CHIPS[board][0], CHIPS[board][1], CHIPS[board][2], CHIPS[board][3] or "none"]
+show_table(table, ["year", "TFLOP/s", "GB/s", "GiB", "W", "FLOP/byte", "GFLOP/s per W"])
+print()
+show_table(chips, ["process", "10^9 transistors", "memory", "NVLink, GB/s"])
+
+# %%
+quantities = {
+    "matrix rate, 16 bit (TFLOP/s)": lambda gpu: gpu.tflops["fp16"],
+    "memory bandwidth (GB/s)": lambda gpu: gpu.bandwidth,
+    "memory (GiB)": lambda gpu: gpu.memory / GIB,
+    "power (W)": lambda gpu: gpu.power,
+    "FLOP for each byte of bandwidth": lambda gpu: 1e3 * gpu.tflops["fp16"] / gpu.bandwidth,
+    "GFLOP/s for each watt": lambda gpu: 1e3 * gpu.tflops["fp16"] / gpu.power,
+}
+figure, panels = plt.subplots(3, 2, figsize=(plots.WIDTH, 7.6))
+names = [board.replace("-", "\n").replace("SXM", "").replace("16GB", "") for board in eight]
+growth = {}
+for color, (axes, (label, value)) in enumerate(zip(panels.flat, quantities.items(), strict=True)):
+    values = [value(gpu) for gpu in eight.values()]
+    growth[label] = values[-1] / values[0]
+    axes.bar(range(len(eight)), values, color=plots.COLORS[color])
+    axes.set(yscale="log", ylim=(min(values) / 1.5, min(values) * 300))  # the same span in each
+    axes.set_xticks(range(len(eight)), names, fontsize=6.5)
+    axes.grid(axis="x", visible=False)
+    axes.set_title(f"{label}: x {growth[label]:.1f}", fontsize=9.5)
+balance = {board: quantities["FLOP for each byte of bandwidth"](gpu) for board, gpu in eight.items()}
+alt = "Six panels of eight boards with the same span of the axis, 2016 to 2024; from P100 to B200: " + "; ".join(
+    f"{label} times {factor:.1f}" for label, factor in growth.items()
+) + "; FLOP for each byte: " + ", ".join(f"{board} {value:.0f}" for board, value in balance.items())  # fmt: skip
+plots.show(figure, alt)
+by_name = dict(zip(("rate", "bandwidth", "memory", "power"), growth.values(), strict=False))
+grown = by_name["rate"] / max(by_name["bandwidth"], by_name["memory"])
+lesson.claim("the matrix rate grew more than 5 times as much as bandwidth and as memory", grown, at_least=5, form=".1f")
+others = [factor for name, factor in by_name.items() if name != "power"]
+lesson.claim("power grew least", min(others) / by_name["power"], at_least=1, form=".1f")
+lesson.report("from P100 to B200: " + ", ".join(by_name), ", ".join(f"{factor:.1f} x" for factor in by_name.values()))
+
+
+# %% [markdown]
+# **What became the bottleneck.** Computing grew an order of magnitude more than the memory that feeds it. A good part of that is not smaller transistors but matrix units (tensor cores, since Volta): P100 to V100 in the panel of FLOP for each byte. Where memory got a new generation without new computing (A100 with 80 GB, H200), the ratio fell again: those boards were made for inference and long contexts.
+#
+# **The semiconductor picture.** Three things set the numbers. *The process*: from 16 nm to 4NP the vendor's chips went from 15.3 to 208 billion transistors, the last of them as two dies, each as large as a mask can expose, joined by a link of 10 TB/s (NVIDIA 2024). *The memory*: HBM is DRAM in stacks beside the chip on a common base, with thousands of data lines; each generation (HBM2, HBM2e, HBM3, HBM3e) made the lines faster, and more stacks bring capacity. The T4 has GDDR6 instead, a third of the V100's bandwidth for a quarter of its power. *The interconnect*: NVLink went from 160 to 1,800 GB/s, since models no longer fit on one board; sharding (section 7) pays there what it saves in memory.
+#
+# So the methods of this course follow the hardware: 4-bit weights (lessons 06, 10), shared key-value heads and FlashAttention (lesson 11) and speculative decoding all do more work for each byte.
+#
+# ## 13 · Exercises
+#
+# Five, from easy to hard. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
+
+# %% tags=["exercise"]
+# Exercise 7.1, easy: the cache of a model in which some layers look back a limited distance only.
+def cache_bytes(kv_heads: int, head_dim: int, context: int, batch: int, w: int, windows: list[int | None]) -> int:
+    """Bytes of all keys and values.
+
+    `windows` has an entry for each layer: None for a layer that sees all of the context, or the number of tokens that
+    the layer keeps at most.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_cache_bytes(cache_bytes):
+    llama = cache_bytes(8, 128, 8192, 1, 2, [None] * 32)
+    expect_equal("cache_bytes(8, 128, 8192, 1, 2, [None] * 32), Llama-3 8B", llama, 2**30)
+    for context in (1000, 32768):
+        expected = estimate_inference("mistralai/Mistral-7B-v0.1", context_len=context, batch_size=3).kv_cache
+        call = f"Mistral 7B, cache_bytes(8, 128, {context}, 3, 2, [4096] * 32)"
+        expect_equal(call, cache_bytes(8, 128, context, 3, 2, [4096] * 32), expected)
+    mixed = cache_bytes(2, 64, 500, 2, 1, [None, 100, 100])
+    expect_equal("cache_bytes(2, 64, 500, 2, 1, [None, 100, 100])", mixed, 2 * 2 * 64 * 2 * 700)
+
+
+check("7.1", check_cache_bytes, cache_bytes)
+
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Replace "layers times context" of the formula by a sum over the layers of what each of them keeps.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def cache_bytes(kv_heads: int, head_dim: int, context: int, batch: int, w: int, windows: list[int | None]) -> int:
+#     tokens = sum(context if window is None else min(context, window) for window in windows)
+#     return 2 * kv_heads * head_dim * tokens * batch * w
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 7.2, medium: AdamW with moments of 8 bits (Dettmers et al. 2022), as bitsandbytes stores them.
+def adam_8bit_bytes(sizes: list[int]) -> int:
+    """Bytes of the optimiser's state for tensors with these numbers of elements.
+
+    Both moments have a byte for each element, and an fp32 number for each block of 256 (a last, shorter block has one
+    too). Tensors with fewer than 4,096 elements, such as norms, keep both moments in fp32, without blocks.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_adam_8bit_bytes(adam_8bit_bytes):
+    from helpers.memory import optimizer_state
+
+    for sizes in ([256 * 100], [4096], [4095], [5000], [100, 30_000, 576]):
+        expected = optimizer_state("adamw_8bit", [(size,) for size in sizes], 2)[0]
+        expect_equal(f"adam_8bit_bytes({sizes})", adam_8bit_bytes(sizes), expected)
+    sizes = [p.numel() for p in base.parameters()]
+    expected = optimizer_state("adamw_8bit", [tuple(p.shape) for p in base.parameters()], 2)[0]
+    expect_equal("adam_8bit_bytes of this profile's model", adam_8bit_bytes(sizes), expected)
+
+
+check("7.2", check_adam_8bit_bytes, adam_8bit_bytes)
+
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Treat every tensor by itself: small ones keep 8 bytes an element, others 2 bytes an element and two fp32 numbers a block.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# For large matrices that is 2.03 bytes a parameter instead of 8.
+#
+# ```python
+# def adam_8bit_bytes(sizes: list[int]) -> int:
+#     total = 0
+#     for size in sizes:
+#         total += 8 * size if size < 4096 else 2 * size + 2 * 4 * math.ceil(size / 256)
+#     return total
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 7.3, medium: the largest batch that fits.
+def largest_batch(fits) -> int:
+    """The largest batch size for which fits(batch) is true, or 0 if not even fits(1) is.
+
+    If a batch fits, every smaller one does. A question may be expensive (a step on a real GPU), so ask few: for a
+    result of n at most 2 * log2(n) + 4 questions.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_largest_batch(largest_batch):
+    for answer in (0, 1, 2, 3, 7, 8, 100, 1023, 50_000):
+        questions = []
+
+        def fits(batch, answer=answer, questions=questions):
+            questions.append(batch)
+            return batch <= answer
+
+        expect_equal(f"largest_batch(lambda batch: batch <= {answer})", largest_batch(fits), answer)
+        allowed = 2 * math.log2(max(answer, 1)) + 4
+        expect_true(f"for {answer} at most {allowed:.0f} questions ({len(questions)} now)", len(questions) <= allowed)
+        expect_true(f"only batches from 1 on are asked for ({min(questions)} now)", min(questions) >= 1)
+    memory = 16 * GIB
+    found = largest_batch(lambda batch: max(peak_bytes(qwen, 2, batch, 1024).values()) <= memory)
+    expect_true("it also works with peak_bytes", max(peak_bytes(qwen, 2, found, 1024).values()) <= memory)
+
+
+check("7.3", check_largest_batch, largest_batch)
+
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Double until it no longer fits, then halve the interval between the last size that fitted and the first that did not.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# Double until it does not fit, then halve the interval.
+#
+# ```python
+# def largest_batch(fits) -> int:
+#     low, high = 0, 1
+#     while fits(high):
+#         low, high = high, 2 * high
+#     while high - low > 1:
+#         middle = (low + high) // 2
+#         low, high = (middle, high) if fits(middle) else (low, middle)
+#     return low
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 7.4, hard: how many layers to checkpoint together.
+def best_group(layers: int, input_bytes: int, layer_bytes: int) -> tuple[int, int]:
+    """The group size that needs the least memory for activations, and these bytes; the smallest size on a tie.
+
+    Layers are checkpointed in groups of g; the last group may be smaller. The input of each group is kept
+    (`input_bytes`). The backward pass runs one group forward again and then holds the activations (`layer_bytes`
+    each) of all its layers.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_best_group(best_group):
+    expect_equal("best_group(16, 1, 1)", best_group(16, 1, 1), (4, 8))
+    expect_equal("best_group(100, 1, 1)", best_group(100, 1, 1), (10, 20))
+    expect_equal("best_group(32, 1, 17), as in a Llama", best_group(32, 1, 17), (1, 49))
+    expect_equal("best_group(2, 1, 1), a tie", best_group(2, 1, 1), (1, 3))
+    expect_equal("best_group(10, 3, 1)", best_group(10, 3, 1), (5, 11))
+    expect_equal("best_group(7, 100, 1)", best_group(7, 100, 1), (7, 107))
+    size = sum(layer_bytes(llama, 2).values())
+    kept = 2 * llama.hidden_size
+    group, needed = best_group(llama.num_hidden_layers, kept, size)
+    other = min(math.ceil(32 / g) * kept + g * size for g in range(1, 33))
+    expect_equal("the bytes for Llama-2 7B, for each token", needed, other)
+    expect_equal("its group size", group, 1)
+
+
+check("7.4", check_best_group, best_group)
+
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Write down the memory for one group size, with the number of groups rounded up, and try all sizes.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# With equal costs the best size is $\sqrt{L}$, the result of Chen et al. 2016. A transformer's layer keeps many times its input, so there one layer at a time is best, and that is what libraries do.
+#
+# ```python
+# def best_group(layers: int, input_bytes: int, layer_bytes: int) -> tuple[int, int]:
+#     def needed(group: int) -> int:
+#         return math.ceil(layers / group) * input_bytes + group * layer_bytes
+#
+#     best = min(range(1, layers + 1), key=needed)
+#     return best, needed(best)
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 7.5, hard: from which batch on is decoding limited by computing?
+def balanced_batch(weight_bytes: float, cache_bytes: float, flops: float, bandwidth: float, rate: float) -> int | None:
+    """The smallest batch whose step takes at least as long to compute as to read, or None if there is none.
+
+    A step reads the weights once, and `cache_bytes` for each sequence, at `bandwidth` bytes a second; it computes
+    `flops` for each sequence, at `rate` a second.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_balanced_batch(balanced_batch):
+    expect_equal("balanced_batch(100, 0, 2, 1, 1)", balanced_batch(100, 0, 2, 1, 1), 50)
+    expect_equal("balanced_batch(101, 0, 2, 1, 1)", balanced_batch(101, 0, 2, 1, 1), 51)
+    expect_equal("balanced_batch(100, 1, 2, 1, 1)", balanced_batch(100, 1, 2, 1, 1), 100)
+    expect_equal("balanced_batch(100, 3, 2, 1, 1)", balanced_batch(100, 3, 2, 1, 1), None)
+    expect_equal("balanced_batch(100, 2, 2, 1, 1)", balanced_batch(100, 2, 2, 1, 1), None)
+    for context in (0, 64, 4096):
+        flops, cache = work(config7, 2, 1, 1, context)[0], kv_cache(config7, context, 1, 2)
+        numbers = (bytes_read(1, 0, None), cache, flops, 3350e9, 989e12)
+        found = balanced_batch(*numbers)
+        seconds_short = flops / 989e12 - cache / 3350e9  # gained by each further sequence
+        if seconds_short <= 0:
+            expect_equal(f"a 7 B model on an H100 at context {context}", found, None)
+        else:
+            expect_equal(
+                f"a 7 B model on an H100 at context {context}", found, math.ceil(numbers[0] / 3350e9 / seconds_short)
+            )
+
+
+check("7.5", check_balanced_batch, balanced_batch)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Each further sequence gains computing time and costs reading time: if it costs more than it gains, no batch is enough.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# $(W + bC)/\beta \le bF/\pi$, so $b \ge \frac{W/\beta}{F/\pi - C/\beta}$, if the denominator is positive. Once the cache of a sequence takes longer to read than its token to compute, no batch is large enough: long contexts are limited by memory always. That is what grouped-query attention and cache quantisation are for.
+#
+# ```python
+# def balanced_batch(
+#     weight_bytes: float, cache_bytes: float, flops: float, bandwidth: float, rate: float
+# ) -> int | None:
+#     gained = flops / rate - cache_bytes / bandwidth
+#     return None if gained <= 0 else math.ceil(weight_bytes / bandwidth / gained)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## What we saw
+#
+# All numbers of this table were measured or computed above, in this run.
+
+# %%
+lesson.summary()
+
+# %% [markdown]
+# ## In practice
+#
+# Estimate first, on any machine, from the model's name. Then run one step with the largest batch that you will use (the longest sequences, not average ones), and read the allocator's counter. `max_memory_allocated` is what the estimate predicts, `max_memory_reserved` is what the process holds, and `nvidia-smi` shows that plus the CUDA context. If the step fits, so will the others.
+
+# %%
+import subprocess
+
+command = [sys.executable, "-m", "helpers.memory", "Qwen/Qwen2.5-7B", "--method", "qlora", "--precision", "fp16",
+           "--optimizer", "paged_adamw_8bit", "--checkpointing", "--gpu", "T4", "--seq-len", "2048"]  # fmt: skip
+answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+print("python", " ".join(command[1:]), "\n")
+print(answer.stdout or answer.stderr)
+rows, length = settings["live"]
+precision = "fp32" if machine.device == "cpu" else half
+options = {"batch_size": rows, "seq_len": length, "precision": precision, "padded": False, "device": machine.device}
+print(estimate_training(shape, **options))
+counted, allocated = live_step(precision, rows, length, False)
+print(f"\ncounted in a real step: {counted / GIB:.3f} GiB", end="")
+print(f"; max_memory_allocated {allocated / GIB:.3f} GiB" if allocated else "; on CUDA the allocator would say it too")
+
+# %% [markdown]
+# | you see | do |
+# |---|---|
+# | out of memory in the forward pass | smaller batch with accumulation, checkpointing, shorter sequences |
+# | out of memory at the loss, large vocabulary | a chunked or fused loss (Liger), so that the logits never exist at once |
+# | out of memory in `optimizer.step()` of the first step | `fused=True`, an 8-bit optimiser, LoRA |
+# | out of memory after many steps | a longer batch than before, or a tensor that somebody keeps (a list of losses with their graphs) |
+# | `reserved` far above `allocated` | fragmentation: `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`, batches of equal lengths |
+# | it fits, and the GPU idles while it generates | a larger batch: decoding is limited by bandwidth |
+#
+# ## Read on
+#
+# - Micikevicius et al. 2018, *Mixed Precision Training* (arXiv:1710.03740).
+# - Rajbhandari, Rasley, Ruwase and He 2020, *ZeRO: Memory Optimizations Toward Training Trillion Parameter Models* (arXiv:1910.02054).
+# - Korthikanti et al. 2022, *Reducing Activation Recomputation in Large Transformer Models* (arXiv:2205.05198).
+# - Chen, Xu, Zhang and Guestrin 2016, *Training Deep Nets with Sublinear Memory Cost* (arXiv:1604.06174).
+# - Dao, Fu, Ermon, Rudra and Ré 2022, *FlashAttention* (arXiv:2205.14135); Ainslie et al. 2023, *GQA* (arXiv:2305.13245).
+# - Dettmers, Lewis, Shleifer and Zettlemoyer 2022, *8-bit Optimizers via Block-wise Quantization* (arXiv:2110.02861); Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, *QLoRA* (arXiv:2305.14314).
+# - Anthony, Biderman and Schoelkopf 2023, *Transformer Math 101*, EleutherAI's blog.
+# - Williams, Waterman and Patterson 2009, *Roofline: An Insightful Visual Performance Model for Multicore Architectures*, Communications of the ACM 52(4).
+# - Pope et al. 2022, *Efficiently Scaling Transformer Inference* (arXiv:2211.05102): prefill and decoding on real hardware.
+# - Patterson et al. 2021, *Carbon Emissions and Large Neural Network Training* (arXiv:2104.10350); Ember, *Yearly Electricity Data*, by Our World in Data, *Carbon intensity of electricity generation*.
+# - NVIDIA's architecture papers: *Tesla P100* 2016, *Tesla V100* 2017, *Turing* 2018, *A100* 2020, *H100* 2022, *Blackwell* 2024; the boards' data sheets are named in `data/gpus.json`.
