@@ -81,17 +81,21 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "from matplotlib.figure import Figure\n\nfrom helpers.plots import show\n\n"
         'figure = Figure()\nfigure.subplots().plot([0, 1])\nshow(figure, alt="A line that rises from 0 to 1.")'
     )
+    settings = (
+        'from helpers.lesson import Lesson\n\nlesson = Lesson("03", profile, model_id, seed)\nprint("seed", seed)'
+    )
     cells = [
         new_markdown_cell(f"# Lines\n\n{badge(STEM)}\n\ncpu 0 s · 0 GB | t4 1 min · 1 GB"),
         new_markdown_cell("**You will** draw a line.\n\nPrerequisites: 01."),
         new_code_cell(SETUP_CELL, metadata={"tags": ["setup"]}),
-        new_code_cell('profile = "auto"\nseed: int = 0\nmodel_id = ""', metadata={"tags": ["parameters"]}),
+        new_code_cell('profile = ""\nseed: int = 0\nmodel_id = ""', metadata={"tags": ["parameters"]}),
         new_markdown_cell("## A line\n\n```python\n## not a heading\n```\n\n![a line](../figures/line.png)"),
-        new_code_cell(plot),
-        new_code_cell('print("seed", seed)'),
+        new_code_cell(plot, metadata={"tags": ["headline"]}),
+        new_code_cell(settings),
         new_markdown_cell("## Exercises"),
         *(cell for number in (1, 2, 3) for cell in exercise(number)),
-        new_markdown_cell("## What we saw\n\n| claim | number |\n|---|---|\n| it rises | 1 |"),
+        new_markdown_cell("## What we saw"),
+        new_code_cell('lesson.claim("it rises", 1, at_least=0)\nlesson.summary()'),
         new_markdown_cell("## In practice\n\nUse matplotlib."),
         new_markdown_cell("## Read on\n\nHunter (2007), https://doi.org/10.1109/MCSE.2007.55"),
     ]
@@ -181,6 +185,11 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: n.cells.insert(-1, n.cells.pop()),
         lambda n: [n.cells.remove(cell_with(n, heading)) for heading in ("## A line", "## Exercises")],
     ],
+    structure.the_last_code_cell_before_in_practice_is_the_summary: [
+        lambda n: n.cells.remove(cell_with(n, "lesson.summary()")),
+        lambda n: n.cells.insert(-2, new_code_cell("1")),
+        lambda n: n.cells.append(n.cells.pop(n.cells.index(cell_with(n, "lesson.summary()")))),
+    ],
     structure.code_cells_are_short: [
         lambda n: cell_with(n, "print(").update(source="\n".join(["seed"] * 41)),
     ],
@@ -241,6 +250,11 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: image(n).data.update({"text/html": "<img src='a.png'>"}),
         lambda n: n.cells[4].update(source="![](../figures/line.png)"),
         lambda n: n.cells[4].update(source='<img src="a.png" alt="" width="10">'),
+    ],
+    structure.one_figure_is_the_headline: [
+        lambda n: cell_with(n, "Figure()").metadata.clear(),
+        lambda n: cell_with(n, "print(").metadata.update(tags=["headline"]),
+        lambda n: cell_with(n, "Figure()").outputs.clear(),
     ],
     structure.there_are_no_paths_and_names_of_a_machine: [
         *(

@@ -9,6 +9,7 @@ import getpass
 import re
 import socket
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import nbformat
@@ -167,6 +168,14 @@ def sections_end_with_the_closing_ones(notebook: NotebookNode, stem: str) -> Ite
 
 
 @convention
+def the_last_code_cell_before_in_practice_is_the_summary(notebook: NotebookNode, stem: str) -> Iterator[str]:
+    before = takewhile(lambda cell: cell.cell_type == "code" or "## In practice" not in cell.source, notebook.cells)
+    code = [cell for cell in before if cell.cell_type == "code"]
+    if not code or "lesson.summary()" not in code[-1].source:
+        yield "the last code cell before In practice does not call lesson.summary()"
+
+
+@convention
 def code_cells_are_short(notebook: NotebookNode, stem: str) -> Iterator[str]:
     for number, cell in enumerate(code_cells(notebook), start=1):
         if (lines := len(cell.source.splitlines())) > MAX_LINES:
@@ -289,6 +298,16 @@ def images_have_a_text_that_stands_in_for_them(notebook: NotebookNode, stem: str
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
             yield from images_without_alt(cell.source, f"cell {number}")
+
+
+@convention
+def one_figure_is_the_headline(notebook: NotebookNode, stem: str) -> Iterator[str]:
+    found = tagged(notebook, "headline")
+    if len(found) != 1:
+        yield f"{len(found)} cells are tagged headline, expected one"
+    for cell in found:
+        if not any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            yield "the cell tagged headline shows no figure"
 
 
 def images_without_alt(text: str, where: str) -> Iterator[str]:
