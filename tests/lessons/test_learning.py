@@ -13,19 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from nbformat.v4 import new_code_cell, new_notebook
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from course import notebooks
 from helpers.chat import encode_chat
 from helpers.data import PaddedBatches, collate, instruction_dataset, pack, text_dataset
 from helpers.generation import generate, sequence_log_probs
 from helpers.models import load_model, tiny_config
-from helpers.profiles import ROOT, get_profile
+from helpers.profiles import get_profile
 from helpers.training import TrainConfig, train
-from tests.support.learning_claims import learning_claims
 
 BASE, TOKENIZER = load_model(get_profile("cpu"))
 STEPS, BATCH = 10, 8
@@ -219,37 +216,3 @@ def test_training_without_effect_misses_its_margin(
     torch.manual_seed(0)
     rate, least = METHODS[method]
     assert method(factor * rate, spoil, tmp_path) < least / 2
-
-
-# The lessons: each is run with its outputs committed, and stops at a claim that does not hold
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_a_lesson_that_trains_claims_something_about_the_outcome(path: Path) -> None:
-    trains, cells = learning_claims(notebooks.read_notebook(path))
-    assert bool(cells) == trains
-    said = "".join(notebooks.output_text(output) for cell in cells for output in cell.outputs)
-    assert "holds: " in said or not trains
-
-
-TRAINS = "def fit(model):\n    for batch in batches:\n        model(batch).backward()\n        optimizer.step()"
-
-
-@pytest.mark.parametrize(
-    ("sources", "trains", "claims"),
-    [
-        (
-            [TRAINS, "before = loss(model)", "fit(model)\nafter = loss(model)", "claim('it falls', after < before)"],
-            True,
-            1,
-        ),
-        ([TRAINS, "before = loss(model)", "fit(model)", "claim('it was bad', before > 1)"], True, 0),
-        ([TRAINS, "claim('nothing is trained', 1 < 2)"], False, 0),
-        (["history = train(model, batches, config)\nassert history.losses[-1] < 1"], True, 1),
-        (["trainer.train()", "scores = {}", "scores['a'] = trainer.evaluate()", "assert scores['a']"], True, 1),
-        (["model.train()\nassert model.training"], False, 0),
-    ],
-)
-def test_claims_about_the_outcome_are_told_from_others(sources: list[str], trains: bool, claims: int) -> None:
-    found = learning_claims(new_notebook(cells=list(map(new_code_cell, sources))))
-    assert (found[0], len(found[1])) == (trains, claims)

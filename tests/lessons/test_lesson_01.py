@@ -19,7 +19,7 @@ CELLS = {cell.id: cell.source for cell in notebooks.read_notebook(NOTEBOOK).cell
 def lesson() -> dict:
     """The names that the exercises use, made by the lesson's own cells from a small part of the text."""
     names: dict = {"profile": "cpu", "model_id": "", "text_id": "", "seed": 0, "budget": 0.1}
-    for cell in ("settings", "helpers", "read-text", "tokenizer", "kneser-ney-code", "kneser-ney-probability"):
+    for cell in ("settings", "read-text", "tokenizer", "kneser-ney-code", "kneser-ney-probability"):
         exec(CELLS[cell], names)
     exec("ngram = kneser_ney(rows.flatten().tolist(), 4)", names)
     return names

@@ -16,7 +16,7 @@ CELLS = {cell.id: cell.source for cell in notebooks.read_notebook(NOTEBOOK).cell
 def lesson() -> dict:
     """The names that the exercises use, made by the lesson's own cells."""
     names: dict = {"profile": "cpu", "model_id": "", "seed": 0, "budget": 0.1, "display": lambda *_, **__: None}
-    for name in ("settings", "helpers", "document", "fit-law", "published"):
+    for name in ("settings", "document", "fit-law", "published"):
         exec(CELLS[name], names)
     return names
 
