@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from helpers.errors import CourseError
@@ -134,7 +136,15 @@ def test_where_claims_are_recorded_none_is_insisted_on(
 # The closing table
 
 
-def test_the_summary_shows_a_table_and_its_metadata_hold_the_record(lesson: Lesson) -> None:
+@pytest.fixture
+def shell() -> Iterator[InteractiveShell]:
+    """What a notebook's kernel shows outputs through."""
+    InteractiveShell.clear_instance()
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def test_the_summary_shows_a_table_and_its_metadata_hold_the_record(lesson: Lesson, shell: InteractiveShell) -> None:
     lesson.claim("P(a|b) grows", 0.9, at_least=0.5, control=0.1)
     lesson.claim("it is fast", 0.9, at_most=0.5, insist=False)
     lesson.equal("it is peft's", 0.0, within=1e-6)
