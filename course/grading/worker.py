@@ -46,7 +46,7 @@ class Worker:
         self.shell = InteractiveShell.instance(config=config)
         self.names: dict[str, Any] = self.shell.user_ns
         self.own = os.getpid()
-        self.trusted: dict[str, Any] = {}
+        self.lesson = _public(self.names)  # what the lesson's own cells have defined
         self.guarded: list[tuple[Any, dict[str, Any]]] = []
 
     def run(self, source: str, seconds: int) -> str:
@@ -68,18 +68,25 @@ class Worker:
 
     def context(self, source: str, seconds: int) -> dict[str, Any]:
         """Run a cell of the lesson."""
-        return {"error": self.run(source, seconds)}
+        before = dict(self.names)
+        error = self.run(source, seconds)
+        self.lesson = {
+            name: value
+            for name, value in _public(self.names).items()
+            if name in self.lesson or before.get(name, self) is not value
+        }
+        return {"error": error}
 
     def attempt(self, source: str, names: list[str], seconds: int) -> dict[str, Any]:
-        """Run a student's cell, which should define `names`; put back everything else that it replaced."""
+        """Run a student's cell, which should define `names`; put back what else it replaced of the lesson."""
         for name in names:
             self.names.pop(name, None)
-        self.trusted = {name: value for name, value in self.names.items() if not name.startswith("_")}
+            self.lesson.pop(name, None)
         self.guarded = [(owner, dict(vars(owner))) for owner in _owners()]
         error = self.run(source, seconds)
         missing = [name for name in names if name not in self.names]
-        replaced = [name for name, value in self.trusted.items() if self.names.get(name, self) is not value]
-        self.names.update(self.trusted)
+        replaced = [name for name, value in self.lesson.items() if self.names.get(name, self) is not value]
+        self.names.update(self.lesson)
         return {"error": error, "missing": missing, "replaced": replaced + self._put_back()}
 
     def check(self, source: str, seconds: int) -> dict[str, Any]:
@@ -89,7 +96,7 @@ class Worker:
         self.names.update(mine)
         error = self.run(source, seconds)
         replaced = [name for name, value in mine.items() if self.names.get(name) is not value] + self._put_back()
-        self.names.update(self.trusted)
+        self.names.update(self.lesson)
         if replaced:
             return {"status": "error", "message": f"replaced {', '.join(replaced)} while it was being checked"}
         if error or len(results) != 1:
@@ -122,7 +129,7 @@ class Worker:
             return False
         home = sys.modules.get(kind.__module__)
         if home is None or home is self.shell.user_module:
-            return self.trusted.get(kind.__qualname__) is not kind
+            return self.lesson.get(kind.__qualname__) is not kind
         found: Any = home
         for part in kind.__qualname__.split("."):
             found = getattr(found, part, None)
@@ -139,6 +146,10 @@ class Worker:
                     setattr(owner, name, value)
                     replaced.append(f"{owner.__name__}.{name}")
         return replaced
+
+
+def _public(names: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in names.items() if not name.startswith("_")}
 
 
 def _owners() -> Iterable[Any]:

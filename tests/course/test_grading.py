@@ -1,6 +1,7 @@
-"""The grader, on a hundred submissions that do what submissions should not do; every one is run for real.
+"""The grader, on submissions that do what submissions should not do; every one is run for real.
 
-All hand in a right answer to exercise 1.2, which must be graded as right whatever their answer to 1.1 does.
+A lesson has pairs of exercises. An answer to the first one of a pair misbehaves; the second has a right answer, which
+must be graded as right whatever was done before it. One submission holds many pairs, and so shares its sandbox.
 """
 
 import csv
@@ -12,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -32,63 +33,89 @@ pytestmark = pytest.mark.skipif(bool(sandbox.missing()), reason=f"no sandbox: {s
 
 TITLE = "# Exercise 1.1, easy: the sum."
 STUB = f'{TITLE}\ndef total(numbers):\n    """The sum of the numbers."""\n    raise NotImplementedError'
-RIGHT = "def total(numbers):\n    return sum(numbers)"
+RIGHT = f"{TITLE}\ndef total(numbers):\n    return sum(numbers)"
 RIGHT_2 = "# Exercise 1.2, easy: the longest.\ndef longest(words):\n    return max(words, key=len)"
-LESSON = [
-    ("text", "", "# A lesson"),
-    ("setup", "setup", "from helpers.exercises import check, expect_close, expect_equal, expect_true\nimport torch"),
-    ("parameters", "parameters", 'profile = ""\nseed = 1'),
-    ("names", "", "names = [1, 2]\n\n\ndef mean(numbers):\n    return sum(numbers) / len(numbers)"),
-    ("first", "exercise", STUB),
-    (
-        "check-first",
-        "check",
-        'def check_total(total):\n    expect_equal("total([1, 2])", total(names), 3)\n'
-        '    expect_close("total([0.5])", total([0.5]), 0.5)\n\n\ncheck("1.1", check_total, total)',
-    ),
-    ("solution-first", "solution", f"<details><summary>Solution</summary>\n\n```python\n{RIGHT}\n```\n\n</details>"),
-    ("between", "", "words = ['a', 'ccc', 'bb']\nassert profile == 'cpu' and mean(names) == 1.5"),
-    ("second", "exercise", RIGHT_2.partition(" return")[0] + " raise NotImplementedError"),
-    (
-        "check-second",
-        "check",
-        'def check_longest(longest):\n    expect_equal("longest(words)", longest(words), "ccc")\n\n\n'
-        'check("1.2", check_longest, longest)',
-    ),
-    ("solution-second", "solution", f"<details><summary>Solution</summary>\n\n```python\n{RIGHT_2}\n```\n\n</details>"),
-    ("after", "", "raise RuntimeError('what follows the last check is not run')"),
-]
+STUB_2 = RIGHT_2.partition(" return")[0] + " raise NotImplementedError"
+CHECK = """\
+def check_total(total):
+    expect_equal("the sum of [1, 2]", total(names), 3)
+    expect_close("the sum of [0.5]", total([0.5]), 0.5)
+
+
+check("1.1", check_total, total)"""
+CHECK_2 = """\
+def check_longest(longest):
+    expect_equal("the longest", longest(words), "ccc")
+
+
+check("1.2", check_longest, longest)"""
 HIDDEN = """\
-from helpers.exercises import expect_equal
-
-
 def check_1_1(total):
-    expect_equal("total of an iterator", total(iter([5, -7])), -2)
+    expect_equal("the sum of an iterator", total(iter([5, -7])), -2)
+
+
 """
+SETUP = "from helpers.exercises import check, expect_close, expect_equal, expect_true\nimport torch"
+BETWEEN = "words = ['a', 'ccc', 'bb']\nassert profile == 'cpu' and mean(names) == 1.5"
+
+
+def of_pair(pair: int, text: str) -> str:
+    """What is written for exercises 1.1 and 1.2, for another pair of exercises, counted from 1."""
+    for number, name in ((1, "total"), (2, "longest")):
+        mine = 2 * (pair - 1) + number
+        text = re.sub(rf"\b1\.{number}\b", f"1.{mine}", text).replace(f"check_1_{number}", f"check_1_{mine}")
+        text = text.replace(name, f"{name}_{pair}")
+    return text
+
+
+def lesson_cells() -> list[tuple[str, str, str]]:
+    """Id, tag and source of every cell of the lesson."""
+    cells = [
+        ("text", "", "# A lesson"),
+        ("setup", "setup", SETUP),
+        ("parameters", "parameters", 'profile = ""\nseed = 1'),
+        ("names", "", "names = [1, 2]\n\n\ndef mean(numbers):\n    return sum(numbers) / len(numbers)"),
+    ]
+    for pair in range(1, PAIRS + 1):
+        parts = [("exercise", STUB), ("check", CHECK), ("solution", RIGHT)]
+        for number, kinds in ((1, parts), (2, [("exercise", STUB_2), ("check", CHECK_2), ("solution", RIGHT_2)])):
+            if number == 2:
+                cells.append((f"between-{pair}", "", BETWEEN))
+            for tag, source in kinds:
+                cells.append((f"{tag}-{2 * (pair - 1) + number}", tag, of_pair(pair, source)))
+    return [*cells, ("after", "", "raise RuntimeError('what follows the last check is not run')")]
 
 
 def notebook(changes: dict[str, str | None], extra: tuple[str, ...] = ()) -> nbformat.NotebookNode:
     """The lesson with other sources for some cells (None: without the cell), and further code cells in front."""
     cells = []
-    for name, tag, source in LESSON:
+    for name, tag, source in lesson_cells():
         if (source := changes.get(name, source)) is None:
             continue
+        if tag == "solution":
+            source = f"<details><summary>Solution</summary>\n\n```python\n{source}\n```\n\n</details>"
         make = new_markdown_cell if tag == "solution" or name == "text" else new_code_cell
         cells.append(make(source, id=name, metadata={"tags": [tag] if tag else []}))
     return new_notebook(cells=[*(new_code_cell(source) for source in extra), *cells])
 
 
+def answers(sources: Sequence[str]) -> dict[str, str]:
+    """Cells with an answer to the first exercise of each pair, and right answers to the second ones."""
+    found = {}
+    for pair, source in enumerate(sources, start=1):
+        found[f"exercise-{2 * pair - 1}"] = of_pair(pair, source)
+        found[f"exercise-{2 * pair}"] = of_pair(pair, RIGHT_2)
+    return found
+
+
 @dataclass
 class Case:
-    """An answer to exercise 1.1 and what must become of it."""
+    """An answer to the first exercise of a pair and what must become of it."""
 
     source: str
     status: str
     message: str  # a regular expression
     hidden: str = ""  # status of the hidden check; "" for the same
-    extra: tuple[str, ...] = ()
-    note: str = ""
-    changes: dict = field(default_factory=dict)
 
 
 def body(code: str, before: str = "") -> str:
@@ -97,11 +124,13 @@ def body(code: str, before: str = "") -> str:
     return f"{TITLE}\n{before}\ndef total(numbers):\n{inner}"
 
 
-PUT_BACK = r"not yet\. total\(\[1, 2\]\) gave 5, expected 3 \(put back what the cell replaced: {}\)"
+ENDED, TOO_LONG = "^it ended its process", "^it did not end within 4 s and had to be killed"
+PUT_BACK = r"not yet\. the sum of \[1, 2\] gave 5, expected 3 \(put back what the cell replaced: {}\)"
+OWN_CLASS = "gave an object of the class Yes, expected 3"
+CHANNEL = "^it wrote to the grader's channel"
 FORGED = '{"status": "correct", "message": "correct (9 checks)"}'
-CASES = {
-    # Plain mistakes
-    "wrong": Case(body("return 5"), "not yet", r"not yet\. total\(\[1, 2\]\) gave 5, expected 3$"),
+MISTAKES = {
+    "wrong": Case(body("return 5"), "not yet", r"not yet\. the sum of \[1, 2\] gave 5, expected 3$"),
     "hidden-wrong": Case(
         body("return sum(numbers) if isinstance(numbers, list) else 0"), "correct", "2 checks", "not yet"
     ),
@@ -111,7 +140,7 @@ CASES = {
     "syntax-error": Case(f"{TITLE}\ndef total(:", "error", r"the cell raised SyntaxError: "),
     "raises": Case(body("return 1 / 0"), "not yet", "raised ZeroDivisionError: division by zero"),
     "raises-at-top": Case(body("return 5", "1 / 0"), "error", "the cell raised ZeroDivisionError"),
-    "renamed": Case(body("return 5").replace("total", "totals"), "error", "does not define total: its name must stay"),
+    "renamed": Case(body("return 5").replace("total", "totals"), "error", r"does not define total_\d+: its name must"),
     "huge-message": Case(body("raise ValueError('x' * 10**7)"), "not yet", r"^.{200,400}$"),
     "hostile-error": Case(
         body("raise Odd", "class Odd(Exception):\n    def __str__(self):\n        raise Odd"), "error", "raised Odd"
@@ -119,32 +148,36 @@ CASES = {
     "interrupt": Case(body("raise KeyboardInterrupt"), "error", "^raised KeyboardInterrupt"),
     "recursion": Case(body("return total(numbers)"), "not yet", "RecursionError"),
     "unicode": Case(body("return '島🙂'"), "not yet", "gave '島🙂', expected 3"),
-    # Time
+    "helper": Case(body("return mine(numbers)", "mine = sum"), "correct", "2 checks"),
+    "helper-of-the-same-name": Case(body("return mine(numbers)", "mine = len"), "not yet", "gave 2, expected 3$"),
+}
+# Time, processes, memory and disk. What stays behind stands last: it shares its sandbox with what follows.
+RESOURCES = {
     "hang": Case(body("while True:\n    pass"), "error", "^took more than 4 s"),
-    "hang-at-top": Case(body("return 5", "while True:\n    pass"), "error", "the cell took more than 4 s"),
-    "sleep": Case(body("import time\ntime.sleep(1000)"), "error", "^took more than 4 s"),
-    "hang-for-ever": Case(
-        body("while True:\n    try:\n        while True:\n            pass\n    except BaseException:\n        pass"),
+    "sleep-at-top": Case(body("return 5", "import time\ntime.sleep(1000)"), "error", "the cell took more than 4 s"),
+    "sleep-for-ever": Case(
+        body("import time\nwhile True:\n    try:\n        time.sleep(1000)\n    except BaseException:\n        pass"),
         "error",
-        "^it did not end within 4 s and had to be killed",
+        TOO_LONG,
     ),
-    "hang-without-alarm": Case(
-        body("import signal\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\nwhile True:\n    pass"),
+    "sleep-without-alarm": Case(
+        body("import signal, time\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\ntime.sleep(1000)"), "error", TOO_LONG
+    ),
+    "exit": Case(body("import os\nos._exit(0)"), "error", ENDED),
+    "exit-at-top": Case(body("return 5", "import os\nos._exit(0)"), "error", ENDED),
+    "kill": Case(body("import os\nos.kill(os.getpid(), 9)"), "error", ENDED),
+    "crash": Case(body("import ctypes\nctypes.string_at(0)"), "error", ENDED),
+    "close-files": Case(body("import os\nos.closerange(3, 1000)\nreturn 5"), "error", ENDED),
+    "memory-hog": Case(
+        body("blocks = []\nwhile True:\n    blocks.append(bytearray(b'x') * 20_000_000)"),
         "error",
-        "^it did not end within 4 s and had to be killed",
+        "^it held more than 1.1 GB of memory",
     ),
-    "infinite-output": Case(body("while True:\n    print('x' * 1000)"), "error", "^took more than 4 s"),
-    "huge-output": Case(body("print('x' * 10**7)\nreturn sum(numbers)"), "correct", r"correct \(2 checks\)$"),
-    # The process
-    "exit": Case(body("import os\nos._exit(0)"), "error", "^it ended its process"),
-    "exit-at-top": Case(body("return 5", "import os\nos._exit(0)"), "error", "^it ended its process"),
-    "kill": Case(body("import os\nos.kill(os.getpid(), 9)"), "error", "^it ended its process"),
+    "memory-at-once": Case(body("return bytearray(10**11)"), "not yet", "raised MemoryError"),
     "kill-all": Case(body("import os\nos.kill(-1, 9)"), "not yet", "raised ProcessLookupError"),
-    "crash": Case(body("import ctypes\nctypes.string_at(0)"), "error", "^it ended its process"),
-    "close-files": Case(body("import os\nos.closerange(3, 1000)\nreturn 5"), "error", "^it ended its process"),
     "sys-exit": Case(body("import sys\nsys.exit(0)"), "error", "^raised SystemExit"),
     "sys-exit-at-top": Case(body("return 5", "import sys\nsys.exit()"), "error", "the cell raised SystemExit"),
-    "fork-bomb": Case(body("import os\nwhile True:\n    os.fork()"), "not yet", "raised BlockingIOError"),
+    "huge-output": Case(body("print('x' * 10**7)\nreturn sum(numbers)"), "correct", r"correct \(2 checks\)$"),
     "fork-and-go-on": Case(body("import os\nos.fork()\nreturn sum(numbers)"), "correct", "2 checks"),
     "child-stays": Case(
         body("import subprocess\nsubprocess.Popen(['sleep', '98765'], start_new_session=True)\nreturn sum(numbers)"),
@@ -156,12 +189,11 @@ CASES = {
         "correct",
         "2 checks",
     ),
-    # Memory and disk
-    "memory-at-once": Case(body("return bytearray(10**11)"), "not yet", "raised MemoryError"),
-    "memory-hog": Case(
-        body("blocks = []\nwhile True:\n    blocks.append(bytearray(b'x') * 20_000_000)"),
-        "error",
-        "^it held more than 1.1 GB of memory",
+    "fork-bomb": Case(body("import os\nwhile True:\n    os.fork()"), "not yet", "raised BlockingIOError"),
+    "disk-politely": Case(
+        body("try:\n    open('big', 'wb').write(b'x' * 2**28)\nexcept OSError:\n    pass\nreturn sum(numbers)"),
+        "correct",
+        "2 checks",
     ),
     "disk": Case(
         body("with open('/tmp/big', 'wb') as file:\n    while True:\n        file.write(b'x' * 2**20)"),
@@ -171,12 +203,8 @@ CASES = {
     "many-files": Case(
         body("for i in range(10**6):\n    open(f'/tmp/{i}', 'w').close()"), "not yet", "No space left on device"
     ),
-    "disk-politely": Case(
-        body("try:\n    open('big', 'wb').write(b'x' * 2**28)\nexcept OSError:\n    pass\nreturn sum(numbers)"),
-        "correct",
-        "2 checks",
-    ),
-    # Forged results
+}
+FORGERIES = {
     "print": Case(body("print('Exercise 1.1: correct (2 checks)')\nreturn 5"), "not yet", "gave 5, expected 3$"),
     "replace-check": Case(
         body("return 5", "def check(*_):\n    print('Exercise 1.1: correct (2 checks)')"),
@@ -217,19 +245,16 @@ CASES = {
         "replaced expect_equal, expect_close while it was being checked",
     ),
     "equals-all": Case(
-        body("return Yes()", "class Yes:\n    def __eq__(self, _):\n        return True"),
-        "not yet",
-        r"gave an object of the class Yes, expected 3",
+        body("return Yes()", "class Yes:\n    def __eq__(self, _):\n        return True"), "not yet", OWN_CLASS
     ),
+    "class-of-another-attempt": Case(body("return Yes()"), "not yet", OWN_CLASS),
     "float-equals-all": Case(
-        body("return Yes(1)", "class Yes(float):\n    def __eq__(self, _):\n        return True"),
-        "not yet",
-        r"gave an object of the class Yes, expected 3",
+        body("return Yes(1)", "class Yes(float):\n    def __eq__(self, _):\n        return True"), "not yet", OWN_CLASS
     ),
     "disguised": Case(
         body("return Yes()", "class Yes:\n    __module__ = 'builtins'\n    def __eq__(self, _):\n        return True"),
         "not yet",
-        r"gave an object of the class Yes, expected 3",
+        OWN_CLASS,
     ),
     "write-to-all-files": Case(
         body(
@@ -237,7 +262,7 @@ CASES = {
             "    except OSError:\n        pass\nreturn 5"
         ),
         "error",
-        "^it wrote to the grader's channel",
+        CHANNEL,
     ),
     "flood-all-files": Case(
         body(
@@ -245,7 +270,7 @@ CASES = {
             "            os.write(number, b'x' * 4096)\n    except OSError:\n        pass\nreturn 5"
         ),
         "error",
-        "^it wrote to the grader's channel",
+        CHANNEL,
     ),
     "steal-token": Case(  # with the token it could say anything; here it says something that makes no sense
         body(
@@ -254,12 +279,10 @@ CASES = {
             "os.write(frame.f_locals['answers'], line.encode())\nreturn 5"
         ),
         "error",
-        "^it wrote to the grader's channel.*read it: it uses _getframe, f_back, os.write",
+        CHANNEL + ".*read it: it uses _getframe, f_back, os.write",
     ),
-    "changed-check": Case(
-        body("return 5"), "not yet", "gave 5", changes={"check-first": 'print("correct")'}, note=": 1 code cell"
-    ),
-    # What belongs to others
+}
+BELONGINGS = {  # of others
     "read-solution": Case(body("return open(NOTEBOOK).read()"), "not yet", "raised FileNotFoundError"),
     "read-neighbour": Case(body("return open(NEIGHBOUR).read()"), "not yet", "raised FileNotFoundError"),
     "search-solution": Case(
@@ -273,10 +296,18 @@ CASES = {
     ),
     "write-outside": Case(body("open(OUTSIDE, 'w').write('was here')"), "not yet", "raised (FileNotFound|Permission)"),
     "write-helpers": Case(body("open('/course/helpers/exercises.py', 'w')"), "not yet", "Read-only file system"),
-    "write-own": Case(body("open('mine', 'w').write('x')\nreturn sum(numbers)"), "correct", "2 checks"),
+    "only-the-worker": Case(
+        body(
+            "import os\nfound = [file for _, _, files in os.walk('/course/course') for file in files]\n"
+            "assert found == ['worker.py'], found\nreturn sum(numbers)"
+        ),
+        "correct",
+        "2 checks",
+    ),
     "own-folder-is-new": Case(
         body("import os\nassert not os.listdir('.')\nreturn sum(numbers)"), "correct", "2 checks"
     ),
+    "write-own": Case(body("open('mine', 'w').write('x')\nreturn sum(numbers)"), "correct", "2 checks"),
     "network": Case(
         body("import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=2)\nreturn 5"),
         "not yet",
@@ -291,28 +322,23 @@ CASES = {
         "2 checks",
     ),
     "first-process": Case(body("return open('/proc/1/environ').read()"), "not yet", "raised PermissionError"),
-    # Changed notebooks
-    "no-cell": Case("", "missing", "no cell begins with # Exercise 1.1", changes={"first": None}),
-    "other-cell": Case("", "correct", "2 checks", changes={"first": None}, extra=(f"{TITLE}\n{RIGHT}",)),
-    "no-title": Case("", "correct", "2 checks", changes={"first": None}, extra=(f"# mine\n{RIGHT}",)),
-    "extra-cells": Case(
-        body("return sum(numbers)"),
-        "correct",
-        "2 checks",
-        extra=("while True:\n    pass", "x = 1"),
-        note=": 2 code cells",
-    ),
-    "helper-elsewhere": Case(
-        body("return mine(numbers)"), "not yet", "NameError", extra=("mine = sum",), note=": 1 code cell"
-    ),
-    "no-checks": Case(
-        body("return sum(numbers)"), "correct", "2 checks", changes={"check-first": None, "check-second": None}
-    ),
     "global-state": Case(
         body("import os, torch\ntorch.set_default_dtype(torch.float64)\nos.chdir('/')\nreturn sum(numbers)"),
         "correct",
         "2 checks",
     ),
+}
+GROUPS = {"mistakes": MISTAKES, "resources": RESOURCES, "forgeries": FORGERIES, "belongings": BELONGINGS}
+PAIRS = max(map(len, GROUPS.values()))
+CASES = [(group, name) for group, cases in GROUPS.items() for name in cases]
+# A submission whose cells are not where they were, and what becomes of each pair's first exercise.
+REARRANGED = {
+    "the cell is gone": ("missing", "no cell begins with # Exercise 1.1"),
+    "the cell stands elsewhere": ("correct", "2 checks"),
+    "the cell stands elsewhere without its title": ("correct", "2 checks"),
+    "a helper stands in another cell": ("not yet", "NameError"),
+    "the check was changed": ("not yet", "gave 5"),
+    "the checks are gone": ("correct", "2 checks"),
 }
 # Files that are not graded, and why.
 REJECTED = {
@@ -325,7 +351,18 @@ REJECTED = {
     "unknown-lesson": ("07_other.ipynb", b"{}", "no lesson has this name: expected for example 01_small.ipynb"),
     "script": ("01_small.py", b"1", "no lesson has this name"),
 }
-NUM_HONEST = 100 - len(CASES) - len(REJECTED) - 7  # seven more are made in `folder`
+HONEST = [STUB, RIGHT, body("return len(numbers)")]
+HIDDEN_CHECKS = "from helpers.exercises import expect_equal\n\n\n"
+HIDDEN_CHECKS += "".join(of_pair(pair, HIDDEN) for pair in range(1, PAIRS + 1))
+
+
+def rearranged() -> nbformat.NotebookNode:
+    """The submission of `REARRANGED`."""
+    attempts = ["", "", "", body("return mine(numbers)"), body("return 5"), RIGHT]
+    changes = {**answers(attempts), "check-9": 'print("correct")', "check-11": None, "check-12": None}
+    changes |= {"exercise-1": None, "exercise-3": None, "exercise-5": None}
+    elsewhere = (of_pair(2, RIGHT), of_pair(3, RIGHT.replace(TITLE, "# mine")))
+    return notebook(changes, (*elsewhere, "mine = sum", "while True:\n    pass", "x = 1"))
 
 
 @dataclass
@@ -369,42 +406,40 @@ def course_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "notebooks").mkdir()
     nbformat.write(notebook({}), folder / "notebooks" / "01_small.ipynb")
     (folder / "hidden").mkdir()
-    (folder / "hidden" / "01_small.py").write_text(HIDDEN)
+    (folder / "hidden" / "01_small.py").write_text(HIDDEN_CHECKS)
     return folder
 
 
 @pytest.fixture(scope="module")
 def graded(course_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graded]:
-    """A hundred submissions, graded in one run beside a server that nobody may reach."""
+    """All submissions, graded in one run beside a server that nobody may reach."""
     submissions, out = tmp_path_factory.mktemp("handed-in"), tmp_path_factory.mktemp("grades") / "grades.csv"
     server = socket.create_server(("127.0.0.1", 0))
     server.setblocking(False)
     places = {
         "NOTEBOOK": course_folder / "notebooks" / "01_small.ipynb",
-        "NEIGHBOUR": submissions / "honest-0" / "01_small.ipynb",
+        "NEIGHBOUR": submissions / "honest" / "01_small.ipynb",
         "OUTSIDE": out.parent / "outside",
     }
-    for student, case in CASES.items():
-        source = re.sub("NOTEBOOK|NEIGHBOUR|OUTSIDE", lambda found: repr(str(places[found[0]])), case.source)
-        source = source.replace("PORT", str(server.getsockname()[1]))
-        hand_in(submissions, student, notebook({"first": source, "second": RIGHT_2, **case.changes}, case.extra))
+    for group, cases in GROUPS.items():
+        text = [case.source.replace("PORT", str(server.getsockname()[1])) for case in cases.values()]
+        found = answers([re.sub("NOTEBOOK|NEIGHBOUR|OUTSIDE", lambda m: repr(str(places[m[0]])), t) for t in text])
+        hand_in(submissions, group, notebook(found))
     for student, (name, content, _) in REJECTED.items():
         hand_in(submissions, student, content, name)
-    for number in range(NUM_HONEST):
-        answer = [STUB, f"{TITLE}\n{RIGHT}", body("return len(numbers)")][number % 3]
-        hand_in(submissions, f"honest-{number}", notebook({"first": answer, "second": RIGHT_2}))
+    hand_in(submissions, "honest", notebook(answers(HONEST)))
+    hand_in(submissions, "rearranged", rearranged())
     (submissions / "link-to-neighbour").mkdir()
-    (submissions / "link-to-neighbour" / "01_small.ipynb").symlink_to("../honest-1/01_small.ipynb")
-    (submissions / "link-to-student").symlink_to("honest-1")
+    (submissions / "link-to-neighbour" / "01_small.ipynb").symlink_to("../honest/01_small.ipynb")
+    (submissions / "link-to-student").symlink_to("honest")
     (submissions / "loose.ipynb").write_bytes(b"{}")
     (submissions / "pipe").mkdir()
     os.mkfifo(submissions / "pipe" / "01_small.ipynb")
     with hand_in(submissions, "too-large", b"").open("wb") as file:
         file.truncate(51 * 2**20)
-    hand_in(submissions, '=1+1<b>"', notebook({"first": f"{TITLE}\n{RIGHT}", "second": RIGHT_2}))
+    hand_in(submissions, '=1+1<b>"', notebook({}))
     no_text = submissions / os.fsdecode(b"no-text-\xff")  # a name that is not UTF-8
-    hand_in(submissions, no_text.name, notebook({"first": f"{TITLE}\n{RIGHT}", "second": RIGHT_2}))
-    assert len(list(submissions.iterdir())) == 100
+    hand_in(submissions, no_text.name, notebook({}))
 
     arguments = [submissions, "--notebooks", course_folder / "notebooks", "--hidden", course_folder / "hidden"]
     arguments += ["--out", out, "--jobs", "2", "--timeout", "4", "--memory", "1", "--disk", "50", "--processes", "64"]
@@ -427,21 +462,25 @@ slow = pytest.mark.timeout(3600)  # the first test waits for the run of all
 
 @slow
 @pytest.mark.slow
-@pytest.mark.parametrize("student", CASES)
-def test_a_submission_gets_the_row_that_says_what_it_did(graded: Graded, student: str) -> None:
-    case, found = CASES[student], graded.row(student, "1.1")
+@pytest.mark.parametrize(("group", "name"), CASES)
+def test_an_answer_gets_the_row_that_says_what_it_did_and_does_not_harm_the_next(
+    graded: Graded, group: str, name: str
+) -> None:
+    case, pair = GROUPS[group][name], 1 + list(GROUPS[group]).index(name)
+    found, hidden, after = (graded.row(group, of_pair(pair, exercise)) for exercise in ("1.1", "1.1 hidden", "1.2"))
     assert found["status"] == case.status, found
     assert re.search(case.message, found["message"]), found
-    assert graded.row(student, "1.1 hidden")["status"] == (case.hidden or case.status)
-    notes = [row["message"] for row in graded.rows if row["student"] == student and not row["exercise"]]
-    assert len(notes) == bool(case.note) and all(note.endswith(case.note) for note in notes)
+    assert hidden["status"] == (case.hidden or case.status), hidden
+    assert after["status"] == "correct", after
 
 
 @slow
 @pytest.mark.slow
-@pytest.mark.parametrize("student", CASES)
-def test_an_exercise_does_not_harm_the_next_one(graded: Graded, student: str) -> None:
-    assert graded.row(student, "1.2")["status"] == "correct", graded.row(student, "1.2")
+def test_exercises_are_found_where_they_stand_and_other_cells_are_not_run(graded: Graded) -> None:
+    for pair, (what, (status, message)) in enumerate(REARRANGED.items(), start=1):
+        row = graded.row("rearranged", of_pair(pair, "1.1"))
+        assert row["status"] == status and message in row["message"], (what, row)
+    assert graded.row("rearranged")["message"].endswith(": 4 code cells")
 
 
 @slow
@@ -465,10 +504,10 @@ def test_links_pipes_and_loose_files_are_not_opened(graded: Graded) -> None:
 @slow
 @pytest.mark.slow
 def test_honest_submissions_are_unaffected_by_the_others(graded: Graded) -> None:
-    assert NUM_HONEST > 10
-    for number in range(NUM_HONEST):
-        found = [graded.row(f"honest-{number}", exercise)["status"] for exercise in ("1.1", "1.1 hidden", "1.2")]
-        assert found[0] == found[1] == ["not attempted", "correct", "not yet"][number % 3] and found[2] == "correct"
+    for pair, status in enumerate(["not attempted", "correct", "not yet"], start=1):
+        exercises = [of_pair(pair, exercise) for exercise in ("1.1", "1.1 hidden", "1.2")]
+        assert [graded.row("honest", exercise)["status"] for exercise in exercises] == [status, status, "correct"]
+    assert not [row for row in graded.rows if row["student"] in ("honest", *GROUPS) and not row["exercise"]]
 
 
 @slow
@@ -487,30 +526,32 @@ def test_nothing_reaches_the_network_the_disk_or_stays_behind(graded: Graded) ->
 @slow
 @pytest.mark.slow
 def test_the_table_and_the_page_hold_names_as_text(graded: Graded) -> None:
-    assert graded.row("'=1+1<b>\"", "1.1")["status"] == graded.row("no-text-?", "1.1")["status"] == "correct"
+    assert graded.row("'=1+1<b>\"", "1.1")["status"] == graded.row("no-text-?", "1.1")["status"] == "not attempted"
     page = graded.out.with_suffix(".html").read_text()
     assert "=1+1&lt;b&gt;" in page and "<b>" not in page
     lines = graded.result.stdout.splitlines()
-    assert len(lines) == 102 and lines[-1] == f"table: {graded.out}; page: {graded.out.with_suffix('.html')}"
-    assert any(re.search(r"^exit/01_small.ipynb .* 1/3 correct; 1.1 error, 1.1 hidden error$", line) for line in lines)
+    assert len(lines) == len(list(graded.submissions.iterdir())) + 2
+    assert lines[-1] == f"table: {graded.out}; page: {graded.out.with_suffix('.html')}"
+    said = rf"^rearranged/01_small.ipynb .* \d+/{3 * PAIRS} correct; 1.1 missing, 1.1 hidden missing, "
+    assert any(re.search(said, line) for line in lines)
 
 
 @slow
 @pytest.mark.slow
 def test_only_what_has_changed_is_graded_again(graded: Graded) -> None:
     before = graded.out.read_text()
-    started = time.monotonic()
     result = grade(*graded.arguments)
     assert result.returncode == 0 and graded.out.read_text() == before
     unchanged = [line for line in result.stdout.splitlines() if line.endswith("(unchanged)")]
-    assert len(unchanged) == 100 - 7 and time.monotonic() - started < 60  # seven were never read
+    read = {path.parent.name for path in graded.submissions.glob("*/01_small.ipynb") if path.is_file()}
+    assert len(unchanged) == len(read - {"link-to-neighbour", "link-to-student", "too-large"})
 
-    hand_in(graded.submissions, "wrong", notebook({"first": f"{TITLE}\n{RIGHT}", "second": RIGHT_2}))
+    hand_in(graded.submissions, "honest", notebook({"exercise-1": of_pair(1, RIGHT)}))
     result = grade(*graded.arguments)
     lines = [line for line in result.stdout.splitlines() if ".ipynb " in line and "unchanged" not in line]
-    assert [line.split()[0] for line in lines if "correct" in line] == ["wrong/01_small.ipynb"]
+    assert [line.split()[0] for line in lines if "correct" in line] == ["honest/01_small.ipynb"]
     with graded.out.open(newline="", encoding="utf-8") as table:
-        assert next(row for row in csv.DictReader(table) if row["student"] == "wrong")["status"] == "correct"
+        assert next(row for row in csv.DictReader(table) if row["student"] == "honest")["status"] == "correct"
 
 
 # The grader itself
@@ -527,8 +568,8 @@ def test_the_sandbox_is_looked_at_before_anything_is_run(tmp_path: Path) -> None
 
 
 def test_a_check_that_the_solution_does_not_pass_stops_the_grading(course_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "01_small.py").write_text(HIDDEN.replace("-2", "2"))
-    hand_in(tmp_path / "submissions", "ada", notebook({"first": f"{TITLE}\n{RIGHT}"}))
+    (tmp_path / "01_small.py").write_text(HIDDEN_CHECKS.replace("-2", "2"))
+    hand_in(tmp_path / "submissions", "ada", notebook({"exercise-1": of_pair(1, RIGHT)}))
     result = grade(
         tmp_path / "submissions", "--notebooks", course_folder / "notebooks", "--out", tmp_path / "grades.csv",
         "--hidden", tmp_path,
@@ -539,8 +580,12 @@ def test_a_check_that_the_solution_does_not_pass_stops_the_grading(course_folder
 
 def test_a_killed_grader_leaves_no_process_behind_and_keeps_what_it_has(course_folder: Path, tmp_path: Path) -> None:
     submissions, out = tmp_path / "submissions", tmp_path / "out" / "grades.csv"
-    hand_in(submissions, "ada", notebook({"first": f"{TITLE}\n{RIGHT}"}))
-    hand_in(submissions, "bela", notebook({"first": body("import subprocess\nsubprocess.run(['sleep', '54321'])")}))
+    hand_in(submissions, "ada", notebook({"exercise-1": of_pair(1, RIGHT)}))
+    hand_in(
+        submissions,
+        "bela",
+        notebook({"exercise-1": of_pair(1, body("import subprocess\nsubprocess.run(['sleep', '54321'])"))}),
+    )
     arguments = [submissions, "--notebooks", course_folder / "notebooks", "--out", out, "--timeout", "500"]
     grader = subprocess.Popen(
         [sys.executable, "-m", "course", "grade", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
@@ -566,19 +611,20 @@ def test_a_killed_grader_leaves_no_process_behind_and_keeps_what_it_has(course_f
     state = json.loads(out.with_suffix(".json").read_text())
     assert [rows[0]["student"] for key, rows in state.items() if not key.startswith("reference")] == ["ada"]
     with out.open(newline="") as table:
-        assert [row["status"] for row in csv.DictReader(table)] == ["correct", "not attempted"]
+        statuses = [row["status"] for row in csv.DictReader(table)]
+    assert statuses[0] == "correct" and {*statuses[1:]} == {"not attempted"}
 
 
 def test_without_a_sandbox_it_refuses_unless_told_otherwise(
     course_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submissions, notebooks, out = tmp_path / "submissions", course_folder / "notebooks", tmp_path / "grades.csv"
-    hand_in(submissions, "ada", notebook({"first": f"{TITLE}\n{RIGHT}"}))
+    hand_in(submissions, "ada", notebook({"exercise-1": of_pair(1, RIGHT)}))
     monkeypatch.setattr(sandbox, "missing", lambda: "no namespaces")
     with pytest.raises(CourseError, match=r"cannot be shut in here \(no namespaces\): grade on Linux, or in a contain"):
         grading.grade(submissions, out, notebooks=notebooks)
     rows = grading.grade(submissions, out, notebooks=notebooks, settings=grading.Settings(unsafe=True))
-    assert [row.status for row in rows] == ["correct", "not attempted"]
+    assert [row.status for row in rows] == ["correct", *["not attempted"] * (2 * PAIRS - 1)]
 
 
 @pytest.mark.parametrize(
@@ -601,6 +647,6 @@ def test_a_wrong_argument_is_one_sentence(
 
 
 def test_a_hidden_checker_of_no_exercise_is_named(course_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "01_small.py").write_text("def check_1_7(total):\n    pass\n")
-    with pytest.raises(CourseError, match=r"01_small.py has a checker for 1.7, which is no exercise of 01_small"):
+    (tmp_path / "01_small.py").write_text("def check_1_99(total):\n    pass\n")
+    with pytest.raises(CourseError, match=r"01_small.py has a checker for 1.99, which is no exercise of 01_small"):
         grading.read_lesson(course_folder / "notebooks" / "01_small.ipynb", tmp_path, grading.Settings())

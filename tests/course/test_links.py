@@ -58,11 +58,13 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_every_place_of_the_course_says_what_the_constants_say(original):
     before = files(original)
     assert links(original).stdout == f"{HERE} at {TAG}: 0 files changed.\n" and files(original) == before
 
 
+@pytest.mark.slow
 def test_there_and_back_is_byte_for_byte_the_same(original, moved, tmp_path):
     before, there = files(original), files(moved)
     assert there.keys() == before.keys()
@@ -75,6 +77,7 @@ def test_there_and_back_is_byte_for_byte_the_same(original, moved, tmp_path):
     assert files(back) == before
 
 
+@pytest.mark.slow
 def test_only_badges_addresses_and_the_setup_cell_change(original, moved):
     for path in select_notebooks(original / "notebooks"):
         old, new = read_notebook(path), read_notebook(moved / "notebooks" / path.name)
@@ -110,6 +113,7 @@ for path in select_notebooks():
 """
 
 
+@pytest.mark.slow
 def test_the_notebooks_keep_and_break_the_same_conventions_as_before_and_are_in_line_with_their_twins(original, moved):
     before, after = (
         subprocess.run([sys.executable, "-c", CONVENTIONS], cwd=folder, capture_output=True, text=True, check=True)

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course.notebooks import NOTEBOOKS, read_notebook, select_notebooks, tags
@@ -50,9 +51,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {stem: export(NOTEBOOKS / f"{stem}.ipynb", folder) for stem in EXPORTED}
 
 
-def everything(notebook: Path) -> str:
+@cache
+def made(path: Path) -> NotebookNode:
+    """The slides of a lesson."""
+    return deck(read_notebook(path), path.stem)
+
+
+def everything(path: Path) -> str:
     """All markdown of a lesson's slides, notes included."""
-    return "\n\n".join(cell.source for cell in deck(read_notebook(notebook), notebook.stem).cells)
+    return "\n\n".join(cell.source for cell in made(path).cells)
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -80,7 +87,7 @@ def test_no_solution_no_check_and_no_hint_is_in_the_slides(path):
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(path):
-    for cell in deck(read_notebook(path), path.stem).cells:
+    for cell in made(path).cells:
         for table in re.findall(r"(?:^\|.*\n?){2,}", cell.source, re.MULTILINE):
             rows = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
             assert len(set(rows)) == 1, table
@@ -92,6 +99,7 @@ def test_the_slides_list_every_exercise_by_number(path):
     assert all(f"- **{number}** (" in text for number in read_exercises(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", EXPORTED)
 def test_a_page_loads_nothing_but_files_beside_it(exported, stem):
     page = exported[stem].read_text(encoding="utf-8")
@@ -120,6 +128,7 @@ def address(exported: dict[str, Path]) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 @pytest.mark.parametrize("stem", EXPORTED)
 def test_in_a_browser_every_slide_fits_on_its_page_and_nothing_is_fetched(exported, address, stem, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -55,17 +56,22 @@ def solutions(notebook: nbformat.NotebookNode) -> list[tuple[list[str], list[str
     return found
 
 
+@cache
+def handed_out() -> str:
+    """The text of all files that the edition has beside its notebooks."""
+    files = [
+        file for name in NEEDED for file in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])
+    ]
+    return "\n".join(
+        file.read_text(encoding="utf-8") for file in files if file.suffix in (".py", ".md", ".json", ".jsonl", ".txt")
+    )
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_no_line_of_a_solution_is_left(path: Path) -> None:
     notebook = notebooks.read_notebook(path)
     edition = student_edition(notebook, path.stem)
     everything = "\n".join(strings(json.loads(nbformat.writes(edition))))
-    beside = "\n".join(
-        file.read_text(encoding="utf-8")
-        for name in ("helpers", "data")
-        for file in (ROOT / name).rglob("*")
-        if file.suffix in (".py", ".md", ".json", ".jsonl", ".txt")
-    )
     found = solutions(notebook)
     assert len(found) == sum("exercise" in notebooks.tags(cell) for cell in edition.cells) > 0
     assert not any("solution" in notebooks.tags(cell) for cell in edition.cells)
@@ -74,7 +80,7 @@ def test_no_line_of_a_solution_is_left(path: Path) -> None:
         assert [line for line in code if f"\n{line}\n" in re.sub(r"\n\s*", "\n", everything)] == []
         assert [line for line in text if line in everything] == []
         # A line that stands in the helpers as well is looked at by how many there are: the whole is not.
-        assert [line for line in code if line in beside] != code
+        assert [line for line in code if line in handed_out()] != code
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -147,6 +153,7 @@ def test_hints_are_folded_and_nothing_points_to_the_solutions(tmp_path: Path) ->
     assert exercises_without_hint([path]) == ["Exercise 1.1, easy: sum."]
 
 
+@pytest.mark.slow
 def test_the_folder_runs_by_itself_and_says_not_attempted_yet(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder, out = lesson(tmp_path / "notebooks").parent, tmp_path / "out"
     main(["student", "--notebooks", str(folder), "--out", str(out)])
