@@ -14,7 +14,6 @@ from helpers.profiles import ROOT
 
 MODULES = sorted((ROOT / "helpers").rglob("*.py"))
 NOT_IMPORTED = {  # by a lesson, and why it stands in helpers nevertheless
-    "helpers/files.py": "course writes reports and folders with it",
     "helpers/training/copies.py": "the cell in docs/colab.md that a student puts into a lesson imports it",
 }
 FOR_TESTS = {"tiny_config"}  # a tiny model of a hub model's architecture, by which the tests try the hub's path
