@@ -63,8 +63,8 @@ def of_pair(pair: int, text: str) -> str:
     """What is written for exercises 1.1 and 1.2, for another pair of exercises, counted from 1."""
     for number, name in ((1, "total"), (2, "longest")):
         mine = 2 * (pair - 1) + number
-        text = re.sub(rf"\b1\.{number}\b", f"1.{mine}", text).replace(f"check_1_{number}", f"check_1_{mine}")
-        text = text.replace(name, f"{name}_{pair}")
+        text = re.sub(rf"\b1\.{number}\b", f"1.{mine}", text).replace(name, f"{name}_{pair}")
+        text = re.sub(rf"\bcheck_1_{number}\b", f"check_1_{mine}", text)
     return text
 
 
@@ -568,7 +568,7 @@ def test_the_sandbox_is_looked_at_before_anything_is_run(tmp_path: Path) -> None
 
 
 def test_a_check_that_the_solution_does_not_pass_stops_the_grading(course_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "01_small.py").write_text(HIDDEN_CHECKS.replace("-2", "2"))
+    (tmp_path / "01_small.py").write_text(HIDDEN_CHECKS.replace(", -2)", ", 2)"))
     hand_in(tmp_path / "submissions", "ada", notebook({"exercise-1": of_pair(1, RIGHT)}))
     result = grade(
         tmp_path / "submissions", "--notebooks", course_folder / "notebooks", "--out", tmp_path / "grades.csv",
