@@ -100,8 +100,8 @@ SETTINGS = {
 settings = SETTINGS[machine.name]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 half = settings["half"]
-warnings.filterwarnings("ignore", message=".*checkpointing.*")
 torch.manual_seed(seed)
+warnings.filterwarnings("ignore", message=".*checkpointing.*")
 
 # %%
 GIB = 2**30

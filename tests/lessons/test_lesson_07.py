@@ -131,7 +131,7 @@ def test_the_lesson_runs_on_a_model_in_hub_format(tiny_model_folder, tmp_path):
     parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "seed": 1, "budget": 0.1}
     parameters |= {"calculator_model": "meta-llama/Llama-3.2-1B", "calculator_gpu": "L4"}
     notebook, said = run_lesson(NOTEBOOK, tmp_path, parameters)
-    assert f"profile t4: {tiny_model_folder}" in said
+    assert f"profile t4: {tiny_model_folder.name}" in said
     assert "meta-llama/Llama-3.2-1B: 1.24 B parameters" in said and "of a L4" in said
     assert "There is nothing here that could show sliders" in said and "widgets" not in notebook.metadata
     assert said.count("not attempted yet") == len(EXERCISES)
