@@ -4,6 +4,7 @@ import base64
 import copy
 import html
 from pathlib import Path
+from textwrap import shorten
 
 import nbformat
 from nbformat import NotebookNode
@@ -109,7 +110,7 @@ def gallery(notebooks: list[Path]) -> str:
     for path in notebooks:
         figure = headline(read_notebook(path))
         if figure and (path.parent.parent / "figures" / f"{path.stem}.png").exists():
-            alt = html.escape(figure.data.get("text/plain", path.stem))
+            alt = html.escape(shorten(figure.data.get("text/plain", path.stem), 160, placeholder=" ..."))
             image = f'<img src="figures/{path.stem}.png" alt="{alt}" width="49%">'
             lines.append(f'<a href="{path.parent.name}/{path.name}">{image}</a>')
     return "\n".join(lines)

@@ -356,6 +356,22 @@ def test_the_readme_gets_the_table_of_the_lessons_and_keeps_the_rest(tmp_path) -
     assert table[1].startswith("| lesson |") and "(notebooks/01_first.ipynb)" in table[3] and len(table) == 5
 
 
+def test_the_readme_shows_the_headline_figure_of_each_lesson_that_has_one(tmp_path: Path) -> None:
+    figure = new_output("display_data", data={"image/png": "aGVsbG8=", "text/plain": "A line & a point."})
+    path = write_notebook(tmp_path / "notebooks" / "01_first.ipynb", "draw()")
+    write_notebook(tmp_path / "notebooks" / "02_second.ipynb", "1")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].outputs, notebook.cells[-1].metadata["tags"] = [figure], ["headline"]
+    nbformat.write(notebook, path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "01_first.png").write_bytes(b"hello")
+    (tmp_path / "README.md").write_text("<!-- figures -->\nold\n<!-- /figures -->\n")
+    update_readme(tmp_path / "notebooks")
+    _, line, _ = (tmp_path / "README.md").read_text().splitlines()
+    assert line.startswith('<a href="notebooks/01_first.ipynb"><img src="figures/01_first.png"')
+    assert 'alt="A line &amp; a point."' in line
+
+
 def test_refresh_writes_the_measured_budget(refreshed) -> None:
     folder, _, _ = refreshed
     notebook = nbformat.read(folder / "01_lesson.ipynb", as_version=4)
