@@ -330,6 +330,7 @@ def test_what_only_looks_like_a_path_or_name_is_allowed(good: NotebookNode, text
 # nbval, as the Makefile runs it
 
 
+@pytest.mark.slow
 def test_nbval_passes_a_good_notebook_and_names_the_cells_that_are_wrong(good_folder: Path, tmp_path: Path) -> None:
     then = [new_output("stream", text="then\n")]
     compared = {"tags": ["nbval-check-output"]}
