@@ -146,6 +146,7 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(folder)
     assert find_damage(folder / "step-00000030") is None and read_state(folder / "step-00000030") == {"step": 31}
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_file_operation_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     process = quick_processes().Process(target=die_at_every_operation, args=(tmp_path,))
     process.start()

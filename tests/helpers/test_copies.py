@@ -208,6 +208,7 @@ def die_at_every_operation(folder: Path, act: str) -> None:
     (folder / "report.json").write_text(json.dumps(report))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "before", "after"), [("back_up", STEPS[1], STEPS[1:3]), ("restore", STEPS[0], [STEPS[0], STEPS[2]])]
 )

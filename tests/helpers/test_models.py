@@ -239,6 +239,7 @@ def test_a_fetch_that_breaks_off_is_one_sentence(monkeypatch, error, message):
         load_tokenizer("owner/model")
 
 
+@pytest.mark.slow
 def test_a_command_behind_an_unreachable_proxy_ends_with_one_sentence_and_status_2(tmp_path):
     proxy = dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9")
     result = subprocess.run(

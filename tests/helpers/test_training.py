@@ -353,10 +353,8 @@ KILLED_RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "described",
-    [pytest.param(name, marks=[pytest.mark.slow] * (number > 0)) for number, name in enumerate(KILLED_RUNS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("described", KILLED_RUNS)
 def test_a_run_killed_again_and_again_equals_the_run_that_was_never_stopped(described, tmp_path, processes):
     """Three kills at random instants, and kills in the middle of writing a checkpoint: bit for bit the same."""
     run = dict(KILLED_RUNS[described])

@@ -102,6 +102,7 @@ def test_a_build_writes_a_model_that_loads_and_nothing_beside_it(built, monkeypa
     assert tokenizer.chat_template and "2 steps of 32" in (built / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_build_that_cannot_be_written_leaves_the_older_model_and_the_next_one_writes_the_same_weights(
     built, tmp_path, monkeypatch
 ):

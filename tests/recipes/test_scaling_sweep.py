@@ -75,6 +75,7 @@ def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens():
         assert bool(flag) == all(each[i - 1].argmax() == row[i] for i in range(len(before), len(row)))
 
 
+@pytest.mark.slow
 def test_a_cell_gives_the_same_numbers_in_another_process(tmp_path: Path):
     with sweep.processes(1) as executor:
         results = sweep.run_sweep([TINY], executor, tmp_path / "r.json", progress=False)

@@ -95,7 +95,7 @@ def unused(module: str, source: str) -> list[str]:
     return sorted(name for node in waiting for name in names_of(node) if not name.startswith("__"))
 
 
-@pytest.mark.parametrize("module", map(within, MODULES))
+@pytest.mark.parametrize("module", [within(module) for module in MODULES])
 def test_every_name_is_used_outside_its_module_or_by_one_that_is(module: str) -> None:
     assert unused(module, (ROOT / module).read_text(encoding="utf-8")) == []
 
