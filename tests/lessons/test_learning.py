@@ -25,7 +25,7 @@ from helpers.profiles import get_profile
 from helpers.training import TrainConfig, train
 
 BASE, TOKENIZER = load_model(get_profile("cpu"))
-STEPS, BATCH = 10, 8
+STEPS, BATCH = 10, 4
 COMMON = {  # for the trainers of the libraries; a literal, which tests/test_drift.py can read
     "max_steps": STEPS,
     "per_device_train_batch_size": BATCH,
@@ -37,7 +37,7 @@ COMMON = {  # for the trainers of the libraries; a literal, which tests/test_dri
     "use_cpu": True,
     "bf16": False,
 }
-CHATS = instruction_dataset("shima", STEPS * BATCH + 40, seed=3, tasks=("mood", "pairs")).to_list()
+CHATS = instruction_dataset("shima", STEPS * BATCH + 20, seed=3, tasks=("mood", "pairs")).to_list()
 ROWS = [encode_chat(TOKENIZER, row["instruction"], row["answer"]) for row in CHATS]
 
 
@@ -52,7 +52,7 @@ def loss(model: nn.Module, rows: list[dict[str, list[int]]]) -> float:
 
 
 def held_out(model: nn.Module) -> float:
-    return loss(model, ROWS[-40:])
+    return loss(model, ROWS[-20:])
 
 
 # Each method trains at a rate and returns what was gained. `spoil` may change the model that is given to the trainer.
@@ -78,7 +78,7 @@ def fine_tuning(rate: float, spoil: Spoil, folder: Path) -> float:
     before = held_out(model)
     spoil(model)
     config = TrainConfig(STEPS, rate, schedule="constant", weight_decay=0.0, progress=False)
-    train(model, PaddedBatches(ROWS[:-40], BATCH, TOKENIZER.pad_token_id), config)
+    train(model, PaddedBatches(ROWS[:-20], BATCH, TOKENIZER.pad_token_id), config)
     return before - held_out(model)
 
 
@@ -89,7 +89,7 @@ def lora(rate: float, spoil: Spoil, folder: Path) -> float:
     before = held_out(model)
     spoil(model)
     config = TrainConfig(STEPS, rate, schedule="constant", weight_decay=0.0, progress=False)
-    train(model, PaddedBatches(ROWS[:-40], BATCH, TOKENIZER.pad_token_id), config)
+    train(model, PaddedBatches(ROWS[:-20], BATCH, TOKENIZER.pad_token_id), config)
     return before - held_out(model)
 
 
@@ -101,7 +101,7 @@ def transformers_trainer(rate: float, spoil: Spoil, folder: Path) -> float:
     Trainer(
         model,
         TrainingArguments(output_dir=str(folder), learning_rate=rate, **COMMON),
-        train_dataset=Dataset.from_list(ROWS[:-40]),
+        train_dataset=Dataset.from_list(ROWS[:-20]),
         data_collator=lambda rows: collate(rows, TOKENIZER.pad_token_id),
     ).train()
     return before - held_out(model)
@@ -113,7 +113,7 @@ def trl_sft(rate: float, spoil: Spoil, folder: Path) -> float:
     before = held_out(model)
     spoil(model)
     turns = (("user", "instruction"), ("assistant", "answer"))
-    messages = [[{"role": role, "content": row[part]} for role, part in turns] for row in CHATS[:-40]]
+    messages = [[{"role": role, "content": row[part]} for role, part in turns] for row in CHATS[:-20]]
     SFTTrainer(
         model,
         SFTConfig(output_dir=str(folder), learning_rate=rate, assistant_only_loss=True, **COMMON),
@@ -165,7 +165,7 @@ def trl_grpo(rate: float, spoil: Spoil, folder: Path) -> float:
     model = copy.deepcopy(BASE)
     before = reward(model)
     spoil(model)
-    options = {"num_generations": BATCH, "max_completion_length": 12}
+    options = {"num_generations": 2 * BATCH, "gradient_accumulation_steps": 2, "max_completion_length": 12}
     GRPOTrainer(
         model,
         reward_funcs=digits,
@@ -208,11 +208,8 @@ def test_training_improves_by_its_margin(method: Callable, tmp_path: Path) -> No
     assert method(rate, nothing, tmp_path) >= least
 
 
-@pytest.mark.parametrize(("factor", "spoil"), [(0.0, nothing), (1.0, freeze)], ids=["no learning rate", "frozen"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-def test_training_without_effect_misses_its_margin(
-    method: Callable, factor: float, spoil: Spoil, tmp_path: Path
-) -> None:
+def test_training_without_effect_misses_its_margin(method: Callable, tmp_path: Path) -> None:
     torch.manual_seed(0)
     rate, least = METHODS[method]
-    assert method(factor * rate, spoil, tmp_path) < least / 2
+    assert method(rate, freeze, tmp_path) < least / 2

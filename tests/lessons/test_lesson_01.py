@@ -111,7 +111,7 @@ def test_the_check_of_the_better_model_finds_no_gain_and_what_is_no_distribution
 
 @pytest.mark.slow
 def test_the_lesson_runs_on_a_model_and_a_text_in_the_hubs_formats(tiny_model_folder, text_file, tmp_path):
-    parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "text_id": str(text_file), "budget": 0.02}
+    parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "text_id": str(text_file), "budget": 0.01}
     notebook, said = run_lesson(NOTEBOOK, tmp_path, parameters)
     assert f"profile t4: {tiny_model_folder.name}" in said
     assert "There is nothing here that could show sliders" in said and "widgets" not in notebook.metadata

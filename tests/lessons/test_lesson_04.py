@@ -67,6 +67,7 @@ def test_the_check_of_best_size_finds_hills_and_optima_outside_the_data(lesson):
     prove_check(exercise, lesson, wrong)
 
 
+@pytest.mark.slow
 def test_the_check_of_the_sweep_finds_lines_in_place_of_grids_and_too_much_compute(lesson):
     exercise = EXERCISES["4.5"]
     body = exercise.solution.splitlines()[0]

@@ -23,7 +23,7 @@ def definitions(*cells: str) -> str:
 @pytest.fixture(scope="module")
 def lesson() -> dict:
     """The names that the exercises use, made by the lesson's own cells."""
-    names: dict = {"profile": "cpu", "model_id": "", "chats_id": "", "seed": 0, "budget": 1.0}
+    names: dict = {"profile": "cpu", "model_id": "", "chats_id": "", "seed": 0, "budget": 0.5}
     for source in (
         CELLS["settings"],
         CELLS["helpers"],
@@ -100,6 +100,7 @@ def test_the_check_of_the_noisy_embeddings_finds_wrong_scales_and_noise_on_paddi
     prove_check(exercise, lesson, wrong)
 
 
+@pytest.mark.slow
 def test_the_check_of_choose_finds_unfiltered_too_many_and_invented_rows(lesson):
     exercise = EXERCISES["5.5"]
     wrong = [
@@ -117,7 +118,7 @@ def test_the_lesson_runs_on_a_model_and_on_chats_in_the_hubs_formats(tiny_model_
         "profile": "t4",
         "model_id": str(tiny_model_folder),
         "chats_id": str(messages_file),
-        "budget": 0.03,
+        "budget": 0.005,
     }
     _, said = run_lesson(NOTEBOOK, tmp_path, parameters)
     assert "profile t4: tiny-qwen2 on cpu in float32" in said
