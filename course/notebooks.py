@@ -3,6 +3,7 @@
 The module knows nothing about what a notebook teaches.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -65,6 +66,17 @@ def code_cells(path: Path) -> list[NotebookNode]:
     except CourseError:
         return []
     return [c for c in cells if c.cell_type == "code" and c.source.strip() and "injected-parameters" not in tags(c)]
+
+
+def core_path(notebook: NotebookNode) -> NotebookNode:
+    """A copy without the sections whose heading of level 2 is tagged `further`: what every reader needs."""
+    kept, core = [], True
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            core = "further" not in tags(cell)
+        if core:
+            kept.append(cell)
+    return copy.deepcopy(NotebookNode(notebook, cells=kept))
 
 
 def one_line(text: object, width: int = 300) -> str:

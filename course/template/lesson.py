@@ -44,7 +44,7 @@ machine = lesson.machine
 SETTINGS = {"cpu": {"documents": 120}, "t4": {"documents": 200}, "large": {"documents": 200}}  # all that differs
 settings = SETTINGS[machine.name]
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## 1 · The loss along a text
 #
 # **Question.** Is a token easier to predict when more text stands before it?
@@ -195,6 +195,81 @@ check("{{ exercise }}.3", check_bits_per_byte, bits_per_byte)
 # def bits_per_byte(nats: float, tokens: int, size: int) -> float:
 #     return nats * tokens / size / math.log(2)
 # ```
+#
+# </details>
+
+# %% [markdown]
+# ## Quiz
+#
+# Five questions, two of them on a figure of this lesson. Choose before you unfold the answer.
+
+# %% [markdown] tags=["quiz"]
+# **What is the loss of a token to which the model gives the probability 1?**
+#
+# - A. 0 nats
+# - B. 1 nat
+# - C. infinite
+# - D. as many nats as the vocabulary has tokens
+#
+# <details><summary>Answer</summary>
+#
+# A. $-\log 1 = 0$: there is nothing left to be surprised about.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **The figure falls steeply at first. What does the model have later that it lacks there?**
+#
+# - A. more weights
+# - B. text before the token that tells what the document is about
+# - C. shorter tokens
+# - D. a smaller vocabulary
+#
+# <details><summary>Answer</summary>
+#
+# B. The weights are the same at all positions; what differs is the text that a token can look back at.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **Which point of the figure would a model without attention to earlier tokens change?**
+#
+# - A. none
+# - B. only the first
+# - C. all but the first ones: its line would be flat
+# - D. only the last
+#
+# <details><summary>Answer</summary>
+#
+# C. Without a view of earlier tokens, no position can be easier than another on average.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **Two models have different vocabularies. Which number compares them?**
+#
+# - A. loss per token
+# - B. bits per byte
+# - C. perplexity per token
+# - D. the number of parameters
+#
+# <details><summary>Answer</summary>
+#
+# B. A larger vocabulary makes fewer and harder tokens of the same text; bytes are the same for both.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **Why are the losses of many rows averaged at each position?**
+#
+# - A. to save memory
+# - B. because PyTorch asks for it
+# - C. because one row has easy and hard words at any position
+# - D. to train the model
+#
+# <details><summary>Answer</summary>
+#
+# C. The average over rows leaves what the position does; a single row shows mostly its own words.
 #
 # </details>
 

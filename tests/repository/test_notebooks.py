@@ -52,6 +52,13 @@ def test_the_table_of_the_readme_is_the_one_that_the_runner_lists(capsys: pytest
 HINT = "<details><summary>Hint</summary>\n\nTwice.\n\n</details>"
 
 
+CORE = {"tags": ["core"]}
+QUIZ = (
+    "**Which line rises?**\n\n- A. This one.\n- B. None.\n- C. Both.\n- D. The other.\n\n"
+    "<details><summary>Answer</summary>\n\nA. It goes from 0 to 1.\n\n</details>"
+)
+
+
 def exercise(number: int) -> list[NotebookNode]:
     """Stub, check, hint and solution of one exercise."""
     stub = "def double(number):\n    raise NotImplementedError"
@@ -89,11 +96,17 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_markdown_cell("**You will** draw a line.\n\nPrerequisites: 01."),
         new_code_cell(SETUP_CELL, metadata={"tags": ["setup"]}),
         new_code_cell('profile = ""\nseed: int = 0\nmodel_id = ""', metadata={"tags": ["parameters"]}),
-        new_markdown_cell("## A line\n\n```python\n## not a heading\n```\n\n![a line](../figures/line.png)"),
+        new_markdown_cell(
+            "## 1 · A line\n\n```python\n## not a heading\n```\n\n![a line](../figures/line.png)", metadata=CORE
+        ),
         new_code_cell(plot, metadata={"tags": ["headline"]}),
+        new_markdown_cell("## 2 · Its ends", metadata={"tags": ["further"]}),
+        new_code_cell("ends = 0, 1"),
         new_code_cell(settings),
         new_markdown_cell("## Exercises"),
         *(cell for number in (1, 2, 3) for cell in exercise(number)),
+        new_markdown_cell("## Quiz"),
+        *(new_markdown_cell(QUIZ, metadata={"tags": ["quiz"]}) for _ in range(5)),
         new_markdown_cell("## What we saw"),
         new_code_cell('lesson.claim("it rises", 1, at_least=0)\nlesson.summary()'),
         new_markdown_cell("## In practice\n\nUse matplotlib."),
@@ -183,7 +196,10 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
     structure.sections_end_with_the_closing_ones: [
         lambda n: n.cells.pop(),
         lambda n: n.cells.insert(-1, n.cells.pop()),
-        lambda n: [n.cells.remove(cell_with(n, heading)) for heading in ("## A line", "## Exercises")],
+        lambda n: [
+            n.cells.remove(cell_with(n, heading))
+            for heading in ("## 1 · A line", "## 2 · Its ends", "## Exercises", "## Quiz")
+        ],
     ],
     structure.the_last_code_cell_before_in_practice_is_the_summary: [
         lambda n: n.cells.remove(cell_with(n, "lesson.summary()")),
@@ -192,6 +208,18 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
     ],
     structure.code_cells_are_short: [
         lambda n: cell_with(n, "print(").update(source="\n".join(["seed"] * 41)),
+    ],
+    structure.sections_are_core_or_further: [
+        lambda n: cell_with(n, "## 1 · A line").metadata.clear(),
+        lambda n: cell_with(n, "## 1 · A line").metadata.update(tags=["core", "further"]),
+        lambda n: n.cells.extend(new_code_cell("1") for _ in range(45)),
+    ],
+    structure.there_is_a_quiz_of_five_questions: [
+        lambda n: n.cells.remove(cell_with(n, "Which line")),
+        lambda n: n.cells.remove(cell_with(n, "## Quiz")),
+        lambda n: cell_with(n, "Which line").update(source=QUIZ.replace("- D. The other.\n", "")),
+        lambda n: cell_with(n, "Which line").update(source=QUIZ.replace("\n\nA. It", "\n\nIt")),
+        lambda n: cell_with(n, "Which line").update(source="Which line rises?"),
     ],
     structure.there_are_3_to_6_exercises_with_check_and_solution: [
         lambda n: cell_with(n, "raise Not").metadata.clear(),

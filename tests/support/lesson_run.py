@@ -2,20 +2,31 @@
 
 from pathlib import Path
 
+import nbformat
 from nbformat import NotebookNode
 
-from course.notebooks import output_text, read_notebook
+from course.notebooks import core_path, output_text, read_notebook
 from course.runner.jobs import finish, start, verdict
 from course.runner.report import Row
 
 
 def run_lesson(
-    notebook: Path, folder: Path, parameters: dict[str, object], cell_timeout: int = 300, timeout: int = 500
+    notebook: Path,
+    folder: Path,
+    parameters: dict[str, object],
+    cell_timeout: int = 300,
+    timeout: int = 500,
+    core: bool = False,
 ) -> tuple[NotebookNode, str]:
     """Execute the notebook into `folder` and assert that it passed; return it and all that its cells printed.
 
-    Both timeouts are in seconds. (`execute` watches standard input, and would end the process of the tests.)
+    With `core` its further sections are left out. Both timeouts are in seconds. (`execute` watches standard input,
+    and would end the process of the tests.)
     """
+    if core:
+        path = folder / notebook.name
+        nbformat.write(core_path(read_notebook(notebook)), path)
+        notebook = path
     row = Row(notebook.stem, key="")
     job = start(row, notebook, folder, {"parameters": parameters, "timeout": cell_timeout})
     try:

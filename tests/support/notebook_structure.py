@@ -22,6 +22,23 @@ from helpers.colab import SETUP_CELL, badge
 
 CLOSING = ["What we saw", "In practice", "Read on"]
 MAX_LINES, MAX_SECONDS, MAX_GIGABYTES = 40, 180, 3.0
+MAX_CORE_CELLS = 45  # code cells of the core path, without exercises
+QUIZ = re.compile(
+    r"\*\*.+\?\*\*\n\n(- [A-D]\. .+\n){4}\n<details><summary>Answer</summary>\n\n[A-D]\. .+\n\n</details>", re.DOTALL
+)
+# Lessons that were written before there were core sections and a quiz. A revised lesson leaves this list.
+WITHOUT_CORE_AND_QUIZ = (
+    "01_overview",
+    "02_prompting_and_rag",
+    "03_pretraining",
+    "04_scaling_laws",
+    "05_supervised_fine_tuning",
+    "06_peft",
+    "07_gpu_memory",
+    "08_rlhf",
+    "09_dpo",
+    "10_compression",
+)
 COMMON_NAMES = {"admin", "colab", "jovyan", "localhost", "root", "runner", "student", "ubuntu", "user"}
 PROMPT = re.compile(r"\b[\w.-]+@[\w.-]+:[~/]")  # user@host:~
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
@@ -182,7 +199,34 @@ def code_cells_are_short(notebook: NotebookNode, stem: str) -> Iterator[str]:
             yield f"code cell {number} has {lines} lines, more than {MAX_LINES}"
 
 
-# Exercises
+@convention
+def sections_are_core_or_further(notebook: NotebookNode, stem: str) -> Iterator[str]:
+    if stem in WITHOUT_CORE_AND_QUIZ:
+        return
+    for cell in notebook.cells:
+        title = cell.source.partition("\n")[0]
+        if cell.cell_type != "markdown" or not re.match(r"## \d+ · (?!Exercises)", title):
+            continue
+        if len({"core", "further"} & {*notebooks.tags(cell)}) != 1:
+            yield f"the heading {title!r} has not one of the tags core and further"
+    core = [c for c in code_cells(notebooks.core_path(notebook)) if not {"exercise", "check"} & {*notebooks.tags(c)}]
+    if len(core) > MAX_CORE_CELLS:
+        yield f"its core path has {len(core)} code cells, more than {MAX_CORE_CELLS}: tag a section further"
+
+
+# Exercises and quiz
+
+
+@convention
+def there_is_a_quiz_of_five_questions(notebook: NotebookNode, stem: str) -> Iterator[str]:
+    if stem in WITHOUT_CORE_AND_QUIZ:
+        return
+    questions = tagged(notebook, "quiz")
+    if len(questions) != 5 or "Quiz" not in sections(notebook):
+        yield f"it has {len(questions)} cells tagged quiz under a heading Quiz, expected five"
+    for number, cell in enumerate(questions, start=1):
+        if cell.cell_type != "markdown" or not QUIZ.fullmatch(cell.source):
+            yield f"question {number} is not a bold question, choices - A. to - D., and a folded answer with a reason"
 
 
 @convention
