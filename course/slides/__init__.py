@@ -1,10 +1,11 @@
 """Makes lecture slides from the notebooks: `python -m course slides export`, and the time plan of a lecture.
 
-The slides follow from the anatomy that all lessons share, so that a lesson needs no second text for them. Each section
-becomes a column: its question; from its text the first sentence of each paragraph, with all formulas, lists and tables;
-under a formula the first short function that computes it; every figure, with the claims printed below it; what was
-seen. The rest of the text stands in the speaker notes (key S). Other code and its printed tables are left out, and
-solutions and hints never appear. A cell can say otherwise: the tag `skip` leaves it out, `slide` shows it whole.
+The slides follow from the anatomy that all lessons share, so that a lesson needs no second text for them. They show the
+core path: sections tagged `further` are left out. Each section becomes a column: its question; from its text the first
+sentence of each paragraph, with all formulas, lists and tables; under a formula the first short function that computes
+it; every figure, with the claims printed below it; what was seen. The rest of the text stands in the speaker notes (key
+S). Other code and its printed tables are left out, and solutions and hints never appear. A cell can say otherwise: the
+tag `skip` leaves it out, `slide` shows it whole.
 
 nbconvert writes the pages; reveal.js and MathJax are copied beside them from installed packages, so that nothing is
 fetched while a lecture is held. The package knows nothing about what a notebook teaches.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from nbformat import NotebookNode
 
-from course.notebooks import tags
+from course.notebooks import core_path, tags
 from helpers.errors import CourseError
 
-NEVER_SHOWN = {"setup", "parameters", "check", "solution", "skip"}
+NEVER_SHOWN = {"setup", "parameters", "check", "solution", "quiz", "skip"}
 
 
 @dataclass
@@ -22,10 +22,10 @@ class Section:
 
 
 def sections(notebook: NotebookNode) -> list[Section]:
-    """The lesson's parts in order, without what is folded. A markdown cell that holds headings is divided at them."""
+    """The parts of the core path in order, without what is folded. A cell that holds headings is divided at them."""
     found = [Section("", [])]
-    for cell in notebook.cells:
-        if cell.cell_type != "markdown" or tags(cell):
+    for cell in core_path(notebook).cells:
+        if cell.cell_type != "markdown" or {*tags(cell)} - {"core"}:
             found[-1].cells.append(cell)
             continue
         open_text = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.DOTALL)

@@ -15,7 +15,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from course.notebooks import NOTEBOOKS, read_notebook, select_notebooks, tags
+from course.notebooks import NOTEBOOKS, core_path, read_notebook, select_notebooks, tags
 from course.slides.deck import deck
 from course.slides.export import export, package_file
 from course.slides.layout import ROOM, height, in_lines, pages
@@ -64,7 +64,7 @@ def everything(path: Path) -> str:
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_every_section_and_every_figure_of_a_lesson_has_a_slide(path):
-    notebook, text = read_notebook(path), everything(path)
+    notebook, text = core_path(read_notebook(path)), everything(path)
     for section in notebook_structure.sections(notebook):
         assert re.search(rf"^##+ {re.escape(section)}$", text, re.MULTILINE), section
     images = [image for cell in notebook.cells for image in figures(cell)]
@@ -167,6 +167,13 @@ def test_a_cell_tagged_skip_is_left_out_and_one_tagged_slide_is_shown_whole():
     shown = "\n".join(cell.source for cell in deck(small_lesson(*cells), "99_title").cells)
     assert "**Kept.** First sentence. Second sentence." in shown and "answer = 42" in shown
     assert "Gone" not in shown and "question = None" not in shown
+
+
+def test_further_sections_and_the_questions_of_the_quiz_are_left_out_and_the_next_core_section_is_back():
+    parts = [("## 1 · Kept", "core"), ("## 2 · Gone", "further"), ("## 3 · Back", "core"), ("**Asked?**", "quiz")]
+    cells = [new_markdown_cell(text, metadata={"tags": [tag]}) for text, tag in parts]
+    shown = "\n".join(cell.source for cell in deck(small_lesson(*cells), "99_title").cells)
+    assert [word for word in ("Kept", "Gone", "Back", "Asked") if word in shown] == ["Kept", "Back"]
 
 
 def test_a_slide_has_first_sentences_and_the_notes_have_the_whole_text():
