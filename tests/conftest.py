@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -18,6 +19,10 @@ TEXTS = [
     for town in ["Nori", "Kasumi", "Hata"]
     for age in range(20, 60)
 ]
+
+
+settings.register_profile("course", deadline=None)  # a busy machine is no failure
+settings.load_profile("course")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

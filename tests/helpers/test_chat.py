@@ -75,7 +75,7 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_character
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(instruction=TEXTS, answer=TEXTS)
 def test_the_labels_are_the_templates_own_assistant_mask(shima, instruction, answer):
     example = encode_chat(shima, instruction, answer)

@@ -113,7 +113,7 @@ def configs(draw):
     return AutoConfig.for_model(family, **(SIZES | values))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(configs())
 def test_the_number_of_parameters_is_that_of_the_real_model(config):
     assert ModelShape.from_config(config).num_parameters == meta_model(config).num_parameters()
@@ -435,7 +435,7 @@ def test_generation_needs_what_a_real_forward_pass_needs():
 # What would make it fit
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.sampled_from(["Qwen/Qwen2.5-1.5B", "google/gemma-2b", "llm-jp/llm-jp-3-1.8b", "meta-llama/Meta-Llama-3-8B"]),
     st.sampled_from(["T4", "RTX 4090", "A100-40GB", "H100-SXM"]),
@@ -479,7 +479,7 @@ def test_a_v100_holds_about_7_b_for_inference_and_about_1_b_for_training():
     assert not estimate_training("meta-llama/Llama-3.2-3B", **training).fits(v100)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["llm-jp/llm-jp-3-150m", "openai-community/gpt2", "EleutherAI/pythia-160m"]),
     st.sampled_from(METHODS),

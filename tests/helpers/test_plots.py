@@ -147,7 +147,7 @@ def test_more_series_than_colours_are_refused():
 # ---------------------------------------------------------------- curve
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=7), st.booleans())
 def test_the_names_at_the_right_never_overlap_and_stay_beside_the_axes(ends, long):
     names = [f"series {number}" + " with a long name" * (long and number % 2) for number in range(len(ends))]
