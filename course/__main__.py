@@ -15,6 +15,7 @@ COMMANDS = {  # name -> module, prefix of its two functions, what it does
     "refresh": ("course.runner.command", "refresh_", "run, and write outputs, budgets and figures to the repository"),
     "sync": ("course.twins", "", "bring notebooks and their sources in line"),
     "claims": ("course.claims", "", "fill the ledger of claims"),
+    "progress": ("course.progress", "", "what is solved, and a certificate"),
     "student": ("course.student", "", "write the edition without solutions"),
     "grade": ("course.grading", "", "run the checks on handed-in notebooks"),
     "slides": ("course.slides", "", "lecture slides and time plan from the notebooks"),

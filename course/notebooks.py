@@ -17,6 +17,7 @@ from helpers.profiles import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 BUDGET = re.compile(r"cpu [\d.]+ s · [\d.]+ GB")  # the measured part of a notebook's header
+EXERCISE = re.compile(r"\bcheck\(\s*[\"']([\d.]+)[\"']")  # the number of an exercise, in its check cell
 PROGRESS_BAR = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's "[elapsed<remaining, rate]"
 # A path that only this machine has; one in a URL or below another folder is not meant.
 MACHINE_PATH = re.compile(

@@ -6,23 +6,32 @@
     check("3.1", checker, merge_pair)
 
 A checker calls the student's function and states what must come out; the first statement that fails ends it. It
-knows nothing about any exercise: those stand in the notebooks.
+knows nothing about any exercise: those stand in the notebooks. In a notebook the result of an attempt is also written
+to build/progress.json, which `python -m course progress` reads; it never leaves the machine.
 """
 
+import datetime
 import dis
+import json
 import linecache
 import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Number
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from IPython import get_ipython
 
 from helpers.errors import CourseError
+from helpers.files import write_atomically
+from helpers.profiles import ROOT
+
+PROGRESS = ROOT / "build" / "progress.json"  # number of an exercise -> its status, and the day it was reached
 
 _passed = 0  # expectations met in the check that is running
 
@@ -69,7 +78,36 @@ def check(number: str, checker: Callable[..., None], *attempts: Any) -> CheckRes
             raise CourseError(f"The check of exercise {number} expects nothing: call expect_equal or the like in it.")
         result = CheckResult(number, "correct", f"correct ({_passed} check{'s' if _passed > 1 else ''})")
     print(result)
+    if get_ipython() is not None and result.status != "not attempted":
+        _remember(result)
     return result
+
+
+def read_progress(path: Path = PROGRESS) -> dict[str, dict[str, str]]:
+    """Exercises that were attempted, number -> {"status": "correct" or "not yet", "day": "2026-11-27"}.
+
+    Empty without the file. CourseError if it is damaged; it is left alone.
+    """
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+        progress = json.loads(text)
+        return {str(number): {key: str(entry[key]) for key in ("status", "day")} for number, entry in progress.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        raise CourseError(f"{path.name} is damaged: delete it, and run the checks that you had solved again.") from None
+
+
+def _remember(result: CheckResult) -> None:
+    """Write the result of an attempt down; what was once correct stays so. Without a place to write nothing is kept."""
+    try:
+        progress = read_progress(PROGRESS)
+        if progress.get(result.number, {}).get("status") != "correct":
+            progress[result.number] = {"status": result.status, "day": datetime.date.today().isoformat()}
+            PROGRESS.parent.mkdir(exist_ok=True)
+            write_atomically(PROGRESS, json.dumps(progress, indent=1))
+    except CourseError as error:
+        print(error)
+    except OSError:
+        pass
 
 
 def expect_equal(call: str, actual: Any, expected: Any) -> None:

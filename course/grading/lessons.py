@@ -10,11 +10,9 @@ from pathlib import Path
 from nbformat import NotebookNode
 
 from course.grading.session import Settings
-from course.notebooks import read_notebook, tags
+from course.notebooks import EXERCISE, read_notebook, tags
 from course.runner.keys import lesson_key
 from helpers.errors import CourseError
-
-NUMBER = re.compile(r"\bcheck\(\s*[\"']([\d.]+)[\"']")  # of an exercise, in its check cell
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def read_lesson(path: Path, hidden: Path | None, settings: Settings) -> Lesson:
         if "exercise" in tags(cell):
             stub = cell
         elif "check" in tags(cell) and stub:
-            if not (found := NUMBER.search(cell.source)):
+            if not (found := EXERCISE.search(cell.source)):
                 raise CourseError(f"{path.name}: a check cell calls no check(number, ...): mend it.")
             checks = [(found[1], cell.source)]
             if parameters := checkers.pop(found[1], None):
