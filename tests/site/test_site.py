@@ -377,3 +377,17 @@ def test_the_form_says_what_is_wrong_with_an_entry(site, page, name, value, said
     enter(page.locator(f"[name={name}]"), value)
     assert said in page.locator("#calculator-result [role=alert]").inner_text()
     assert not page.wrong
+
+
+def test_further_sections_are_folded_and_a_link_into_one_opens_it(site, page):
+    def further(path: Path) -> int:
+        return sum("further" in notebooks.tags(cell) for cell in notebooks.read_notebook(path).cells)
+
+    path = max(NOTEBOOKS, key=further)
+    address = (site / f"notebooks/{path.stem}.html").as_uri()
+    page.goto(address)
+    folds = page.locator("section > details.further")
+    assert folds.count() == further(path) > 0
+    assert not any(fold.evaluate("fold => fold.open") for fold in folds.all())
+    page.goto(f"{address}#{folds.first.evaluate('fold => fold.parentElement.id')}")
+    assert folds.first.evaluate("fold => fold.open") and not folds.last.evaluate("fold => fold.open")
