@@ -532,7 +532,7 @@ def network_bytes(network: nn.Module) -> tuple[int, int]:
 
 
 # %%
-def seconds_per_step(network: nn.Module, repeats: int = 2) -> float:
+def seconds_per_step(network: nn.Module, repeats: int = lesson.scaled(2, 1)) -> float:
     """Mean time of a training step of a copy, after one to warm up."""
     trial = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(trial.parameters())
