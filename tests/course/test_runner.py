@@ -189,15 +189,16 @@ def test_the_key_changes_with_what_the_lesson_reaches_and_with_nothing_else(tmp_
         "helpers/used.py": "from helpers.package import name",
         "helpers/package/__init__.py": "from helpers.package.inner import name",
         "helpers/package/inner.py": "import os",
-        "helpers/late.py": "1",
+        "helpers/late.py": 'folder = "model"',
         "helpers/command/__init__.py": "",
         "helpers/command/__main__.py": "1",
         "recipes/recipe.py": "1",
         "data/model/weights": "1",
+        "data/table.json": "1",
         "requirements.txt": "1",
         "constraints.txt": "1",
     }
-    others = ["helpers/unused.py", "course/slides.py", "data/claims.json", "data/README.md"]
+    others = ["helpers/unused.py", "course/slides.py", "data/claims.json", "data/other/weights", "data/model/README.md"]
     for name, text in [*sources.items(), *((name, "1") for name in others)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -205,7 +206,7 @@ def test_the_key_changes_with_what_the_lesson_reaches_and_with_nothing_else(tmp_
         tmp_path / "notebooks" / "03_a.ipynb",
         "from helpers import used\n%matplotlib inline",
         'def later():\n    import helpers.late\n\n\ncommand = ["-m", "helpers.command"]',
-        "from recipes.recipe import x",
+        'from recipes.recipe import x\n\nopen("data/table.json")',
     )
     seen = {key := lesson_key(notebook, root=tmp_path)}
     for name in others:
