@@ -34,7 +34,6 @@ WITHOUT_CORE_AND_QUIZ = (
     "04_scaling_laws",
     "05_supervised_fine_tuning",
     "06_peft",
-    "07_gpu_memory",
     "08_rlhf",
     "09_dpo",
     "10_compression",
