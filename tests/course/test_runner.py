@@ -379,7 +379,8 @@ def test_refresh_writes_the_measured_budget(refreshed) -> None:
     measured, budget = row(folder / "out", "01_lesson"), notebook.metadata.workbook.budget
     assert budget.cpu == {"seconds": round(measured["seconds"]), "gib": round(measured["gib"], 2)}
     assert budget.t4 == {"seconds": 60, "gib": 2}
-    assert f"cpu {budget.cpu.seconds} s · {budget.cpu.gib * 2**30 / 1e9:.1f} GB | t4" in notebook.cells[0].source
+    measured = f"cpu {budget.cpu.seconds} s · {budget.cpu.gib * 2**30 / 1e9:.1f} GB"
+    assert f"{measured} | core 5 min, all 5 min | exercises 0 min | t4" in notebook.cells[0].source
     assert notebook.metadata.workbook.source_hash == notebooks.source_hash(notebook)
 
 
@@ -469,15 +470,17 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
 def test_list_shows_lessons_budget_and_prerequisites(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(["list", "--notebooks", str(folder)])
     first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == ["01", "first", "-", "-", "after", "-"]
-    assert second.split() == ["02", "Second", "steps", "1.5", "min", "1.1", "GB", "after", "01"]
+    study = "core 5 min, all 5 min | exercises 0 min"
+    assert first.split() == ["01", "first", "-", "-", *study.split(), "after", "-"]
+    assert second.split() == ["02", "Second", "steps", "1.5", "min", "1.1", "GB", *study.split(), "after", "01"]
 
 
 def test_list_as_markdown_is_a_table_with_links_and_badges(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(["list", "--notebooks", str(folder), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and {line.count("|") for line in lines} == {7}
-    assert lines[3].startswith("| 02 | [Second steps](notebooks/02_second.ipynb) | 1.5 min | 1.1 GB | 01 | [![Open in")
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {8}
+    begin = "| 02 | [Second steps](notebooks/02_second.ipynb) | 1.5 min | 1.1 GB | core 5 min, all 5 min; exercises 0 min | "
+    assert lines[3].startswith(f"{begin}01 | [![Open in")
 
 
 def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:

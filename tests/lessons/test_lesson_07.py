@@ -132,7 +132,9 @@ def test_the_check_of_the_predicted_peak_finds_moments_that_sgd_does_not_have(le
         planted(source, " - 2 * 4 * count_parameters(config)", ""),
         planted(source, "- 2 * 4 *", "- 4 *"),
         planted(source, "- 2 * 4 *", "- 3 * 4 *"),
-        planted(source, "max(peak_bytes(config, 4, batch, seq).values())", 'peak_bytes(config, 4, batch, seq)["update"]'),
+        planted(
+            source, "max(peak_bytes(config, 4, batch, seq).values())", 'peak_bytes(config, 4, batch, seq)["update"]'
+        ),
     ]
     prove_check(EXERCISES["7.6"], lesson, wrong)
 
