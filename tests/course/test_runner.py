@@ -479,7 +479,8 @@ def test_list_as_markdown_is_a_table_with_links_and_badges(folder: Path, capsys:
     main(["list", "--notebooks", str(folder), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and {line.count("|") for line in lines} == {8}
-    begin = "| 02 | [Second steps](notebooks/02_second.ipynb) | 1.5 min | 1.1 GB | core 5 min, all 5 min; exercises 0 min | "
+    begin = "| 02 | [Second steps](notebooks/02_second.ipynb) | 1.5 min | 1.1 GB | "
+    begin += "core 5 min, all 5 min; exercises 0 min | "
     assert lines[3].startswith(f"{begin}01 | [![Open in")
 
 

@@ -1,4 +1,4 @@
-"""The minutes of a lesson follow from its words, lines, figures and exercises, and the core path leaves the rest out."""
+"""The minutes of a lesson follow from its words, lines, figures and exercises; core is without further sections."""
 
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
