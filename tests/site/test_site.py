@@ -1,6 +1,7 @@
 """The book as a reader meets it: built once, its HTML read as text, then every page opened in a browser."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -75,11 +76,24 @@ def test_every_lesson_document_and_model_card_has_a_page_that_the_contents_list(
     expected = {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
     for pattern in ("docs/*.md", "data/*/README.md"):
         expected |= {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob(pattern)}
-    expected |= {"index.html", "lesson_map.html", "claims.html", "memory_calculator.html", "search.html"}
+    expected |= {
+        "index.html",
+        "lesson_map.html",
+        "glossary.html",
+        "claims.html",
+        "memory_calculator.html",
+        "search.html",
+    }
     assert expected <= pages.keys()
     assert {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob("docs/*/*.md")} <= pages.keys()
     listed = {link["href"] for link in pages["index.html"].select("nav.bd-links a[href]")}
     assert expected - {"index.html", "search.html"} <= listed
+
+
+def test_programs_that_read_find_every_lesson(site):
+    text = (site / "llms.txt").read_text(encoding="utf-8")
+    found = re.findall(r"^- \[.+?\]\((.+?)\)(?:: .{40,})?$", text, re.MULTILINE)
+    assert len(found) == len(NOTEBOOKS) + 1 and all((site / path).is_file() for path in found)
 
 
 def test_links_and_anchors_resolve_and_nothing_is_loaded_from_elsewhere(site, pages):
