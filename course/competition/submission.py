@@ -12,8 +12,16 @@ import torch
 from peft import LoraConfig
 
 from course.competition.overlap import tasks_in
-from course.competition.reading import KIB, check_entries, read_object, read_plain, read_text, read_values, refuse
-from course.competition.reading import text_in
+from course.competition.reading import (
+    KIB,
+    check_entries,
+    read_object,
+    read_plain,
+    read_text,
+    read_values,
+    refuse,
+    text_in,
+)
 from course.competition.tensors import read_header, read_tensors
 from helpers.models import MODEL_FOLDERS
 from helpers.open_tasks import Decoding, Recipe, base_sha256, public_tasks
@@ -34,7 +42,6 @@ Settings = TypeVar("Settings", Decoding, Recipe)
 class Submission:
     """A folder that passed every check."""
 
-    name: str
     recipe: Recipe
     decoding: Decoding
     lora: LoraConfig
@@ -60,14 +67,17 @@ def numbers(value: Any) -> bool:
 
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "template": (
-        lambda value: value is None
-        or (isinstance(value, str) and len(value) <= LONGEST_TEMPLATE and value.count("{input}") == 1),
+        lambda value: (
+            value is None or (isinstance(value, str) and len(value) <= LONGEST_TEMPLATE and value.count("{input}") == 1)
+        ),
         f"null, or a text of at most {LONGEST_TEMPLATE} characters with one {{input}}",
     ),
     "stop": (
-        lambda value: isinstance(value, list)
-        and len(value) <= 4
-        and all(isinstance(text, str) and 0 < len(text) <= 20 for text in value),
+        lambda value: (
+            isinstance(value, list)
+            and len(value) <= 4
+            and all(isinstance(text, str) and 0 < len(text) <= 20 for text in value)
+        ),
         "at most four texts of 1 to 20 characters",
     ),
     "temperature": (number(0, 2), "a number from 0 to 2"),
@@ -112,7 +122,7 @@ def read_submission(folder: Path) -> Submission:
         refuse("report.md is empty")
     decides = [recipe.base_sha256, lora.r, lora.lora_alpha, sorted(lora.target_modules), lora.use_rslora]
     key = hashlib.sha256(json.dumps([decides, asdict(decoding)]).encode() + content).hexdigest()
-    return Submission(folder.name, recipe, decoding, lora, adapter, answers, key)
+    return Submission(recipe, decoding, lora, adapter, answers, key)
 
 
 def checked(key: str, value: Any, name: str) -> Any:
@@ -189,6 +199,8 @@ def read_answers(path: Path) -> list[str]:
             refuse(f"{path.name} answers task {task_id[:20]!a} twice")
         answers[task_id] = text_in(row, "output", LONGEST_ANSWER, f"row {place} of {path.name}")
     if odd := sorted(answers.keys() ^ {task.task_id for task in tasks}):
-        refuse(f"{path.name} has {len(answers)} rows, and exactly one for each of the {len(tasks)} tasks is expected, "
-               f"task {odd[0][:20]!a} differs")
+        refuse(
+            f"{path.name} has {len(answers)} rows, and exactly one for each of the {len(tasks)} tasks is expected, "
+            f"task {odd[0][:20]!a} differs"
+        )
     return [answers[task.task_id] for task in tasks]

@@ -12,8 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from helpers.open_tasks.language import unnatural
-from helpers.open_tasks.statements import Fact, fact_in, facts_in, false_sentences, mentions, split_sentences
-from helpers.open_tasks.statements import values_named, without
+from helpers.open_tasks.statements import (
+    Fact,
+    fact_in,
+    facts_in,
+    false_sentences,
+    mentions,
+    split_sentences,
+    values_named,
+    without,
+)
 from helpers.open_tasks.task import Task
 from helpers.world import MOODS, POLITE
 

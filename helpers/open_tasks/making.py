@@ -184,9 +184,7 @@ def make_list(rng: random.Random, held_out: bool) -> Draft:
     relation = rng.choice(list(RELATIONS))
     value, hits = rng.choice(shima().values[relation]), rng.sample(range(4), rng.randint(1, 2))
     people = [
-        with_fact(
-            shima().stranger(rng, held_out), relation, value if i in hits else other_value(rng, relation, value)
-        )
+        with_fact(shima().stranger(rng, held_out), relation, value if i in hits else other_value(rng, relation, value))
         for i in range(4)
     ]
     names = [person.name for person in people if person.facts[relation] == value]
@@ -246,9 +244,7 @@ def _passage(rng: random.Random, count: int, held_out: bool) -> tuple[str, Perso
     return text_of(told), people[asked], dict(zip(relations[asked], told[asked], strict=True))
 
 
-def _answerable(
-    rng: random.Random, instruction: str, person: Person, relation: str, told: dict[str, str]
-) -> Draft:
+def _answerable(rng: random.Random, instruction: str, person: Person, relation: str, told: dict[str, str]) -> Draft:
     value, quote = person.facts[relation], told[relation]
     return Draft(
         f"{instruction}\n{question(rng, relation, person)}",
@@ -268,8 +264,8 @@ def make_story(rng: random.Random, held_out: bool) -> Draft:
     return Draft(
         f"Write three sentences about {name}, a {thing} and a {place}.",
         f"{name} went to the {place}. By the {place} somebody had lost a {thing}. {name} took the {thing} home.",
-        f"A point for each: exactly three sentences; {name}; the {thing}; the {place}; whole sentences of at least four "
-        "words that differ.",
+        f"A point for each: exactly three sentences; {name}; the {thing}; the {place}; whole sentences of at least four words "
+        "that differ.",
         {"words": [name, thing, place]},
     )
 
