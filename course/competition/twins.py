@@ -10,6 +10,7 @@ import torch
 from course.competition.submission import Submission
 
 EQUAL = 0.99  # cosine of the updates B A
+HALF = 0.5  # share of wrong answers that are the same, below which no pair is named: a common base makes some equal
 LEVEL = 0.01  # chance of naming any pair of a class in which answers are shared at the base rate
 
 
@@ -66,6 +67,6 @@ def twins(submissions: Sequence[Submission], answers: Sequence[Sequence[str]], g
         similarity = cosine(submissions[i], submissions[j])
         if similarity > EQUAL:
             found.append((i, j, f"equal adapters (cosine {similarity:.3f})"))
-        elif binomial_tail(same, both, base_rate) < LEVEL / len(shared):
+        elif same > HALF * both and binomial_tail(same, both, base_rate) < LEVEL / len(shared):
             found.append((i, j, f"{same} of {both} wrong answers are the same; most pairs share {base_rate:.0%}"))
     return found

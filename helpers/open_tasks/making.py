@@ -264,8 +264,8 @@ def make_story(rng: random.Random, held_out: bool) -> Draft:
     return Draft(
         f"Write three sentences about {name}, a {thing} and a {place}.",
         f"{name} went to the {place}. By the {place} somebody had lost a {thing}. {name} took the {thing} home.",
-        f"A point for each: exactly three sentences; {name}; the {thing}; the {place}; whole sentences of at least four words "
-        "that differ.",
+        f"A point for each: exactly three sentences; {name}; the {thing}; the {place}; whole sentences of at least "
+        "four words that differ.",
         {"words": [name, thing, place]},
     )
 
