@@ -28,6 +28,8 @@ def check_entries(folder: Path, needed: set[str], ignored: set[str]) -> None:
                 refuse(f"{entry.name!a} is a link: hand in the file itself")
             if entry.name not in needed | ignored:
                 refuse(f"{entry.name!a} does not belong to a submission: take it out")
+            if entry.name != "adapter" and not entry.is_file(follow_symlinks=False):
+                refuse(f"{entry.name} is not a plain file")
             missing.discard(entry.name)
     if missing:
         refuse(f"{sorted(missing)[0]} is missing")
