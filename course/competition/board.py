@@ -18,7 +18,7 @@ from course.competition.ladder import Shown, climb
 from course.competition.log import append, read_log
 from course.competition.page import page
 from course.competition.ranking import Standing, standings
-from course.competition.submission import Submission, read_submission
+from course.competition.submission import IGNORED, Submission, read_submission
 from course.competition.twins import twins
 from course.grading.report import plain
 from course.grading.submissions import readable
@@ -70,7 +70,7 @@ def examine(folder: Path, work: Callable[[Path], Found]) -> Iterator[tuple[str, 
     if not folder.is_dir():
         raise CourseError(f"{folder} is no folder: give the one that holds a folder for each submission.")
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith("."):
+        if path.name not in IGNORED:
             yield attempt(path, work)
 
 
