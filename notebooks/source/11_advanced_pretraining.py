@@ -823,8 +823,7 @@ for name, runs in recall.items():
 short = min(run[asked.index(4)] for run in recall["delta, delta"])
 gain = min(mixed[-1] - pure[-1] for mixed, pure in
            zip(recall["delta, attention"], recall["delta, delta"], strict=True))  # fmt: skip
-lesson.claim("two delta layers recall at least 90 % of short lists (4 pairs, worst of 3 seeds)",
-             short, at_least=0.9, form=".0%")  # fmt: skip
+lesson.report("short lists (4 pairs) that two delta layers recall, worst of 3 seeds", short, form=".0%")
 lesson.claim("with attention in one of two layers at least 30 points more of 32 pairs are recalled",
              gain, at_least=0.3, form=".0%")  # fmt: skip
 
@@ -843,7 +842,7 @@ plots.show(figure, alt="Recall over pairs in the list: attention and the hybrid 
            "delta layers fall for long lists.")  # fmt: skip
 
 # %% [markdown]
-# Two delta layers learn the task, and lose long lists, those of 32 pairs even more than those they were trained on. With attention in one layer next to nothing is lost, and there is a cache in one layer of two. Large models with states are such hybrids: in Qwen3-Next three layers of four are of the delta kind. What such a toy cannot show is how many attention layers a real model needs; that is found by training some.
+# Two delta layers learn the task in most runs (one training seed in a while stays behind even on short lists, as the print shows), and lose long lists, those of 32 pairs even more than those they were trained on. With attention in one layer next to nothing is lost, and there is a cache in one layer of two. Large models with states are such hybrids: in Qwen3-Next three layers of four are of the delta kind. What such a toy cannot show is how many attention layers a real model needs; that is found by training some.
 
 # %% [markdown] tags=["core"]
 # ## 5 · A mixture of experts
@@ -1080,7 +1079,7 @@ for name, (load, loss) in loads.items():
     print(f"{name:<15} largest load {load[0]:.2f}, smallest {load[-1]:.2f}; loss {loss:.3f}")
 figure = plots.curve(
     {name: (range(1, EXPERTS + 1), load) for name, (load, _) in loads.items()},
-    title="Balancing flattens the load of the experts",
+    title="The load of the experts, with and without balancing",
     xlabel="experts, the busiest first", ylabel="load (1 = an equal share of the tokens)",
     references={"equal share": 1.0},
 )  # fmt: skip
@@ -1089,12 +1088,11 @@ plots.show(figure, alt="Load of eight experts, sorted: without balancing from fa
 excess = share.max().item() - 1  # of the busiest expert before the training
 gone = {name: 1 - (load[0] - 1) / excess for name, (load, _) in loads.items()}
 print("extra load of the busiest expert taken away:", {name: f"{x:.0%}" for name, x in gone.items()})
-lesson.claim("a bias takes away at least half of the extra load of the busiest expert",
-             gone["bias"], at_least=0.5, control=gone["no balancing"], form=".0%")  # fmt: skip
-lesson.report("extra load taken away by the balancing loss", gone["balancing loss"], form=".0%")
+for name, part in gone.items():
+    lesson.report(f"extra load of the busiest expert taken away: {name}", part, form=".0%")
 
 # %% [markdown]
-# Both kinds of balancing flatten the load of held-out text, and the losses of the three runs are close together. So this shows balance, and not a gain in loss: experts that begin alike need many tokens to become different. (Some models add a *z-loss* on the router, the mean of $(\log \sum_e e^{x_e})^2$ over tokens, so that its logits $x$ stay small: Zoph et al. 2022.)
+# Compare the three lines with the load before training. How much each kind of balancing takes away depends on the seed in a run of so few steps, and now and then it takes away nothing; at scale both work, since they have thousands of steps. The losses of the three runs are close together: this is about balance, and not about loss. Experts that begin alike need many tokens to become different. (Some models add a *z-loss* on the router, the mean of $(\log \sum_e e^{x_e})^2$ over tokens, so that its logits $x$ stay small: Zoph et al. 2022.)
 
 # %% [markdown] tags=["further"]
 # ## 6 · Two tokens at a time
@@ -2367,8 +2365,9 @@ for axes, (kind, by_width) in zip(figure.subplots(1, 2, sharey=True), transfer.i
 figure.axes[0].set_ylabel("held-out loss (nats per token)")
 figure.axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
 figure.suptitle("With muP the best learning rate stays where it is", fontweight="bold", x=0.01, ha="left")
-plots.show(figure, alt="Loss against learning rate for three widths, in two panels. In the standard parametrisation the "
-    "minimum moves to lower rates as the width grows; with muP the minima stand above each other.")  # fmt: skip
+alt = "Loss against learning rate for three widths, in two panels. In the standard parametrisation the "
+alt += "minimum moves to lower rates as the width grows; with muP the minima stand above each other."
+plots.show(figure, alt)
 
 # %% [markdown]
 # **What you see.** The stars of the left panel move to the left as the model becomes wider; those of the right panel stay together. The rate found at width 16 is wrong for width 128 in the standard parametrisation, by as many nats as the table says, and right with muP. Nothing was gained at the *best* rate of each width: muP saves the search, not the loss. (What transfers is the rate over widths. Depth, batch and length of the run have rules of their own.)
@@ -2414,8 +2413,12 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
         theirs.grad = gradient.clone()
         optimizer.step()
     lesson.equal("three steps of Muon are those of torch.optim.Muon", (ours - theirs).abs().max().item(), within=1e-5)
-values = {name: torch.linalg.svdvals(each.float()) for name, each in
-          {"the gradient": gradients_seen[0], "Adam's first step": gradients_seen[0].sign(), "Muon's": orthogonalised(gradients_seen[0])}.items()}  # fmt: skip
+first_steps = {
+    "the gradient": gradients_seen[0],
+    "Adam's first step": gradients_seen[0].sign(),
+    "Muon's": orthogonalised(gradients_seen[0]),
+}
+values = {name: torch.linalg.svdvals(each.float()) for name, each in first_steps.items()}
 for name, each in values.items():
     print(f"{name}: singular values from {each.min():.3g} to {each.max():.3g}")
 shares = [(each.min() / each.max()).item() for each in values.values()]
