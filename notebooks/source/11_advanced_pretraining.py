@@ -1487,9 +1487,14 @@ def run_processes(parts: Sequence[Callable], ways: Sequence[str], processes: int
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*torchrun, "parallel.py", "found.json", *ways]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LESSON_SEED": str(seed)}
-    done = subprocess.run(command, cwd=BUILD, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise CourseError(f"The processes failed: {done.stderr[:3000]}")
+    torchrun_process = subprocess.Popen(command, cwd=BUILD, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = torchrun_process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        torchrun_process.terminate()  # it ends its processes too
+        _, said = torchrun_process.communicate()
+    if torchrun_process.returncode:
+        raise CourseError(f"The processes failed: {said[:3000]}")
     return json.loads((BUILD / "found.json").read_text())
 
 

@@ -1447,7 +1447,7 @@ plots.show(figure, alt="Error against the number of examples, bands over three s
            "models trained on many tasks above it. dMMSE and the models trained on few tasks stay high.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it *recognises*: it finds the known task that fits best, and is wrong on all others, however many examples it sees. After rich pretraining it *learns*: its error falls with each example on tasks it has never met. The table also shows that it does not reach ridge in this short training. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is as poor as can be. With `FEW = 4` tasks around the circle the models lie between the two estimators: try it.
+# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it *recognises*: it finds the known task that fits best, and is wrong on all others, however many examples it sees. After rich pretraining it *learns*: its error falls with each example on tasks it has never met. The table also shows that it does not reach ridge in this short training. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is as poor as can be. Four tasks were tried first, and then the claim did not hold: with `FEW = 4` the models lie between the two estimators. Try it, and read the claim as one about two opposite tasks.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Bayes with ambiguous examples, and where a task vector lives
