@@ -1685,7 +1685,9 @@ plots.show(figure, alt="Features held against how often a feature is there, band
            "stay on the dashed line of five at each density; with ReLU the line rises from five to more than three "
            "times as many as features get rare.")  # fmt: skip
 dense_gap = (held[0] - NUMBERS).abs().max()
-lesson.report("dense features held beyond, or short of, the number of numbers, worst seed", dense_gap.item(), form=".0f")
+lesson.report(
+    "dense features held beyond, or short of, the number of numbers, worst seed", dense_gap.item(), form=".0f"
+)
 sparse = DENSITIES.index(0.05)
 per_number, linear_per_number = held[sparse].min() / NUMBERS, linear_held[sparse].max() / NUMBERS
 lesson.claim("each seed holds at least 1.5 features a number where a feature is there in 5 %",
