@@ -1038,7 +1038,7 @@ share = torch.bincount(chosen.flatten(), minlength=EXPERTS) / chosen.numel() * E
 print("load of the experts, 1 is an equal share:", " ".join(f"{x:.2f}" for x in share.tolist()))
 
 # %% [markdown]
-# The logits stay, and the load is unequal from the start: a random router has its favourites. Now train the layer in three ways: without balancing, with the loss, and with DeepSeek's bias (Wang et al. 2024). The bias is moved by hand after each step, up for experts with less than their share and down for those with more; by 0.02, since there are only few steps (DeepSeek takes 0.001). The expert whose device has most to do is the one all others wait for, so measure the largest load.
+# The logits stay, and the load is unequal from the start: a random router has its favourites. Now train the layer in three ways: without balancing, with the loss, and with DeepSeek's bias (Wang et al. 2024). The bias is moved by hand after each step, up for experts with less than their share and down for those with more; by 0.02, since there are only few steps. The expert whose device has most to do is the one all others wait for, so measure the largest load.
 
 # %%
 MOE_STEPS = lesson.scaled(30)
@@ -1201,7 +1201,7 @@ print(f"with the block's own work, {block_cost:.0%} of the model's layers, that 
       f"{per_pass['trained block'] / (1 + block_cost):.2f} tokens for the work of one pass")  # fmt: skip
 
 # %% [markdown]
-# The text is the same, and a pass brings more than one token. In a model of few layers the block's own work eats much of the gain, as the last line says; with 61 layers it would be a sixtieth. DeepSeek-V3's report gives 85 to 90 % of the drafts accepted, and 1.8 times the tokens per second (2024, section 5.4.3).
+# The text is the same, and a pass brings more than one token. In a model of few layers the block's own work eats much of the gain, as the last line says; in a deep model it is a small part. DeepSeek-V3's report gives 85 to 90 % of the drafts accepted, and 1.8 times the tokens per second (2024, section 5.4.3).
 
 # %% [markdown] tags=["core"]
 # ## 7 · Many processes
