@@ -823,8 +823,7 @@ for name, runs in recall.items():
 short = min(run[asked.index(4)] for run in recall["delta, delta"])
 gain = min(mixed[-1] - pure[-1] for mixed, pure in
            zip(recall["delta, attention"], recall["delta, delta"], strict=True))  # fmt: skip
-lesson.claim("two delta layers recall at least 90 % of short lists (4 pairs, worst of 3 seeds)",
-             short, at_least=0.9, form=".0%")  # fmt: skip
+lesson.report("short lists (4 pairs) that two delta layers recall, worst of 3 seeds", short, form=".0%")
 lesson.claim("with attention in one of two layers at least 30 points more of 32 pairs are recalled",
              gain, at_least=0.3, form=".0%")  # fmt: skip
 
@@ -843,7 +842,7 @@ plots.show(figure, alt="Recall over pairs in the list: attention and the hybrid 
            "delta layers fall for long lists.")  # fmt: skip
 
 # %% [markdown]
-# Two delta layers learn the task, and lose long lists, those of 32 pairs even more than those they were trained on. With attention in one layer next to nothing is lost, and there is a cache in one layer of two. Large models with states are such hybrids: in Qwen3-Next three layers of four are of the delta kind. What such a toy cannot show is how many attention layers a real model needs; that is found by training some.
+# Two delta layers learn the task in most runs (one training seed in a while stays behind even on short lists, as the print shows), and lose long lists, those of 32 pairs even more than those they were trained on. With attention in one layer next to nothing is lost, and there is a cache in one layer of two. Large models with states are such hybrids: in Qwen3-Next three layers of four are of the delta kind. What such a toy cannot show is how many attention layers a real model needs; that is found by training some.
 
 # %% [markdown] tags=["core"]
 # ## 5 · A mixture of experts
@@ -889,8 +888,8 @@ def balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 
 torch.manual_seed(seed)
-sizes = {"hidden_size": 32, "num_experts_per_tok": 2, "num_local_experts": 8}
-block = mixtral.MixtralSparseMoeBlock(MixtralConfig(**sizes, intermediate_size=48))
+small_moe = {"hidden_size": 32, "num_experts_per_tok": 2, "num_local_experts": 8}
+block = mixtral.MixtralSparseMoeBlock(MixtralConfig(**small_moe, intermediate_size=48))
 for weights in block.parameters():
     nn.init.normal_(weights.requires_grad_(False), std=0.3)
 hidden = torch.randn(2, 9, 32)  # (batch, seq, hidden_size)
@@ -971,9 +970,8 @@ lesson.claim("for about the same work eight experts remember at least 30 points 
 # DeepSeek-V3's mixture differs from Mixtral's in three things. It takes a sigmoid for each expert in place of the softmax, it chooses by the score *plus a bias* that the weights do not see, and it adds one *shared expert* that all tokens pass.
 
 # %%
-sizes |= {"moe_intermediate_size": 48, "n_group": 1, "topk_group": 1}
 torch.manual_seed(seed)
-deep = deepseek.DeepseekV3MoE(DeepseekV3Config(**sizes))
+deep = deepseek.DeepseekV3MoE(DeepseekV3Config(**small_moe, moe_intermediate_size=48, n_group=1, topk_group=1))
 for weights in [*deep.parameters(), deep.gate.e_score_correction_bias]:
     nn.init.normal_(weights.requires_grad_(False), std=0.3)
 scores = (tokens @ deep.gate.weight.mT).sigmoid()  # (tokens, E)
@@ -1039,7 +1037,7 @@ share = torch.bincount(chosen.flatten(), minlength=EXPERTS) / chosen.numel() * E
 print("load of the experts, 1 is an equal share:", " ".join(f"{x:.2f}" for x in share.tolist()))
 
 # %% [markdown]
-# The logits stay, and the load is unequal from the start: a random router has its favourites. Now train the layer in three ways: without balancing, with the loss, and with DeepSeek's bias (Wang et al. 2024). The bias is moved by hand after each step, up for experts with less than their share and down for those with more; by 0.02, since there are only few steps (DeepSeek takes 0.001). The expert whose device has most to do is the one all others wait for, so measure the largest load.
+# The logits stay, and the load is unequal from the start: a random router has its favourites. Now train the layer in three ways: without balancing, with the loss, and with DeepSeek's bias (Wang et al. 2024). The bias is moved by hand after each step, up for experts with less than their share and down for those with more; by 0.02, since there are only few steps. The expert whose device has most to do is the one all others wait for, so measure the largest load.
 
 # %%
 MOE_STEPS = lesson.scaled(30)
@@ -1080,7 +1078,7 @@ for name, (load, loss) in loads.items():
     print(f"{name:<15} largest load {load[0]:.2f}, smallest {load[-1]:.2f}; loss {loss:.3f}")
 figure = plots.curve(
     {name: (range(1, EXPERTS + 1), load) for name, (load, _) in loads.items()},
-    title="Balancing flattens the load of the experts",
+    title="The load of the experts, with and without balancing",
     xlabel="experts, the busiest first", ylabel="load (1 = an equal share of the tokens)",
     references={"equal share": 1.0},
 )  # fmt: skip
@@ -1089,12 +1087,11 @@ plots.show(figure, alt="Load of eight experts, sorted: without balancing from fa
 excess = share.max().item() - 1  # of the busiest expert before the training
 gone = {name: 1 - (load[0] - 1) / excess for name, (load, _) in loads.items()}
 print("extra load of the busiest expert taken away:", {name: f"{x:.0%}" for name, x in gone.items()})
-lesson.claim("a bias takes away at least half of the extra load of the busiest expert",
-             gone["bias"], at_least=0.5, control=gone["no balancing"], form=".0%")  # fmt: skip
-lesson.report("extra load taken away by the balancing loss", gone["balancing loss"], form=".0%")
+for name, part in gone.items():
+    lesson.report(f"extra load of the busiest expert taken away: {name}", part, form=".0%")
 
 # %% [markdown]
-# Both kinds of balancing flatten the load of held-out text, and the losses of the three runs are close together. So this shows balance, and not a gain in loss: experts that begin alike need many tokens to become different. (Some models add a *z-loss* on the router, the mean of $(\log \sum_e e^{x_e})^2$ over tokens, so that its logits $x$ stay small: Zoph et al. 2022.)
+# Compare the three lines with the load before training. How much each kind of balancing takes away depends on the seed in a run of so few steps, and now and then it takes away nothing; at scale both work, since they have thousands of steps. The losses of the three runs are close together: this is about balance, and not about loss. Experts that begin alike need many tokens to become different. (Some models add a *z-loss* on the router, the mean of $(\log \sum_e e^{x_e})^2$ over tokens, so that its logits $x$ stay small: Zoph et al. 2022.)
 
 # %% [markdown] tags=["further"]
 # ## 6 · Two tokens at a time
@@ -1203,7 +1200,7 @@ print(f"with the block's own work, {block_cost:.0%} of the model's layers, that 
       f"{per_pass['trained block'] / (1 + block_cost):.2f} tokens for the work of one pass")  # fmt: skip
 
 # %% [markdown]
-# The text is the same, and a pass brings more than one token. In a model of few layers the block's own work eats much of the gain, as the last line says; with 61 layers it would be a sixtieth. DeepSeek-V3's report gives 85 to 90 % of the drafts accepted, and 1.8 times the tokens per second (2024, section 5.4.3).
+# The text is the same, and a pass brings more than one token. In a model of few layers the block's own work eats much of the gain, as the last line says; in a deep model it is a small part. DeepSeek-V3's report gives 85 to 90 % of the drafts accepted, and 1.8 times the tokens per second (2024, section 5.4.3).
 
 # %% [markdown] tags=["core"]
 # ## 7 · Many processes
@@ -1489,9 +1486,14 @@ def run_processes(parts: Sequence[Callable], ways: Sequence[str], processes: int
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*torchrun, "parallel.py", "found.json", *ways]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LESSON_SEED": str(seed)}
-    done = subprocess.run(command, cwd=BUILD, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise CourseError(f"The processes failed: {done.stderr[:3000]}")
+    torchrun_process = subprocess.Popen(command, cwd=BUILD, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = torchrun_process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        torchrun_process.terminate()  # it ends its processes too
+        _, said = torchrun_process.communicate()
+    if torchrun_process.returncode:
+        raise CourseError(f"The processes failed: {said[:3000]}")
     return json.loads((BUILD / "found.json").read_text())
 
 
@@ -2367,8 +2369,9 @@ for axes, (kind, by_width) in zip(figure.subplots(1, 2, sharey=True), transfer.i
 figure.axes[0].set_ylabel("held-out loss (nats per token)")
 figure.axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
 figure.suptitle("With muP the best learning rate stays where it is", fontweight="bold", x=0.01, ha="left")
-plots.show(figure, alt="Loss against learning rate for three widths, in two panels. In the standard parametrisation the "
-    "minimum moves to lower rates as the width grows; with muP the minima stand above each other.")  # fmt: skip
+alt = "Loss against learning rate for three widths, in two panels. In the standard parametrisation the "
+alt += "minimum moves to lower rates as the width grows; with muP the minima stand above each other."
+plots.show(figure, alt)
 
 # %% [markdown]
 # **What you see.** The stars of the left panel move to the left as the model becomes wider; those of the right panel stay together. The rate found at width 16 is wrong for width 128 in the standard parametrisation, by as many nats as the table says, and right with muP. Nothing was gained at the *best* rate of each width: muP saves the search, not the loss. (What transfers is the rate over widths. Depth, batch and length of the run have rules of their own.)
@@ -2414,8 +2417,12 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
         theirs.grad = gradient.clone()
         optimizer.step()
     lesson.equal("three steps of Muon are those of torch.optim.Muon", (ours - theirs).abs().max().item(), within=1e-5)
-values = {name: torch.linalg.svdvals(each.float()) for name, each in
-          {"the gradient": gradients_seen[0], "Adam's first step": gradients_seen[0].sign(), "Muon's": orthogonalised(gradients_seen[0])}.items()}  # fmt: skip
+first_steps = {
+    "the gradient": gradients_seen[0],
+    "Adam's first step": gradients_seen[0].sign(),
+    "Muon's": orthogonalised(gradients_seen[0]),
+}
+values = {name: torch.linalg.svdvals(each.float()) for name, each in first_steps.items()}
 for name, each in values.items():
     print(f"{name}: singular values from {each.min():.3g} to {each.max():.3g}")
 shares = [(each.min() / each.max()).item() for each in values.values()]
@@ -2758,14 +2765,14 @@ lesson.report("sums kept by a filter that was shown descriptions and stories", f
 # **Mixing.** If sources are of different size, how often should each be drawn? In proportion to its size $s_i$ the small ones hardly appear; equally often, they are repeated many times. A *temperature* lies in between: $p_i \propto s_i^{1/T}$.
 
 # %%
-sizes = {"web": 1000.0, "code": 100.0, "books": 10.0, "sums": 1.0}  # billions of tokens
+source_sizes = {"web": 1000.0, "code": 100.0, "books": 10.0, "sums": 1.0}  # billions of tokens
 budget_tokens, rows = 500.0, {}
 for temperature in (1.0, 2.0, 4.0, 1e9):
-    weights_of = {name: size ** (1 / temperature) for name, size in sizes.items()}
+    weights_of = {name: size ** (1 / temperature) for name, size in source_sizes.items()}
     shares_of = {name: weight / sum(weights_of.values()) for name, weight in weights_of.items()}
     name = "equal shares" if temperature == 1e9 else f"T = {temperature:g}"
-    rows[name] = [f"{share:.1%}, {budget_tokens * share / sizes[source]:.2g}x" for source, share in shares_of.items()]
-show_table(rows, [f"{name} ({size:g} B)" for name, size in sizes.items()])
+    rows[name] = [f"{share:.1%}, {budget_tokens * share / source_sizes[source]:.2g}x" for source, share in shares_of.items()]
+show_table(rows, [f"{name} ({size:g} B)" for name, size in source_sizes.items()])
 
 # %% [markdown]
 # **What you see.** Each entry is the share of a source and how often it is read in a run of 500 billion tokens. At $T = 1$ every source is read less than once. As $T$ grows, the smallest is read again and again, which is what the copies above did. A mixture is chosen by small runs that measure the loss of each source, and by a limit on repetition.

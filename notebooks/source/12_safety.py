@@ -892,17 +892,19 @@ from transformers import WatermarkDetector, WatermarkLogitsProcessor
 KEY, GAMMA, DELTA, VOCAB = 15485863, 0.5, 4.0, model.config.vocab_size
 
 
-@lru_cache(maxsize=512)
-def green_tokens(previous: int) -> Tensor:
-    """Token ids (gamma * vocab,) that are green after a token."""
+@lru_cache(maxsize=2048)
+def is_green(previous: int) -> Tensor:
+    """Which tokens (vocab,) are green after a token."""
     generator = torch.Generator().manual_seed(KEY * previous % (2**64 - 1))
-    return torch.randperm(VOCAB, generator=generator)[: int(VOCAB * GAMMA)]
+    green = torch.zeros(VOCAB, dtype=torch.bool)
+    green[torch.randperm(VOCAB, generator=generator)[: int(VOCAB * GAMMA)]] = True
+    return green
 
 
 def z_score(ids: Sequence[int]) -> float:
     """How far the number of green tokens lies above its expected value, in standard deviations."""
     pairs = set(pairwise(ids))
-    green = sum(bool((green_tokens(previous) == token).any()) for previous, token in pairs)
+    green = sum(bool(is_green(previous)[token]) for previous, token in pairs)
     return (green - GAMMA * len(pairs)) / math.sqrt(len(pairs) * GAMMA * (1 - GAMMA))
 
 
@@ -917,7 +919,7 @@ def sampled(prompt: str, number: int, length: int, delta: float) -> list[list[in
         output = model(input_ids=new.to(model.device), past_key_values=cache, use_cache=True)
         cache, logits = output.past_key_values, output.logits[:, -1].float().cpu()  # (number, vocab)
         for row, previous in enumerate(ids[:, -1].tolist() if delta else []):
-            logits[row, green_tokens(previous)] += delta
+            logits[row] += delta * is_green(previous)
         new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, new], 1)
     return ids[:, begin:].tolist()
@@ -930,7 +932,7 @@ settings_of_mark = {"greenlist_ratio": GAMMA, "bias": DELTA, "hashing_key": KEY,
 processor = WatermarkLogitsProcessor(vocab_size=VOCAB, device="cpu", **settings_of_mark)
 ours = logits.clone()
 for row in range(3):
-    ours[row, green_tokens(ids[row, -1].item())] += DELTA
+    ours[row] += DELTA * is_green(ids[row, -1].item())
 lesson.equal("marked logits are transformers'", (ours - processor(ids, logits)).abs().max().item(), within=1e-6)
 config = copy.deepcopy(model.config)
 config.bos_token_id = -1  # the detector of transformers fails on a model without a token for the beginning
@@ -1386,7 +1388,7 @@ def gcg(
 
 
 # %% [markdown]
-# Attack six questions, each with a suffix of its own. An attack ends when the answer tells the town. The control: twelve random tokens after the same questions, five times each.
+# Attack six questions, each with a suffix of its own. An attack ends when the answer tells the town. (The program knows it. A real attacker would stop when the refusal is gone, or ask somebody else.) The control: twelve random tokens after the same questions, five times each.
 
 
 # %%

