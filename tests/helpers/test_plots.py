@@ -124,7 +124,7 @@ def test_a_title_that_would_run_out_of_the_figure_is_broken(shell):
     figure.draw_without_rendering()
     (axes,) = figure.axes
     assert " ".join(axes.get_title(loc="left").split()) == title
-    assert axes.get_tightbbox().x1 <= figure.bbox.x1 + 1
+    assert axes.get_tightbbox().x1 <= figure.bbox.x1 + 2  # dots
 
 
 def test_show_closes_a_figure_of_pyplot(shell):
