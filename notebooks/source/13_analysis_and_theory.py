@@ -381,7 +381,7 @@ lesson.equal("a head with output 0 is a model in which its columns of the output
 
 # %% tags=["headline"]
 strongest = sorted(np.ndindex(num_layers, num_heads), key=lambda head: -previous[head].item())
-tried = sorted(strongest[: settings["heads_in_pairs"]])
+tried = sorted(strongest[: lesson.scaled(settings["heads_in_pairs"], 4)])
 search = asked(world.few_shot(lesson.scaled(24, 6), seed + 2000, shots=8))
 grid = np.ones((len(tried), len(tried)))  # accuracy without heads i and j; on the diagonal, without head i
 for i, j in combinations_with_replacement(range(len(tried)), 2):

@@ -314,6 +314,18 @@ def test_mathematics_is_typeset_code_can_be_copied_and_the_theme_changed(site, p
         assert page.evaluate("() => document.documentElement.dataset.theme") == theme
 
 
+def test_a_line_of_88_columns_fits_beside_both_sidebars(site, page):
+    show(page, site, "notebooks/13_analysis_and_theory.html")
+    resize(page, 1280)
+    overhang = """() => {
+        const code = document.querySelector('.cell_input pre');
+        code.textContent = 'x'.repeat(88);
+        return code.scrollWidth - code.clientWidth;
+    }"""
+    assert page.evaluate(overhang) <= 0
+    assert page.locator(".bd-sidebar-primary").is_visible() and page.locator(".bd-sidebar-secondary").is_visible()
+
+
 def test_search_finds_the_lesson_about_quantisation(site, page):
     page.goto((site / "search.html").as_uri() + "?q=quantised")
     page.wait_for_selector("#search-results li a")
