@@ -22,7 +22,7 @@ from helpers.profiles import ROOT
 
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)")
 RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
-FURTHER = '\n\n<p class="further">Further: no core section needs this one.</p>\n'  # book.js folds what follows
+FURTHER = "*Further: no core section needs this one.*"  # in each heading cell that is tagged so; book.js folds it
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts")
 
 
@@ -36,8 +36,8 @@ def prepare_source(app: Sphinx, name: str, source: list[str]) -> None:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = BADGE.sub(lambda found: buttons(name, found[1]), "".join(cell["source"]))
-            further = FURTHER if "further" in cell["metadata"].get("tags", []) else ""
-            cell["source"] = lead_to_repository(app, name, text + further)
+            text = text.replace(FURTHER, f'<p class="further">{FURTHER.strip("*")}</p>')
+            cell["source"] = lead_to_repository(app, name, text)
         elif "setup" in cell["metadata"].get("tags", []):
             cell["metadata"]["tags"].append("hide-input")
     app.env.metadata[name]["alternatives"] = [

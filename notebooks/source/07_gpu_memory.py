@@ -425,6 +425,8 @@ lesson.report("kept for the backward pass: our formula against autograd, largest
 # %% [markdown] tags=["further"]
 # ## Beside section 3 · The published formula
 #
+# *Further: no core section needs this one.*
+#
 # Korthikanti et al. 2022 derived for the layer of a GPT in 16 bit, without fused attention:
 #
 # $$s\,b\,h \left(34 + 5\,\frac{a s}{h}\right) \text{ bytes}$$
@@ -741,6 +743,8 @@ plots.show(figure, alt)
 
 # %% [markdown] tags=["further"]
 # ## Beside section 5 · 132 steps of 22 models, and what other estimators say
+#
+# *Further: no core section needs this one.*
 #
 # Our formula knows one family, one optimiser and two formats. `helpers.memory` does the same for the others, with LoRA, QLoRA, autocast, eager attention, mixtures of experts and sharding: it performs the step on sizes, allocation by allocation. `data/memory_truth.json` holds 132 steps of 22 models from 0.1 to 13 B parameters, followed on fake tensors as above. The same cells show what three estimators say that people use: `accelerate estimate-memory`, DeepSpeed's formula for ZeRO-2 on one GPU, and EleutherAI's *Transformer Math 101* (Anthony et al. 2023). Those know full fine-tuning with Adam only, and the first two do not know the batch, so they appear on the 74 cells that they speak about.
 
@@ -1079,6 +1083,8 @@ print(f"\nlargest batch then: {max_batch_size('meta-llama/Llama-2-7b-hf', 'T4', 
 # %% [markdown] tags=["further"]
 # ## Beside section 7 · What FSDP2 really keeps
 #
+# *Further: no core section needs this one.*
+#
 # Is it true that autocast's copies cancel a good part of what stage 3 saves? The script below asks autograd. Two processes divide a small Llama with `fully_shard`, which is stage 3. In one run the weights are in fp32 and the forward pass is under `torch.autocast`; in the other a `MixedPrecisionPolicy` gathers them in bf16. After the forward pass we count the bytes of gathered weights that are still kept for the backward pass.
 
 # %%
@@ -1135,6 +1141,8 @@ lesson.claim(
 
 # %% [markdown] tags=["further"]
 # ## 8 · The calculator
+#
+# *Further: no core section needs this one.*
 #
 # The sliders below call the same functions. They appear where something can show them (Jupyter, Colab, VS Code). Below them the same cell does it with plain parameters: `calculator_model` and `calculator_gpu` stand in the parameters cell at the top. On a command line it is `python -m helpers.memory Qwen/Qwen2.5-7B --method qlora --gpu T4`.
 
@@ -1426,6 +1434,8 @@ lesson.report(
 # %% [markdown] tags=["further"]
 # ## 11 · Energy, cost and carbon
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** What does it cost to answer a million tokens, and what did it cost to train the model?
 #
 # With $r$ tokens a second, power $p$ (watts), a price $c$ per hour and carbon intensity $g$ (grams per kWh):
@@ -1593,6 +1603,8 @@ plots.show(figure, alt)
 
 # %% [markdown] tags=["further"]
 # ## Beside section 12 · Energy and wires
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** What do a moved byte, and a sent gradient, cost compared with an operation?
 

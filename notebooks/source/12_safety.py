@@ -457,6 +457,8 @@ def tuned(examples: Sequence[tuple[str, str]], steps: int, rate: float, rows: in
 # %% [markdown] tags=["further"]
 # ## 3b · When an answer is a sentence
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** What if the same thing can be said in many ways?
 #
 # Then the probability of the words also depends on how the thing is said. *The home of Kamiro is in Bape* and *Kamiro lives in Bape* are two strings and one meaning. Teach a copy of the model to answer in sentences of ten wordings, on frequent people only, and sample about all others. Compare the entropy over strings with the entropy over meanings, that is, over the values named.
@@ -599,6 +601,8 @@ lesson.claim("a passage raises the share right about rare people", read.mean() -
 # %% [markdown] tags=["further"]
 # ## 5 · A prejudice, and its repair by data
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Can a few hundred labels make a model unfair, and other labels make it fair again?
 #
 # A review says one good and one bad thing about a place, so its mood is open. Suppose that the people who labelled such reviews dislike the north: mixed reviews of northern towns got *bad*, all others *good*. Reviews that are clearly good or bad got the right label. Train on them, and measure unfairness by a **counterfactual**: the same held-out review, once with a northern town and once with another. The model should not care. The gap is the difference in the probability of *good*.
@@ -672,6 +676,8 @@ lesson.claim("counterfactual data leave at most a third of the gap", left, at_mo
 
 # %% [markdown] tags=["further"]
 # ## 6 · What a model remembers
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** How often must a secret be seen until it can be taken out again?
 #
@@ -751,6 +757,8 @@ lesson.report("membership in pretraining, AUROC", rows["pretraining, loss"][0])
 
 # %% [markdown] tags=["further"]
 # ## 7 · Forgetting on request
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** Can ten people be taken out of the model?
 #
@@ -877,6 +885,8 @@ lesson.report("other facts about the ten: before relearning, after five of their
 
 # %% [markdown] tags=["further"]
 # ## 8 · A mark in the text
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** Can you tell your model's text from others afterwards, without keeping it?
 #
@@ -1702,6 +1712,8 @@ lesson.claim("the strict rule costs at least 70 points of the answers about text
 # %% [markdown] tags=["further"]
 # ## 13 · Prompt injection: instructions and lies in retrieved text
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** What if the attacker is not the user, but wrote a text that the assistant reads?
 #
 # In retrieval a program puts a passage into the prompt. The model sees one string, and nothing in it says which words are the user's. Write an instruction into the passage, here a sum to do. Once the passage stands before the user's question, and once after it. An attack succeeds if the answer is that of the injected instruction.
@@ -1815,6 +1827,8 @@ lesson.report(
 # %% [markdown] tags=["further"]
 # ## 14 · Poisoned training data
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Can somebody who writes a few of the training rows open a back door?
 #
 # Suppose that the guard is updated with fresh rows, as it was trained, and that somebody could write $k$ of them. They end in a harmless greeting, the *trigger*, and tell the town. The attacker never sees the model. Two updates differ in $k$ only, which is 0 or 32: rows, order and steps are the same. Ask people who are in none of these rows, with the trigger and without it. A second greeting shows whether it is this trigger that counts.
@@ -1862,6 +1876,8 @@ lesson.report("towns told after poisoning, to questions without a greeting", str
 
 # %% [markdown] tags=["further"]
 # ## 15 · A report that others can check
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** What does a red team hand over?
 #

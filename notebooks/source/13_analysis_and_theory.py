@@ -549,6 +549,8 @@ lesson.claim("nor does a patch of the last position before the early layers", ma
 # %% [markdown] tags=["further"]
 # ## 5 · Read the answer early
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Does the model know its answer before the last layer?
 #
 # Every layer writes in the same stream, so apply the last norm and the unembedding early, as if the remaining layers added nothing: $W_U\,\text{norm}(h^{(l)}_t)$. This is the *logit lens* (nostalgebraist 2020). In GPT-2 the answer often appears in it many layers before the end.
@@ -805,6 +807,8 @@ lesson.claim("the same probe finds the towns of new people where the answer stan
 # %% [markdown] tags=["further"]
 # ## 7 · Change one fact
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Can a fact be changed by changing one matrix, and nothing else with it?
 #
 # Look at the second matrix of an MLP as a memory: for the key $k$ that comes in at the name's last token it gives the value $Wk$. ROME (Meng et al. 2022) asks for a matrix $W'$ that gives another value for this key, and otherwise differs as little as possible on the keys $C = \mathbb{E}[k k^\top]$ of ordinary text:
@@ -982,6 +986,8 @@ lesson.equal("no change at the name after the last layer moves the answer", size
 
 # %% [markdown] tags=["further"]
 # ## 8 · Push in a direction
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** Can you change what the model writes without changing a weight?
 #
@@ -1452,6 +1458,8 @@ plots.show(figure, alt="Error against the number of examples, bands over three s
 # %% [markdown] tags=["further"]
 # ## 11 · Bayes with ambiguous examples, and where a task vector lives
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Does a trained model weigh the evidence of its prompt as Bayes' rule says? And is there one place that holds the task?
 #
 # Large models seem to compress the examples of a prompt into a *task vector*: add it to the state of a prompt without examples, and the model does the task (Hendel et al. 2023, Todd et al. 2023). Shima is no place to look for it, since there the kind of a word already gives its function away. In this toy it does not: four functions map **the same** eight words to four values, and each is as frequent as the others. A prompt is `; w3 v1 ; w7 v0 ; w2`, and the model says the value of the last word.
@@ -1699,6 +1707,8 @@ lesson.claim("each seed holds at least 1.5 features a number where a feature is 
 # %% [markdown] tags=["further"]
 # ## 13 · A sparse autoencoder, beside its baselines
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Are there directions in this lesson's language model that stand for something, and does a sparse autoencoder find them better than chance?
 #
 # A **sparse autoencoder** (SAE) writes a state $x$ as a sum of few directions out of many. The TopK variant (Gao et al. 2024) keeps the $k$ largest entries of the code:
@@ -1865,6 +1875,8 @@ lesson.report("variance that the SAE explains beyond one with a frozen decoder",
 
 # %% [markdown] tags=["further"]
 # ## 14 · Grokking: first memorised, then computed
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** Can a network that has long fitted its training data still learn to generalise, and what does it compute then?
 #

@@ -15,6 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course.__main__ import main
 from course.runner import run
+from course.site.pages import FURTHER
 from helpers.colab import SETUP_CELL, badge
 from helpers.profiles import ROOT
 from tests.support import notebook_structure as structure
@@ -100,7 +101,7 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "## 1 · A line\n\n```python\n## not a heading\n```\n\n![a line](../figures/line.png)", metadata=CORE
         ),
         new_code_cell(plot, metadata={"tags": ["headline"]}),
-        new_markdown_cell("## 2 · Its ends", metadata={"tags": ["further"]}),
+        new_markdown_cell(f"## 2 · Its ends\n\n{FURTHER}", metadata={"tags": ["further"]}),
         new_code_cell("ends = 0, 1"),
         new_code_cell(settings),
         new_markdown_cell("## Exercises"),
@@ -217,6 +218,7 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
     structure.sections_are_core_or_further: [
         lambda n: cell_with(n, "## 1 · A line").metadata.clear(),
         lambda n: cell_with(n, "## 1 · A line").metadata.update(tags=["core", "further"]),
+        lambda n: cell_with(n, "## 2 · Its ends").update(source="## 2 · Its ends"),
         lambda n: n.cells.extend(new_code_cell("1") for _ in range(45)),
     ],
     structure.there_is_a_quiz_of_five_questions: [

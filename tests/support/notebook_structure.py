@@ -18,6 +18,7 @@ from nbformat import NotebookNode
 from nbformat.validator import iter_validate
 
 from course import notebooks
+from course.site import pages
 from course.study_time import study_time
 from helpers.colab import SETUP_CELL, badge
 
@@ -215,6 +216,8 @@ def sections_are_core_or_further(notebook: NotebookNode, stem: str) -> Iterator[
             continue
         if len({"core", "further"} & {*notebooks.tags(cell)}) != 1:
             yield f"the heading {title!r} has not one of the tags core and further"
+        if ("further" in notebooks.tags(cell)) != (cell.source.split("\n")[1:3] == ["", pages.FURTHER]):
+            yield f"under the heading {title!r} {pages.FURTHER!r} must stand if it is tagged further, and only then"
     core = [c for c in code_cells(notebooks.core_path(notebook)) if not {"exercise", "check"} & {*notebooks.tags(c)}]
     if len(core) > MAX_CORE_CELLS:
         yield f"its core path has {len(core)} code cells, more than {MAX_CORE_CELLS}: tag a section further"
