@@ -80,8 +80,9 @@ def sample_memory(job: Job) -> None:
         job.children.update(children := psutil.Process(job.worker.pid).children(recursive=True))
         resident = 0
         for child in children:
-            with suppress(psutil.NoSuchProcess):
-                resident += child.memory_info().rss
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                memory = child.memory_full_info()
+                resident += getattr(memory, "pss", memory.rss)  # Linux counts what several share only once
         job.row.gib = max(job.row.gib, resident / 2**30)
 
 
