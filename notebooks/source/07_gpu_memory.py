@@ -585,7 +585,7 @@ lesson.report("checkpointing: MiB kept without and with it; time of a step", f"{
 # | moment | besides $P$ and $O$ |
 # |---|---|
 # | end of the forward pass | all that is kept, logits, fp32 copy, log-probabilities |
-# | start of the backward pass | all that is kept, and $12V$ for each token |
+# | start of the backward pass | all that is kept ($4V$ of it log-probabilities), and $8V$ more for each token |
 # | a layer in the backward pass (the last one comes first) | what is still kept, gradients so far, with checkpointing this layer's activations, and gradients on their way through it |
 # | the embedding, last of all | all gradients $G$; if it is tied, also its second gradient and the sum of both |
 # | update | $G$ (and a copy with an unfused optimiser) |
@@ -786,6 +786,16 @@ for who in ("helpers.memory", "our formula"):
         control=min(others.values()),  # the median error of the best of the three rules
         form=".1%",
     )
+recipes = ("bf16-mixed", "fp32", "fp16", "bf16")
+rows = {}
+for who in ("accelerate", "deepspeed", "eleuther"):
+    found = {recipe: [] for recipe in recipes}
+    for cell in cells:
+        value, recipe = cell["published"].get(who), cell["settings"].get("precision", "bf16")
+        if value and recipe in found:
+            found[recipe].append(value / cell["truth"]["total"])
+    rows[who] = [f"{statistics.median(e):.2f} ({len(e)})" if e else "-" for e in found.values()]
+show_table(rows, [f"{recipe}: median ratio (steps)" for recipe in recipes])
 for who, found in errors.items():
     lesson.report(f"{who}: {len(found)} steps, median error, within 5 %", ", ".join(table[who][i] for i in (1, 3)))
 
@@ -815,7 +825,7 @@ alt = "Predicted divided by tracked peak over the tracked peak. " + "; ".join(
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The other estimators are right about what they count, and leave out the rest. accelerate's and DeepSpeed's count the state and no activations. EleutherAI's takes the activations of a GPT (section 3), 12 bytes of optimiser whatever the format, and no logits. Their median errors stand in the table: each is larger than the room that is usually left on a board.
+# **What you see.** accelerate's estimate counts no activations, and is too low for most steps. DeepSpeed's and EleutherAI's are mostly too high, and the second table says why: they assume mixed precision, 16 to 20 bytes a parameter, where most steps of our table had less. On the steps in mixed precision EleutherAI's rule comes close. So ask of an estimator first which recipe it is about. (`helpers.memory` was written beside these steps, and both are computed on sizes alone; what a board says is section 5's last part.)
 #
 # **The same counted by torch.** torch has a counter of its own, which also says what belongs to which module, and takes its time.
 
@@ -1014,7 +1024,7 @@ for use, what in {"I": "inference", "F": "full training", "L": "LoRA", "Q": "QLo
 
 
 # %% [markdown]
-# **What you see.** A V100 with 16 GB: about 7 B for inference and about 1 B for training, which is what people who used those boards remember. The second is at the very edge: the last line says what share the 980 M model takes, and the rule of thumb for context and fragmentation is no better than the distance to 100 %. One sequence of 1,024 tokens is all it trains on.
+# **What you see.** A V100 with 16 GB holds about 7 B for inference. Full training of the 980 M model is at the edge: the last line says what share of the board it takes by our estimate. The rule of thumb for context and fragmentation may be off by some percent, and so close to 100 % it decides nothing. The next smaller model of the table fits easily, and one sequence of 1,024 tokens is all that we asked for.
 
 # %% [markdown]
 # **More than one GPU.** Data parallelism keeps the whole state on every GPU. ZeRO (Rajbhandari et al. 2020) divides it among $N$ GPUs in three stages: the optimiser's bytes, then also the gradients, then also the weights. With the classical recipe of section 2 (2 + 2 + 12 bytes, the 12 with the fp32 copy of the weights) a GPU then holds
@@ -1052,7 +1062,7 @@ for stage in range(4):
     row = [*sizes, estimate.phase, ", ".join(fitting) or "none"]
     table[f"stage {stage}, {devices} GPU" + "s" * (devices > 1)] = row
 print("\nLlama-2 7B:")
-show_table(table, ["state, GiB", "16-bit copies, GiB", "peak, GiB", "which is in", "fits"])
+show_table(table, ["state, GiB", "16-bit copies, GiB", "peak, GiB", "phase of the peak", "fits"])
 lesson.report("7.5 B on 64 GPUs, GB each at ZeRO stages 0 to 3", ", ".join(map(str, stages)))
 
 # %% [markdown]
@@ -1193,7 +1203,7 @@ print(f"4-bit inference on a {calculator_gpu}: up to {longest:,} tokens of conte
 #
 # Plotted over $I$ this is a roof: a slope where memory is the limit, a flat part where computing is. The edge is at $I^* = \pi / \beta$.
 #
-# First measure the two numbers of this machine: $\beta$ by copying a block too large for the caches (it is read and written), $\pi$ by a product of large matrices.
+# First measure the two numbers of this machine: $\beta$ by copying a large block (it is read and written; on a server the largest cache may hold a part of it), $\pi$ by a product of large matrices.
 #
 # **The model's two kinds of work.** *Prefill* reads a prompt: all its tokens at once. *Decoding* makes one token for each sequence, and needs all weights for it. Each weight is used for one multiplication and one addition for each token, and is read once for all of them. With $b$ sequences, $t$ new tokens each and $c$ tokens in the cache:
 #
@@ -1203,14 +1213,14 @@ print(f"4-bit inference on a {calculator_gpu}: up to {longest:,} tokens of conte
 #
 # shima-4m is so small that its weights stay in a CPU's cache. To see the memory at work, the cpu profile measures a second model besides: two layers of the shape of TinyLlama, with random weights, since speed does not depend on what the weights are.
 #
-# **Batch size.** The weights are read once for all sequences of a batch. So below the edge a larger batch costs hardly any time, and the tokens come for nothing; above it they cost computing. A larger batch also makes each sequence wait longer for its next token, since a step is over for all at the same time. The dashed lines are the roofline's prediction from three numbers: bytes, operations and this machine's two rates.
+# **Batch size.** The weights are read once for all sequences of a batch. So below the edge a larger batch costs hardly any time, and the tokens come for nothing; above it they cost computing. A larger batch also makes each sequence wait longer for its next token, since a step is over for all at the same time. The dashed lines are the roofline's prediction from four numbers: bytes, operations and this machine's two rates.
 
 # %%
 dtype = DTYPES["fp32" if machine.device == "cpu" else half]
 torch.set_num_threads(1)
 
 
-def device_rates(mebibytes: int = 128, size: int = 1024 if machine.device == "cpu" else 8192) -> tuple[float, float]:
+def device_rates(mebibytes: int = 256, size: int = 1024 if machine.device == "cpu" else 8192) -> tuple[float, float]:
     """Bytes a second by a copy, operations a second by a matrix product."""
     source = torch.ones(mebibytes * 2**20 // dtype.itemsize, device=machine.device, dtype=dtype)
     target = torch.zeros_like(source)
@@ -1387,7 +1397,7 @@ torch.set_num_threads(threads)
 models = small = model = None
 
 # %% [markdown]
-# **What you see.** The column of ratios says how far two rates and a count explain the times: best where there is most to compute. A batch of 4 should cost what a batch of 1 costs, and on a CPU it costs clearly more: products of a few rows reach neither of the two roofs, and calling the operations takes time too. On a GPU, where the work of a small step takes microseconds, the calling weighs more. That is why serving systems record the operations of a decoding step and replay them (CUDA graphs), and why a tiny model is not faster in proportion.
+# **What you see.** The column of ratios says how far two rates and a count explain the times. A batch of 4 should cost what a batch of 1 costs, and on a CPU it costs clearly more: products of a few rows reach neither of the two roofs, and calling the operations takes time too. On a GPU, where the work of a small step takes microseconds, the calling weighs more. That is why serving systems record the operations of a decoding step and replay them (CUDA graphs), and why a tiny model is not faster in proportion.
 
 # %% [markdown] tags=["core"]
 # ## 10 · How fast a 7 B model decodes on a GPU
@@ -1493,9 +1503,11 @@ alt = "Energy and price of a million decoded tokens of a 7 B model. " + "; ".joi
 )
 plots.show(figure, alt)
 cheaper = {board: single[board]["USD"] / full[board]["USD"] for board in boards}
-prices = [row["USD"] for row in single.values()]
+prices = [row["USD"] for board, row in single.items() if board != "T4"]  # the T4 computes in 4 bits
 print("batching makes a token cheaper by:", ", ".join(f"{board} {x:.0f} times" for board, x in cheaper.items()))
-print(f"the dearest of the four boards costs {max(prices) / min(prices):.1f} times the cheapest, at batch 1")
+print(
+    f"of the boards that hold 16 bits the dearest costs {max(prices) / min(prices):.1f} times the cheapest, at batch 1"
+)
 lesson.report("a token in the largest batch is cheaper by, smallest of four boards", f"{min(cheaper.values()):.0f} x")
 lesson.report(
     "a million tokens of 7 B on an H100, largest batch: kWh, USD, kg CO2 (assumptions of section 11)",
@@ -1519,7 +1531,7 @@ print(f"the same energy decodes {answered:,.0f} x 10^12 tokens of {SPEED_MODEL} 
 lesson.report("Llama 3.1 405B: MFU, GWh", f"{utilisation:.0%}, {energy / 1e6:.1f}")
 
 # %% [markdown]
-# The report of the model names an MFU of 38 to 43 % while a step runs (Llama team 2024). The share over all GPU hours is lower, since they include restarts, evaluations and waiting.
+# The report of the model names an MFU of 38 to 43 % while a step runs (Llama team 2024). The share over all GPU hours is lower, probably since they include restarts, evaluations and waiting.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Eight years of GPUs: what became the bottleneck
@@ -1589,14 +1601,14 @@ alt += "; ".join(f"{label} times {a:.1f}, {b:.1f}" for label, (a, b) in growth.i
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What became the bottleneck.** The matrix rate grew an order of magnitude more than the memory that feeds it. Most of that gap opened at once, with the first matrix units (tensor cores) in the V100. Since then the rate has grown about twice as much as the bandwidth (second column of the table), and power least of all. Where memory got a new generation without new computing (A100 with 80 GB, H200), the operations for each byte fell again: those boards were made for inference and long contexts.
+# **What became the bottleneck.** The matrix rate grew an order of magnitude more than the memory that feeds it. Most of that gap opened at once, with the first matrix units (tensor cores) in the V100. Since then the rate has grown about twice as much as the bandwidth (second column of the table), and power least of all. Where memory got a new generation without new computing (A100 with 80 GB, H200), the operations for each byte fell again.
 #
 # **The semiconductor picture, in five parts.**
 #
 # 1. *The process.* The names (16 nm, 7 nm, 4N) are those of a foundry's recipes, not the length of anything. What counts is how many transistors fit on an area: the column of millions for each square millimetre. A chip cannot be larger than what a mask exposes at once, a bit over 800 mm2, and five of these boards are near that limit. So the B200 joins two such chips by a link of 10 TB/s (NVIDIA 2024). This is *packaging*: where one chip cannot grow, several are set side by side.
-# 2. *The memory.* HBM is DRAM in stacks that stand beside the processor on the same carrier, with 1,024 data lines each. Bandwidth is stacks times lines times the rate of a line, and the table has all three. From P100 to B200 the stacks doubled and a line became about five times as fast. Neither comes from smaller transistors: a stack needs a place at the edge of the chip, and a line is a wire. That is why bandwidth grows more slowly than computing. The T4 has GDDR6 instead, a third of the V100's bandwidth for a quarter of its power.
+# 2. *The memory.* HBM is DRAM in stacks that stand beside the processor on the same carrier, with 1,024 data lines each. Bandwidth is stacks times lines times the rate of a line, and the table has all three. From P100 to B200 the stacks doubled and a line became about five times as fast. Both are limited by geometry and signalling, not by the size of a transistor: a stack needs a place at the edge of the chip, and a line is a wire. This is one reason why bandwidth grew more slowly than computing. The T4 has GDDR6 instead, a third of the V100's bandwidth for a quarter of its power.
 # 3. *The energy.* A board at its rated power and peak rate has power divided by rate for each operation, and power divided by bandwidth for each byte. The further section below compares them.
-# 4. *The number format.* Where a unit multiplies numbers of half the bits, it does twice as many: FP8 since the H100, 4-bit formats (FP4, with a scale for each small block) since the B200. This is the cheapest growth of all, and the reason for lesson 10.
+# 4. *The number format.* Where a unit multiplies numbers of half the bits, it does twice as many: FP8 since the H100, 4-bit formats (FP4, with a scale for each small block) since the B200. It costs little area, and is a second reason for lesson 10; the first is bytes.
 # 5. *The interconnect.* Models no longer fit on one board. Between boards gradients and weights travel at a fraction of the memory's bandwidth. The further section below draws a roofline for that as well.
 #
 # So the methods of this course follow the hardware: 4-bit weights (lessons 06, 10), shared key-value heads and FlashAttention (lesson 11) and speculative decoding all do more work for each byte.
@@ -1631,7 +1643,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** The energy of an operation fell from board to board, that of a byte from memory did not fall with it. So a byte is worth more and more operations, in energy as in time. (A rated power is a limit and not what a board takes, and HBM3 takes somewhat less a bit than HBM2: read the table as an order of magnitude.)
+# **What you see.** The energy of an operation fell from board to board. For a byte from memory we assumed the same for all boards, the value published for HBM2; later generations take somewhat less. Even at half of it on the newest board, a byte would be worth more operations there than on the oldest. (A rated power is a limit and not what a board takes: read the table as an order of magnitude.)
 #
 # **A roofline for the wires.** Data-parallel training sends each gradient around once a step: $2 (N-1)/N$ times the $2P$ bytes of the gradients in 16 bit (section 7, lesson 11), at $\beta_w$ bytes a second. Computing takes $6 P t$ operations for $t$ tokens on this GPU, at the share $m$ of its peak rate $\pi$. The wires are not the limit if
 #
@@ -1833,6 +1845,7 @@ def check_best_group(best_group):
     expect_equal("best_group(32, 1, 17), as in a Llama", best_group(32, 1, 17), (1, 49))
     expect_equal("best_group(2, 1, 1), a tie", best_group(2, 1, 1), (1, 3))
     expect_equal("best_group(10, 3, 1)", best_group(10, 3, 1), (5, 11))
+    expect_equal("best_group(7, 1, 1)", best_group(7, 1, 1), (2, 6))
     expect_equal("best_group(7, 100, 1)", best_group(7, 100, 1), (7, 107))
     llama = config_of("meta-llama/Llama-2-7b-hf")
     size = sum(layer_bytes(llama, 2).values())
@@ -2053,7 +2066,7 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Estimate first, on any machine, from the model's name. Then run one step with the largest batch that you will use (the longest sequences, not average ones), and read the allocator's counter. `max_memory_allocated` is what the estimate predicts, `max_memory_reserved` is what the process holds, and `nvidia-smi` shows that plus the CUDA context. If the step fits, so will the others.
+# Estimate first, on any machine, from the model's name. Then run **two** steps with the largest batch that you will use (the longest sequences, not average ones), and read the allocator's counter. `max_memory_allocated` is what the estimate predicts, `max_memory_reserved` is what the process holds, and `nvidia-smi` shows that plus the CUDA context. In the first step AdamW's moments do not exist yet while the activations do; the second has both. If the second fits, so will the others.
 
 # %%
 import subprocess
