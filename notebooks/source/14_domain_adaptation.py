@@ -87,13 +87,15 @@ from helpers.world import DOMAIN_RELATIONS, RELATIONS, Question, World, ask
 
 lesson = Lesson("14", profile, model_id, seed, budget)
 machine = lesson.machine
-# All that depends on the hardware: the learning rate, and whether adapters are trained instead of all weights.
+# All that depends on the hardware: learning rates for reading and for chats, adapters in place of all weights, and the
+# number format. (On a CPU the 16-bit format is slower for rows as short as those of this lesson.)
 SETTINGS = {
-    "cpu": {"rate": 1e-3, "adapters": False},
-    "t4": {"rate": 2e-4, "adapters": True},
-    "large": {"rate": 2e-4, "adapters": True},
+    "cpu": {"rate": 1.5e-3, "chat_rate": 5e-4, "adapters": False, "precision": "fp32"},
+    "t4": {"rate": 2e-4, "chat_rate": 2e-4, "adapters": True, "precision": lesson.precision},
+    "large": {"rate": 2e-4, "chat_rate": 2e-4, "adapters": True, "precision": lesson.precision},
 }
 settings = SETTINGS[machine.name]
+IN_16_BITS = settings["precision"] != "fp32"
 
 # %% [markdown]
 # `lesson.scaled` makes a number of steps or questions smaller on a smaller budget, and `lesson.autocast` lets a block compute in 16 bits where the machine is fast in them. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. Every training below is **one run**; the course's ledger of claims repeats all of them with five seeds.
@@ -102,31 +104,33 @@ settings = SETTINGS[machine.name]
 world = World()
 base, tokenizer = load_model(machine)
 base = base.float().eval()  # weights in 32 bits; the steps compute in 16 where that is faster
-DOMAINS = {"medicine": world.domains["medicine"], "finance": world.domains["finance"]}
-illness, company = DOMAINS["medicine"][0], DOMAINS["finance"][0]
-for entity, domain in ((illness, "medicine"), (company, "finance")):
-    print(" ".join(form.statements[0].format(name=entity.name, value=entity.facts[name])
-                   for name, form in DOMAIN_RELATIONS[domain].items()))  # fmt: skip
+TOLD = {domain: entities[:16] for domain, entities in world.domains.items()}  # what the exam is about
+UNTOLD = {domain: entities[16:] for domain, entities in world.domains.items()}  # in no text of this lesson
+for domain, entities in TOLD.items():
+    facts = [form.statements[0].format(name=entities[0].name, value=entities[0].facts[name])
+             for name, form in DOMAIN_RELATIONS[domain].items()]  # fmt: skip
+    print(f"{domain}: {' '.join(facts)}")
 
 # %% [markdown] tags=["core"]
 # ## 1 · An exam, and its floor
 #
 # **Question.** What does the model know of the new fields before you do anything, and which score means nothing?
 #
-# Each field has 120 facts. The exam asks for each of them once, in wordings that no text of this lesson uses otherwise: each relation has six question forms and ten statements, and two of each are *held out*. So an answer shows knowledge and not a remembered sentence.
+# The exam is about the first 16 illnesses (or companies), 48 facts. It asks for each of them in two wordings that no text of this lesson uses otherwise: each relation has six question forms and ten statements, and two of each are *held out*. So an answer shows knowledge and not a remembered sentence. (Two questions on one fact are no independent witnesses, so the intervals below are somewhat too narrow.) The other 24 illnesses will be told to no model. They are the **control**: a method that improves *them* has taught something else than facts.
 #
 # **The floor.** Even a student who knows nothing gets points. One who picks a value of the right kind by chance is right once in as many values as there are. One who has seen last year's exam answers with the most frequent value of each kind. Below that line a score says nothing about illnesses.
 
+
 # %%
-def exam(domain: str, forms: str = "held_out_questions") -> list[Question]:
-    """Each fact of a domain, asked for once in one of its wordings, in random order."""
-    generator, items = random.Random(f"exam/{domain}/{forms}/{seed}"), []
-    for entity in DOMAINS[domain]:
-        for name, relation in DOMAIN_RELATIONS[domain].items():
-            prompt = ask(generator.choice(getattr(relation, forms)).format(name=entity.name))
-            about = {"name": entity.name, "relation": name}
-            items.append(Question(prompt, entity.facts[name], domain, about))
-    return generator.sample(items, len(items))
+def exam(domain: str, entities: Sequence, forms: str = "held_out_questions", wordings: int = 2) -> list[Question]:
+    """Each fact, asked for in so many of its wordings one after the other; the facts in random order."""
+    generator = random.Random(f"exam/{domain}/{forms}/{seed}")
+    facts, items = list(itertools.product(entities, DOMAIN_RELATIONS[domain].values())), []
+    for entity, relation in generator.sample(facts, len(facts)):
+        about = {"name": entity.name, "relation": relation.name}
+        for form in generator.sample(getattr(relation, forms), wordings):
+            items.append(Question(ask(form.format(name=entity.name)), entity.facts[relation.name], domain, about))
+    return items
 
 
 def best_constant(questions: Sequence[Question]) -> Score:
@@ -137,16 +141,17 @@ def best_constant(questions: Sequence[Question]) -> Score:
     return score(sum(counts.most_common(1)[0][1] for counts in kinds.values()), len(questions))
 
 
-exams = {domain: exam(domain) for domain in DOMAINS}
+exams = {domain: exam(domain, entities) for domain, entities in TOLD.items()}
 floor = {domain: best_constant(questions) for domain, questions in exams.items()}
 for domain, questions in exams.items():
-    values = [len({e.facts[relation] for e in DOMAINS[domain]}) for relation in DOMAIN_RELATIONS[domain]]
+    values = [len({e.facts[relation] for e in TOLD[domain]}) for relation in DOMAIN_RELATIONS[domain]]
     print(f"{domain}: {len(questions)} questions, such as {questions[0].prompt!r} -> {questions[0].answer!r}")
     chance = np.mean([1 / number for number in values])
     print(f"  a random value of the right kind: {chance:.0%}; the most frequent ones: {floor[domain]}")
 
 # %% [markdown]
 # Whatever a model is made into, it should still do what it could before. So there is a second exam of four *general* abilities: facts about well-known people, reading a passage about strangers, a mapping shown in the prompt, and sums with written steps.
+
 
 # %%
 def some(questions: Sequence[Question], least: int = 8) -> list[Question]:
@@ -155,14 +160,18 @@ def some(questions: Sequence[Question], least: int = 8) -> list[Question]:
 
 
 def short_answer(question: Question, text: str) -> str:
-    """What counts of a continuation: of a mapping the first label, of a sum what the last step comes to."""
-    cut = {"few_shot": text.partition(";")[0], "sums": text.rpartition("=")[2]}
+    """What counts of a text: of a mapping the first label, of a sum what the last step gives, of a sentence all of it."""
+    cut = {
+        "few_shot": text.partition(";")[0],
+        "sums": text.rpartition("=")[2],
+        "sentence": text.partition(".")[0] + ".",
+    }
     return cut.get(question.ability, text).strip()
 
 
 def answers(model: nn.Module, questions: Sequence[Question], room: int = 8) -> list[str]:
     """The model's answers, greedily decoded up to the end of the line."""
-    with lesson.autocast():
+    with lesson.autocast(IN_16_BITS):
         texts = generate(model, tokenizer, [q.prompt for q in questions], room, batch_size=128)
     return [short_answer(question, text) for question, text in zip(questions, texts, strict=True)]
 
@@ -176,6 +185,7 @@ def right(model: nn.Module, questions: Sequence[Question], room: int = 8) -> lis
 def share(hits: Sequence[bool]) -> Score:
     """The share of right answers with its interval."""
     return score(sum(hits), len(hits))
+
 
 # %%
 GENERAL = {
@@ -192,6 +202,7 @@ def general(model: nn.Module) -> dict[str, Score]:
 
 
 exams = {domain: some(questions) for domain, questions in exams.items()}
+untold = some(exam("medicine", UNTOLD["medicine"], wordings=1))
 general_before = general(base)
 before = {f"{domain}, no help": share(right(base, questions)) for domain, questions in exams.items()}
 figure = plots.bars_with_intervals(
@@ -207,13 +218,14 @@ lesson.report("medicine, base model without help", str(before["medicine, no help
 #
 # **Words cost more, too.** A tokenizer made for general text cuts a field's words into more pieces. *Fertility* is the number of tokens per word. It decides how much text fits into a prompt, and how much a look-up costs.
 
+
 # %%
 def fertility(words: Sequence[str]) -> float:
     """Tokens per word, each word standing after a space."""
     return float(np.mean([len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) for word in words]))
 
 
-terms = sorted({e.facts[kind] for e in DOMAINS["medicine"] for kind in ("symptom", "herb")})
+terms = sorted({e.facts[kind] for e in world.domains["medicine"] for kind in ("symptom", "herb")})
 common = sorted({value for kind in ("trade", "animal", "dish") for value in world.values[kind]})
 halves = [common[::2], common[1::2]]
 text = " ".join(["", *terms])
@@ -234,12 +246,12 @@ lesson.claim("a medical word costs at least 1.5 times the tokens of a common wor
 # The simplest thing is a prompt. Put four solved questions of the same kind before the question, about other illnesses. They show what kind of thing the answer is, and no fact about the illness that is asked for. (The examples come from the question forms that are not held out.)
 
 # %%
-taught = {domain: exam(domain, "training_questions") for domain in DOMAINS}
+solved = {domain: exam(domain, entities, "training_questions", 1) for domain, entities in world.domains.items()}
 
 
 def with_examples(question: Question, number: int = 4) -> Question:
     """The question after some solved ones of its kind, about others."""
-    same = [q for q in taught[question.ability] if q.about["relation"] == question.about["relation"]]
+    same = [q for q in solved[question.ability] if q.about["relation"] == question.about["relation"]]
     others = [q for q in same if q.about["name"] != question.about["name"]]
     shown = random.Random(f"examples/{seed}/{question.prompt}").sample(others, number)
     return replace(question, prompt="".join(f"{q.prompt} {q.answer}\n" for q in shown) + question.prompt)
@@ -260,6 +272,7 @@ for domain, hits in examples.items():
 #
 # with $D$ texts, of which $D_w$ contain the word $w$. The page whose vector has the smallest angle to the question's wins.
 
+
 # %%
 def page(domain: str, entity, generator: random.Random) -> str:
     """The facts of an illness or a company in random order, each in a wording that is not held out."""
@@ -272,9 +285,10 @@ def page(domain: str, entity, generator: random.Random) -> str:
 
 
 shelf = random.Random(f"library/{seed}")
-library = [page(domain, entity, shelf) for domain, entities in DOMAINS.items() for entity in entities]
+library = [page(domain, entity, shelf) for domain, entities in world.domains.items() for entity in entities]
 library += [world.describe(shelf, person) for person in world.people[:300]]
 print(len(library), "pages, such as:", library[0])
+
 
 # %%
 def words_of(text: str) -> list[str]:
@@ -300,6 +314,7 @@ def tf_idf(texts: Sequence[str], queries: Sequence[str]) -> np.ndarray:
     units = [v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in vectors]
     return units[0] @ units[1].T  # (queries, words) x (words, texts)
 
+
 # %%
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -312,14 +327,17 @@ best = dict(zip(asked, cosines.argmax(1).tolist(), strict=True))
 named = [str(q.about["name"]) in library[best[q.prompt]] for questions in exams.values() for q in questions]
 print(f"the page on the right illness or company comes first for {share(named)}")
 
+
 # %%
 def looked_up(question: Question, number: int | None = None) -> Question:
     """The question after the page that the search puts first, or after page `number`."""
-    return replace(question, prompt=f"{library[best[question.prompt] if number is None else number]}\n{question.prompt}")
+    return replace(
+        question, prompt=f"{library[best[question.prompt] if number is None else number]}\n{question.prompt}"
+    )
 
 
 retrieved = {domain: right(base, [looked_up(q) for q in questions]) for domain, questions in exams.items()}
-wrong_page = [(best[question.prompt] + 1) % len(DOMAINS["medicine"]) for question in exams["medicine"]]
+wrong_page = [(best[question.prompt] + 1) % len(TOLD["medicine"]) for question in exams["medicine"]]
 misled = right(base, [looked_up(*pair) for pair in zip(exams["medicine"], wrong_page, strict=True)])
 for domain, hits in retrieved.items():
     lesson.claim(f"with the page found for it, the base model answers at least 60 % in {domain}",
@@ -335,53 +353,41 @@ lesson.report("medicine, RAG with the page of another illness", str(share(misled
 #
 # **Question.** Can the facts be put into the weights by reading on, so that no page is needed? And does it matter how they are worded?
 #
-# Continued pretraining is pretraining (lesson 03) with other text: the loss of every next token, from the weights $\theta_0$. The learning rate is warmed up and decayed once more, because the first training ended at a low rate (Ibrahim et al. 2024 do so too). The old texts are no longer there; section 6 is about that.
+# Continued pretraining is pretraining (lesson 03) with other text: the loss of every next token, from the weights $\theta_0$. The learning rate is warmed up and decayed once more, as Ibrahim et al. (2024) do it. One token in five comes from general text, so that the model does not lose the habit of answering questions; section 6 takes that away.
 #
 # There are three versions of the field's texts, **the same number of tokens** each:
 #
 # - *one wording*: each fact always in the same sentence;
 # - *eight wordings*: in eight different ones;
 # - *with questions*: eight wordings, and after each text questions on it with their answers. Cheng et al. (2024) make such reading exercises of raw text. At equal tokens every fact is then told less often.
-#
-# Then all take the exam, in wordings that none of them has seen.
 
 # %%
 MEDICINE = DOMAIN_RELATIONS["medicine"]
-
-
-def told(entity, generator: random.Random, wordings: int) -> str:
-    """The facts of an illness in random order, each in one of the first so many statements."""
-    return " ".join(
-        MEDICINE[name].statements[generator.randrange(wordings)].format(name=entity.name, value=entity.facts[name])
-        for name in generator.sample(list(MEDICINE), len(MEDICINE))
-    )
-
-
-def exercises_on(entity, generator: random.Random) -> str:
-    """Each fact of an illness as a question with its answer, in wordings that are not held out."""
-    return "".join(
-        ask(generator.choice(MEDICINE[name].training_questions).format(name=entity.name), entity.facts[name])
-        for name in generator.sample(list(MEDICINE), len(MEDICINE))
-    )
-
-
 VERSIONS = {"one wording": (1, False), "eight wordings": (8, False), "with questions": (8, True)}
 
 
 def field_text(version: str) -> Iterator[str]:
-    """An endless stream of documents on illnesses."""
+    """An endless stream of documents on the illnesses of the exam."""
     generator, (wordings, with_exercises) = random.Random(f"{version}/{seed}"), VERSIONS[version]
     while True:
-        entity = generator.choice(DOMAINS["medicine"])
-        more = exercises_on(entity, generator) if with_exercises else ""
-        yield f"{told(entity, generator, wordings)}\n{more}"
+        entity = generator.choice(TOLD["medicine"])
+        relations = generator.sample(list(MEDICINE.values()), len(MEDICINE))
+        told = [form.statements[generator.randrange(wordings)] for form in relations]
+        pairs = zip(told, relations, strict=True)
+        text = " ".join(said.format(name=entity.name, value=entity.facts[form.name]) for said, form in pairs) + "\n"
+        if with_exercises:
+            for form in generator.sample(relations, len(relations)):
+                question = generator.choice(form.training_questions).format(name=entity.name)
+                text += ask(question, entity.facts[form.name])
+        yield text
 
 
 for version in VERSIONS:
     print(f"--- {version}\n{next(field_text(version))}", end="")
 
 # %%
-SEQ, ROWS, STEPS = 128, 16, lesson.scaled(48)  # tokens of a row, rows of a step, steps
+SEQ, ROWS, STEPS = 64, 8, lesson.scaled(96)  # tokens of a row, rows of a step, steps
+general_documents = text_dataset(machine, 600, seed=10 + seed)["text"]  # shima-4m has not read these
 
 
 def packed(documents: Iterator[str]) -> Iterator[list[int]]:
@@ -390,11 +396,19 @@ def packed(documents: Iterator[str]) -> Iterator[list[int]]:
     return pack((tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in documents), SEQ)
 
 
-def schedule(steps: int, look_every: int = 0) -> TrainConfig:
+def interleaved(field: Iterator, general_text: Iterator, share_of_general: float) -> Iterator:
+    """Rows of both streams; of any first n rows, the given share (rounded down) is general."""
+    for number in itertools.count(1):
+        due = math.floor(share_of_general * number) > math.floor(share_of_general * (number - 1))
+        yield next(general_text if due else field)
+
+
+# %%
+def schedule(steps: int, rate: float, look_every: int = 0) -> TrainConfig:
     """Every run of this lesson: a short warm-up to the full rate, then linear decay."""
     return TrainConfig(
-        max_steps=steps, learning_rate=settings["rate"], warmup_steps=max(1, steps // 8), schedule="linear",
-        weight_decay=0.0, precision=lesson.precision, evaluate_every=look_every, progress=False, seed=seed,
+        max_steps=steps, learning_rate=rate, warmup_steps=max(1, steps // 8), schedule="linear", weight_decay=0.0,
+        precision=settings["precision"], evaluate_every=look_every, progress=False, seed=seed,
     )  # fmt: skip
 
 
@@ -406,13 +420,15 @@ def adapted(batches, config: TrainConfig, look=None) -> tuple[nn.Module, History
     history = train(model, batches, config, evaluate=look)
     return (model.merge_and_unload() if settings["adapters"] else model).eval(), history
 
-# %%
-def read_on(rows: Iterator[list[int]], look=None) -> tuple[nn.Module, History]:
-    """Continued pretraining for STEPS steps of ROWS rows."""
+
+def read_on(version: str, replay: float) -> tuple[nn.Module, History]:
+    """Continued pretraining on a version of the field's texts, with a share of general text."""
+    rows = interleaved(packed(field_text(version)), packed(itertools.cycle(general_documents)), replay)
     batches = ({"input_ids": torch.tensor([next(rows) for _ in range(ROWS)])} for _ in itertools.count())
-    return adapted(batches, schedule(STEPS, max(1, STEPS // 4)), look)
+    return adapted(batches, schedule(STEPS, settings["rate"]))
 
 
+# %%
 example = {"input_ids": torch.tensor([next(packed(field_text("with questions"))) for _ in range(2)])}
 example = {name: tensor.to(base.device) for name, tensor in example.items()}
 with torch.no_grad():
@@ -422,48 +438,64 @@ with torch.no_grad():
     theirs = base(**example, labels=example["input_ids"]).loss
 lesson.equal("the loss of continued pretraining is transformers'", (ours - theirs).abs().item(), within=1e-4)
 
+# %% [markdown]
+# **Two ways of asking.** Besides the exam's questions there are *sentences to complete*: the two statements of each relation that no text uses, up to the value. A fact that a model can complete is stored in it, whether or not a question finds it.
+
+
 # %%
-def look(model: nn.Module) -> dict[str, float]:
-    """The exam in medicine, on the way."""
-    return {"medicine": share(right(model, exams["medicine"])).accuracy}
+def sentences(entities: Sequence) -> list[Question]:
+    """Statements in held-out wordings up to the value; the answer is the rest of the sentence."""
+    items = []
+    for entity, relation in itertools.product(entities, MEDICINE.values()):
+        for form in relation.held_out_statements:
+            start, value, rest = form.partition("{value}")
+            about = {"name": entity.name, "relation": relation.name}
+            items.append(Question(start.format(name=entity.name).rstrip(),
+                                  (value + rest).format(value=entity.facts[relation.name]), "sentence", about))  # fmt: skip
+    return items
 
 
-models, curves, hits = {}, {}, {}
+to_complete = some(random.Random(seed).sample(sentences(TOLD["medicine"]), 6 * len(TOLD["medicine"])))
+models, hits, completed = {}, {}, {}
 for version in VERSIONS:
-    model_read, history = read_on(packed(field_text(version)), look)
-    hits[version] = right(model_read, exams["medicine"])
-    steps = [0, *(found["step"] for found in history.evaluations)]
-    curves[version] = ([step * ROWS * SEQ / 1000 for step in steps],
-                       [0.0, *(found["medicine"] for found in history.evaluations)])  # fmt: skip
-    models[version] = model_read
-    print(f"{version:>15}: {sum(history.tokens) / 1000:.0f} thousand tokens, loss {history.losses[0]:.2f} -> "
-          f"{np.mean(history.losses[-3:]):.2f}, medicine {share(hits[version])}")  # fmt: skip
+    models[version], history = read_on(version, replay=0.2)
+    hits[version] = right(models[version], exams["medicine"])
+    completed[version] = right(models[version], to_complete)
+    print(f"{version:>15}: {sum(history.tokens):,} tokens, loss {history.losses[0]:.2f} -> "
+          f"{np.mean(history.losses[-5:]):.2f}; sentences {share(completed[version])}, "
+          f"questions {share(hits[version])}")  # fmt: skip
     lesson.report(f"medicine, continued pretraining, {version}", str(share(hits[version])))
 
 # %%
-figure = plots.curve(
-    curves, title="At equal tokens, more wordings and questions put more facts within reach",
-    xlabel="training tokens (thousands)", ylabel="right answers in medicine", percent=True,
-    references={"best constant": floor["medicine"].accuracy},
+figure = plots.bars_with_intervals(
+    {version: {"completes a sentence": share(completed[version]), "answers a question": share(hits[version])}
+     for version in VERSIONS},
+    title="Facts that were only told can be completed; questions find them after questions",
+    xlabel="right in medicine, unseen wordings",
 )  # fmt: skip
-plots.show(figure, alt="Right answers over tokens for the three versions of the text, and the constant guess.")
+plots.show(figure, alt="For each version of the text two bars: sentences completed, and questions answered.")
+on_untold = share(right(models["with questions"], untold))
 reached = {version: share(found).accuracy for version, found in hits.items()}
-finance_after = right(models["with questions"], exams["finance"])
-lesson.claim("after reading texts with questions, at least 60 % in medicine", reached["with questions"],
-             at_least=0.6, control=share(finance_after).accuracy, form=".0%")  # fmt: skip
-lesson.claim("eight wordings are at least 20 points better than one", reached["eight wordings"] - reached["one wording"],
-             at_least=0.2, form=".0%")  # fmt: skip
+stored = {version: share(found).accuracy for version, found in completed.items()}
+print(f"best constant {floor['medicine']}; illnesses that no text tells of: {on_untold}")
+lesson.claim("after reading texts with questions, at least half of the questions on medicine are answered",
+             reached["with questions"], at_least=0.5, control=on_untold.accuracy, form=".0%")  # fmt: skip
+lesson.claim("eight wordings let at least 20 points more sentences be completed than one wording",
+             stored["eight wordings"] - stored["one wording"], at_least=0.2, form=".0%")  # fmt: skip
+lesson.claim("at equal tokens, questions in the text are worth at least 30 points on questions",
+             reached["with questions"] - reached["eight wordings"], at_least=0.3, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# The control of the first claim is the other field: the same model in *finance*, of which it read nothing.
+# The control of the first claim are the illnesses of which no text tells, asked of the same model.
 #
-# **Which mistakes?** An answer can be right, another fact of the same illness, a fact of another illness of the right kind, or something else. The first kind of mistake says: the facts are there, but the question does not find the right one.
+# **Which mistakes?** An answer can be right, another fact of the same illness, a fact of another illness of the right kind, or something else.
+
 
 # %%
 def kind_of_answer(question: Question, text: str) -> str:
     """What the answer is, if not the right one."""
-    own = next(e.facts for e in DOMAINS["medicine"] if e.name == question.about["name"])
-    same_kind = {e.facts[str(question.about["relation"])] for e in DOMAINS["medicine"]}
+    own = next(e.facts for e in TOLD["medicine"] if e.name == question.about["name"])
+    same_kind = {e.facts[str(question.about["relation"])] for e in TOLD["medicine"]}
     if text == question.answer:
         return "right"
     if text in own.values():
@@ -472,10 +504,11 @@ def kind_of_answer(question: Question, text: str) -> str:
 
 
 kinds = ("right", "its other fact", "another illness's", "something else")
-counted = {
-    version: Counter(itertools.starmap(kind_of_answer, zip(exams["medicine"], given, strict=True)))
-    for version, given in ((v, answers(models[v], exams["medicine"])) for v in VERSIONS)
-}
+counted = {}
+for version, model_read in models.items():
+    given = answers(model_read, exams["medicine"])
+    counted[version] = Counter(itertools.starmap(kind_of_answer, zip(exams["medicine"], given, strict=True)))
+    print(f"{version}: for example {given[:4]}")
 show_table({version: [count[kind] for kind in kinds] for version, count in counted.items()}, kinds)
 
 # %% [markdown]
@@ -486,81 +519,82 @@ show_table({version: [count[kind] for kind in kinds] for version, count in count
 #
 # **Question.** Supervised fine-tuning (SFT) on questions and answers is what most people mean by "training on our data". Does it teach facts?
 #
-# Train the base model in chat form, loss on the answers only, on all 120 facts of medicine and on 120 facts about well-known people, each in one question form. To the model the first are *unknown* and the second *known*; both must learn the new form. The number of tokens is that of section 3. Watch four groups: the two kinds of training rows, *other* facts about people, and finance. The last two are in no training row.
+# Train the base model on questions with their answers, in the form that it knows, with the loss on the answers only (lesson 05). Half of the rows are the 48 facts of medicine, half are 48 facts about well-known people, each in one question form. To the base model the first are *unknown* and the second *known*. There are no more tokens than in section 3, padding counted. Watch four groups: the two kinds of training rows, *other* facts about people, and the untold illnesses. The last two are in no training row.
 
 # %%
-def chat_row(question: Question) -> tuple[str, str]:
-    """Instruction and answer of a question in Shima's form."""
-    return question.prompt.partition("Question: ")[2].partition("\n")[0], question.answer
-
-
-pairs = [(person, relation) for person in world.people[:100] for relation in RELATIONS]
-pairs = random.Random(f"people/{seed}").sample(pairs, 180)
+names = {entity.name for entity in TOLD["medicine"]}
+unknown = some([question for question in solved["medicine"] if question.about["name"] in names])
+pairs = [(person, relation) for person in world.people[:100] for relation in RELATIONS.values()]
+pairs = random.Random(f"people/{seed}").sample(pairs, 3 * 48)
 people = [
-    Question(ask(RELATIONS[name].questions[0 if i < 120 else -1].format(name=person.name)), person.facts[name], "people")
-    for i, (person, name) in enumerate(pairs)
+    Question(ask(form.questions[-1 if 48 <= i < 96 else 0].format(name=person.name)), person.facts[form.name], "people")
+    for i, (person, form) in enumerate(pairs)
 ]
-unknown, known, others = some(taught["medicine"]), some(people[:120]), some(people[120:])
-groups = {"unknown, trained": unknown[:60], "known, trained": known[:60], "known, not trained": others,
-          "unknown, not trained": exams["finance"][:60]}  # fmt: skip
+known, others, more_known = some(people[:48]), some(people[48:96]), some(people[96:])
+groups = {"unknown, trained": unknown, "known, trained": known, "known, not trained": others,
+          "unknown, not trained": untold}  # fmt: skip
 
 
-def chat_hits(model: nn.Module, questions: Sequence[Question]) -> list[bool]:
-    """For each question, whether the model gives exactly the right answer in a chat."""
-    with lesson.autocast():
-        given = answer_instructions(model, tokenizer, [chat_row(q)[0] for q in questions], 8, batch_size=128)
-    return [text.strip() == question.answer for text, question in zip(given, questions, strict=True)]
+def chat_rows(questions: Sequence[Question]) -> list[dict[str, list[int]]]:
+    """Token ids and labels of questions with their answers; the question's labels are -100."""
+    rows = []
+    for question in questions:
+        prompt, reply = tokenizer([question.prompt, f" {question.answer}\n"], add_special_tokens=False)["input_ids"]
+        rows.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
+    return rows
+
 
 # %%
-chats = [encode_chat(tokenizer, *chat_row(question)) for question in unknown + known]
-chat_batches = PaddedBatches(chats, min(40, len(chats)), tokenizer.pad_token_id, seed=seed)
-longest = max(len(chat["input_ids"]) for chat in chats)
-chat_steps = max(4, STEPS * ROWS * SEQ // (chat_batches.batch_size * longest))  # no more tokens than in section 3
-tuned, history = adapted(
-    chat_batches, schedule(chat_steps, max(1, chat_steps // 8)),
-    lambda model: {name: share(chat_hits(model, questions)).accuracy for name, questions in groups.items()},
-)  # fmt: skip
-looks = history.evaluations
-series = {name: ([0, *(found["step"] for found in looks)],
-                 [share(chat_hits(base, questions)).accuracy, *(found[name] for found in looks)])
-          for name, questions in groups.items()}  # fmt: skip
-figure = plots.curve(series, title="Fine-tuning makes known facts available at once, and learns unknown ones slowly",
-                     xlabel=f"step of {chat_batches.batch_size} chats", ylabel="right answers", percent=True)  # fmt: skip
-plots.show(figure, alt="Known rows, trained or not, rise first; trained unknown rows follow; untrained unknown stay low.")
-print(f"{sum(history.tokens) / 1000:.0f} thousand tokens, {chat_steps * chat_batches.batch_size / len(chats):.0f} epochs")
+rows = chat_rows(unknown + known)
+batch_size = min(24, len(rows))
+steps = max(4, STEPS * ROWS * SEQ // (batch_size * max(len(row["input_ids"]) for row in rows)))
+
+
+def tuned_on(questions: Sequence[Question], look=None) -> tuple[nn.Module, History]:
+    """The base model, fine-tuned on the answers."""
+    batches = PaddedBatches(chat_rows(questions), batch_size, tokenizer.pad_token_id, seed=seed)
+    return adapted(batches, schedule(steps, settings["chat_rate"], max(1, steps // 7)), look)
+
+
+def look(model: nn.Module) -> dict[str, float]:
+    """Right answers in each group."""
+    return {name: share(right(model, questions)).accuracy for name, questions in groups.items()}
+
+
+tuned, history = tuned_on(unknown + known, look)
+looks = [{"step": 0} | look(base), *history.evaluations]
+chat_tokens = sum(history.tokens)
+print(f"{steps} steps of {batch_size} rows, {chat_tokens:,} tokens; at the end",
+      {name: f"{looks[-1][name]:.0%}" for name in groups})  # fmt: skip
 
 # %%
-first = next((found for found in looks if found["known, trained"] >= 0.8), None)
-lead = first["known, trained"] - first["unknown, trained"] if first else math.nan
-last = {name: values[-1] for name, (_, values) in series.items()}
-print("at the end:", {name: f"{value:.0%}" for name, value in last.items()})
-lesson.claim("when 80 % of the known rows are learned, unknown ones are at least 30 points behind", lead,
-             at_least=0.3, form=".0%")  # fmt: skip
-lesson.claim("facts that no row mentions come out in the new form, if pretraining taught them: at least 50 %",
-             last["known, not trained"], at_least=0.5, control=last["unknown, not trained"], form=".0%")  # fmt: skip
-asked_anew = chat_hits(tuned, exams["medicine"])
-hits["SFT"] = asked_anew
-lesson.report("medicine, SFT, asked in unseen wordings", str(share(asked_anew)))
-lesson.report("finance, after SFT on medicine and people", str(share(chat_hits(tuned, exams["finance"]))))
+series = {name: ([found["step"] for found in looks], [found[name] for found in looks]) for name in groups}
+figure = plots.curve(series, title="Fine-tuning learns the facts of its rows, and no others",
+                     xlabel=f"step of {batch_size} rows", ylabel="right answers", percent=True)  # fmt: skip
+plots.show(figure, alt="Known facts stay high; unknown rows climb over the steps; illnesses in no row stay low.")
+hits["SFT"] = right(tuned, exams["medicine"])
+by_rows = looks[-1]["unknown, trained"] - looks[-1]["unknown, not trained"]
+lesson.claim("fine-tuning puts the facts of its rows into the model: 40 points more than for facts in no row", by_rows,
+             at_least=0.4, form=".0%")  # fmt: skip
+halfway_there = next((found["step"] for found in looks if found["unknown, trained"] >= 0.5), math.nan)
+lesson.report("share of the steps after which half of the unknown rows are learned", halfway_there / steps, ".0%")
+lesson.report("medicine, SFT, asked in unseen wordings", str(share(hits["SFT"])))
 
 # %% [markdown]
 # TEXT-SFT
-
-# %% [markdown]
-# **Does learning unknown facts do harm?** Gekhman et al. (2024) report that examples with new knowledge are learned more slowly, and that once they are learned the model errs more often about what it knew. The control is the same run without the unknown rows: other facts about people in their place, the same number of steps and rows.
+#
+# **Does learning unknown facts do harm?** Gekhman et al. (2024) report that examples with new knowledge are learned more slowly, and that a model which has learned them errs more often about what it knew. The control is the same run with known facts in place of the unknown ones: the same number of steps and rows.
 
 # %%
-more = [(person, name) for person in world.people[:100] for name in RELATIONS if (person, name) not in pairs]
-more = random.Random(f"more people/{seed}").sample(more, 120)
-more = [Question(ask(RELATIONS[name].questions[0].format(name=person.name)), person.facts[name], "people")
-        for person, name in more]  # fmt: skip
-harmless = [encode_chat(tokenizer, *chat_row(question)) for question in some(more) + known]
-control, _ = adapted(PaddedBatches(harmless, chat_batches.batch_size, tokenizer.pad_token_id, seed=seed),
-                     schedule(chat_steps))  # fmt: skip
-with_new, without_new = share(chat_hits(tuned, others)), share(chat_hits(control, others))
-print(f"other facts about people: {with_new} with unknown rows, {without_new} without")
-lesson.report("known facts lost by training on unknown ones, against the same run without them",
+control, _ = tuned_on(more_known + known)
+with_new, without_new = share(right(tuned, others)), share(right(control, others))
+print(f"other facts about people: {share(right(base, others))} before, {with_new} after rows with new facts, "
+      f"{without_new} after rows without")  # fmt: skip
+lesson.report("known facts lost: after rows with new facts, less after rows without",
               without_new.accuracy - with_new.accuracy, ".0%")  # fmt: skip
+
+# %% [markdown]
+# TEXT-HARMLESS
 
 # %% [markdown] tags=["core"]
 # ## 5 · Which one, and when?
@@ -573,6 +607,7 @@ lesson.report("known facts lost by training on unknown ones, against the same ru
 #
 # and they meet at $q^* = 3T / e$.
 
+
 # %%
 def tokens_of(questions: Sequence[Question]) -> float:
     """Tokens of a prompt, on average."""
@@ -583,7 +618,7 @@ medicine, trained_on = exams["medicine"], STEPS * ROWS * SEQ
 plain, shown = tokens_of(medicine), tokens_of([with_examples(q) for q in medicine])
 with_page = tokens_of([looked_up(q) for q in medicine])
 costs = {"no help": (0, plain), "four examples": (0, shown), "RAG": (0, with_page),
-         **{version: (trained_on, plain) for version in VERSIONS}, "SFT": (sum(history.tokens), plain)}  # fmt: skip
+         **{version: (trained_on, plain) for version in VERSIONS}, "SFT": (chat_tokens, plain)}  # fmt: skip
 hits |= {"no help": right(base, medicine), "four examples": examples["medicine"], "RAG": retrieved["medicine"]}
 show_table({name: [f"{trained:,}", f"{each:.0f}", share(hits[name])] for name, (trained, each) in costs.items()},
            ["training tokens", "tokens a question", "right in medicine"])  # fmt: skip
@@ -606,7 +641,10 @@ lines = {"RAG": (numbers, numbers * with_page), "four examples": (numbers, numbe
          "continued pretraining": (numbers, 3 * trained_on + numbers * plain)}  # fmt: skip
 figure = plots.curve(lines, title="Training pays once, a look-up pays with every question",
                      xlabel="number of questions", ylabel="cost (forward passes of a token)", log_x=True, log_y=True)  # fmt: skip
-plots.show(figure, alt="Cost over number of questions, both logarithmic: the flat line of training meets the rising one of RAG.")
+plots.show(
+    figure,
+    alt="Cost over number of questions, both logarithmic: the flat line of training meets the rising one of RAG.",
+)
 
 # %% [markdown]
 # TEXT-COST
@@ -618,20 +656,14 @@ plots.show(figure, alt="Cost over number of questions, both logarithmic: the fla
 # %% [markdown] tags=["core"]
 # ## 6 · What was lost: forgetting, replay, interpolation
 #
-# **Question.** The model has read nothing but medicine for a while. Can it still do what it could?
+# **Question.** The model of section 3 read one part of general text in five. What would it have forgotten without?
 #
-# Two remedies. **Replay** mixes a share $r$ of general text into the training, at the same number of tokens in all, so less is left for medicine. Rows have equal length here, so a share of rows is a share of tokens. **Interpolation** costs no training: take the weights on the straight line between before and after,
+# **Replay** mixes a share $r$ of general text into the training, at the same number of tokens in all, so less is left for medicine. Rows have equal length here, so a share of rows is a share of tokens. **Interpolation** costs no training: take the weights on the straight line between before and after (Wortsman et al. 2022),
 #
 # $$\theta(\lambda) = (1 - \lambda)\,\theta_0 + \lambda\,\theta_1 .$$
 
+
 # %%
-def interleaved(field: Iterator, general_text: Iterator, share_of_general: float) -> Iterator:
-    """Rows of both streams; of any first n rows, the given share (rounded down) is general."""
-    for number in itertools.count(1):
-        due = math.floor(share_of_general * number) > math.floor(share_of_general * (number - 1))
-        yield next(general_text if due else field)
-
-
 def interpolated(start: nn.Module, end: nn.Module, weight: float) -> nn.Module:
     """The model whose weights are (1 - weight) * start + weight * end."""
     between = copy.deepcopy(start)
@@ -641,47 +673,41 @@ def interpolated(start: nn.Module, end: nn.Module, weight: float) -> nn.Module:
     return between
 
 
-ABILITIES = [item for items in GENERAL.values() for item in items]
-general_documents = text_dataset(machine, 600, seed=10 + seed)["text"]  # shima-4m has not read these
-
-# %%
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-forgetful = models["with questions"]
-averaged = AveragedModel(base, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-averaged.update_parameters(base)  # the first call copies, the second one averages
-averaged.update_parameters(forgetful)
-halfway = interpolated(base, forgetful, 0.5)
-gaps = [(a - b).abs().max().item() for a, b in zip(averaged.parameters(), halfway.parameters(), strict=True)]
-lesson.equal("halfway is torch's AveragedModel with decay 0.5", max(gaps), within=1e-6)
-
-
 def kept_of(model: nn.Module) -> dict[str, Score]:
     """Medicine, and the general abilities."""
     return {"medicine": share(right(model, exams["medicine"])), **general(model)}
 
 
 outcomes = {"before": {"medicine": before["medicine, no help"], **general_before}}
-outcomes["no replay"] = kept_of(forgetful)
+outcomes["replay 20 %"] = kept_of(models["with questions"])
+for replay, name in ((0.0, "no replay"), (0.5, "replay 50 %")):
+    models[name], _ = read_on("with questions", replay)
+    outcomes[name] = kept_of(models[name])
 
 # %%
-for replay in (0.2, 0.5):
-    rows = interleaved(packed(field_text("with questions")), packed(itertools.cycle(general_documents)), replay)
-    model_read, _ = read_on(rows)
-    outcomes[f"replay {replay:.0%}".replace("%", " %")] = kept_of(model_read)
-outcomes["halfway"] = kept_of(halfway)
-outcomes["three quarters"] = kept_of(interpolated(base, forgetful, 0.75))
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+halfway = interpolated(base, models["no replay"], 0.5)
+averaged = AveragedModel(base, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+averaged.update_parameters(base)  # the first call copies, the second one averages
+averaged.update_parameters(models["no replay"])
+gaps = [(a - b).abs().max().item() for a, b in zip(averaged.parameters(), halfway.parameters(), strict=True)]
+lesson.equal("halfway is torch's AveragedModel with decay 0.5", max(gaps), within=1e-6)
+outcomes["no replay, halfway"] = kept_of(halfway)
+outcomes["replay 20 %, 3/4 of the way"] = kept_of(interpolated(base, models["with questions"], 0.75))
 show_table({name: [f"{found.accuracy:.0%}" for found in scores.values()] for name, scores in outcomes.items()},
            ["medicine", *GENERAL])  # fmt: skip
-kept = {name: np.mean([found[ability].accuracy for ability in GENERAL]) for name, found in outcomes.items()}
-points = {name: (float(kept[name]), found["medicine"].accuracy) for name, found in outcomes.items()}
+kept = {name: float(np.mean([found[ability].accuracy for ability in GENERAL])) for name, found in outcomes.items()}
+points = {name: (kept[name], found["medicine"].accuracy) for name, found in outcomes.items()}
 lost, saved = kept["before"] - kept["no replay"], kept["replay 20 %"] - kept["no replay"]
 
 # %%
-figure = plots.pareto(points, title="A fifth of general text keeps most of what was there",
+figure = plots.pareto(points, title="Without general text in the training, most of the general abilities are lost",
                       xlabel="general abilities, mean score", ylabel="right answers in medicine",
                       lower_x_is_better=False)  # fmt: skip
-plots.show(figure, alt="Medicine over general abilities for the model before, without replay, with replay, and in between.")
+plots.show(
+    figure, alt="Medicine over general abilities for the model before, without replay, with replay, and in between."
+)
 lesson.claim("reading only medicine costs at least 20 points of the general abilities", lost, at_least=0.2, form=".0%")
 lesson.claim("a fifth of replay saves at least half of what is lost without it", saved / lost if lost > 0 else math.nan,
              at_least=0.5, form=".0%")  # fmt: skip
@@ -696,42 +722,54 @@ lesson.report("medicine, points given up for a fifth of replay", behind, ".0%")
 #
 # **Question.** Fine-tuning made an assistant of a base model. At how many places does it say anything that the base model would not have said?
 #
-# Lin et al. (2024) let the assistant write, and at each of its tokens ask the base model, given everything before: at which rank is this token? Rank 1 is *unshifted*, 2 or 3 *marginal*, everything else *shifted*. They found shifted tokens at 5 to 8 % of the positions, mostly of style, and mostly early. The idea that tuning teaches a form, and the rest comes from pretraining, is known as *superficial alignment* (Zhou et al. 2023).
+# Lin et al. (2024) let the assistant write, and at each of its tokens ask the base model, given everything before: at which rank is this token? Rank 1 is *unshifted*, 2 or 3 *marginal*, everything else *shifted*. They found shifted tokens at 5 to 8 % of the positions, mostly words of style, and mostly early. The idea that tuning teaches a form, and the rest comes from pretraining, is known as *superficial alignment* (Zhou et al. 2023).
+#
+# The base model has never seen the marks of the chat format. So it is asked twice: with the same chat before it, and with the same words without marks.
 
 # %%
 assistant, chat_tokenizer = load_assistant(machine)
 instructions = [question.prompt for question in world.chat_questions(lesson.scaled(90, 12), 100 + seed)]
-replies = answer_instructions(assistant, chat_tokenizer, instructions, 60, batch_size=128)
-written = [encode_chat(chat_tokenizer, *pair) for pair in zip(instructions, replies, strict=True)]
+with lesson.autocast(IN_16_BITS):
+    replies = answer_instructions(assistant, chat_tokenizer, instructions, 60, batch_size=128)
 
 
 @torch.no_grad()
-def ranks(model: nn.Module, chat: dict[str, list[int]]) -> list[int]:
-    """Rank of each token of the answer under the model, 1 for its first choice."""
-    ids, labels = (torch.tensor(chat[name], device=model.device) for name in ("input_ids", "labels"))
-    logits = model(input_ids=ids[None]).logits[0, :-1]  # (seq - 1, vocab)
-    chosen = logits.gather(-1, ids[1:, None])  # (seq - 1, 1)
-    place = 1 + (logits > chosen).sum(-1)  # (seq - 1,)
-    return place[labels[1:] != -100].tolist()
+def ranks(prompt: str, reply: str) -> list[int]:
+    """Rank of each token of the reply under the base model, 1 for its first choice."""
+    before_it, ids = chat_tokenizer([prompt, reply], add_special_tokens=False)["input_ids"]
+    together = torch.tensor([before_it + ids], device=base.device)  # (1, seq)
+    logits = base(input_ids=together).logits[0, len(before_it) - 1 : -1]  # (reply, vocab)
+    chosen = logits.gather(-1, together[0, len(before_it) :, None])  # (reply, 1)
+    return (1 + (logits > chosen).sum(-1)).tolist()
 
 
-found = [ranks(base, chat) for chat in written]
-own = [ranks(assistant, chat)[:-1] for chat in written]  # the assistant's own choice, but for an answer cut off
+contexts = {"the same chat": [chat_prompt(chat_tokenizer, text) for text in instructions],
+            "the same words": [f"{text}\n" for text in instructions]}  # fmt: skip
+found = {name: [ranks(*pair) for pair in zip(prompts, replies, strict=True) if pair[1]]
+         for name, prompts in contexts.items()}  # fmt: skip
+
 
 # %%
-flat = [place for answer in found for place in answer]
-kinds_of_shift = {"unshifted": np.mean([r == 1 for r in flat]), "marginal": np.mean([r in (2, 3) for r in flat]),
-                  "shifted": np.mean([r > 3 for r in flat])}  # fmt: skip
-print({name: f"{value:.0%}" for name, value in kinds_of_shift.items()}, f"of {len(flat)} tokens")
-WIDTH = 12
-by_place = [np.mean([answer[i] > 3 for answer in found if len(answer) > i] or [math.nan]) for i in range(WIDTH)]
-figure = plots.curve({"shifted": (range(1, WIDTH + 1), by_place)},
-                     title="The assistant differs from the base model mostly where an answer begins",
+def shifted(answers_ranks: list[list[int]], start: int, stop: int) -> float:
+    """The share of the tokens from `start` up to `stop` that are not among the base model's first three."""
+    places = [place for answer in answers_ranks for place in answer[start:stop]]
+    return float(np.mean([place > 3 for place in places])) if places else math.nan
+
+
+for name, answers_ranks in found.items():
+    places = np.array([place for answer in answers_ranks for place in answer])
+    print(f"{name}: {np.mean(places == 1):.0%} unshifted, {np.mean((places == 2) | (places == 3)):.0%} marginal, "
+          f"{np.mean(places > 3):.0%} shifted, of {len(places)} tokens")  # fmt: skip
+series = {name: (range(1, 13), [shifted(r, i, i + 1) for i in range(12)]) for name, r in found.items()}
+figure = plots.curve(series, title="The assistant differs from the base model most where an answer begins",
                      xlabel="token of the answer", ylabel="not among the base's first three", percent=True)  # fmt: skip
-plots.show(figure, alt="The share of shifted tokens over the position in the answer: high at the first, lower later.")
-lesson.claim("most of the assistant's tokens are the base model's first choice", kinds_of_shift["unshifted"],
-             at_least=0.5, form=".0%")  # fmt: skip
-lesson.report("tokens of the assistant that are shifted", kinds_of_shift["shifted"], ".0%")
+plots.show(figure, alt="The share of shifted tokens over the position in the answer: high at first, lower later.")
+words = found["the same words"]
+first_choice = float(np.mean([place == 1 for answer in words for place in answer]))
+lesson.claim("more than half of the assistant's tokens are the base model's first choice after the same words",
+             first_choice, at_least=0.5, form=".0%")  # fmt: skip
+lesson.claim("the first three tokens are shifted at least 20 points more often than those after the fifth",
+             shifted(words, 0, 3) - shifted(words, 5, 60), at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
 # TEXT-SHIFT
@@ -745,6 +783,7 @@ lesson.report("tokens of the assistant that are shifted", kinds_of_shift["shifte
 #
 # $$p = \min\Big(1,\; 2 \sum_{k=0}^{\min(n_{10},\, n_{01})} \binom{n_{10} + n_{01}}{k}\, 2^{-(n_{10} + n_{01})}\Big)$$
 
+
 # %%
 def paired_test(first: Sequence[bool], second: Sequence[bool]) -> float:
     """Two-sided exact p-value for the same questions answered by two equally good systems."""
@@ -756,9 +795,10 @@ def paired_test(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 differences = []
 for one, two in itertools.combinations(["four examples", *VERSIONS, "SFT", "RAG"], 2):
-    n10 = sum(a and not b for a, b in zip(hits[one], hits[two], strict=True))
-    n01 = sum(b and not a for a, b in zip(hits[one], hits[two], strict=True))
-    p_value = paired_test(hits[one], hits[two])
+    first, second = hits[one][::2], hits[two][::2]  # one question of each fact: independent of one another
+    n10 = sum(a and not b for a, b in zip(first, second, strict=True))
+    n01 = sum(b and not a for a, b in zip(first, second, strict=True))
+    p_value = paired_test(first, second)
     if n10 + n01:
         differences.append(abs(p_value - binomtest(n10, n10 + n01).pvalue))
     print(f"{one:>15} against {two:<15} {n10:>3} to {n01:<3} p = {p_value:.2g}")
@@ -793,7 +833,10 @@ powers = {f"{name}, {'paired' if paired else 'unpaired'} test": [power(n, 0.05, 
 figure = plots.curve({name: (SIZES, values) for name, values in powers.items()},
                      title="A true gain of 5 points is easily missed; pairing helps systems that agree",
                      xlabel="questions in the exam", ylabel="exams that find it", log_x=True, percent=True)  # fmt: skip
-plots.show(figure, alt="Power over the number of questions: the paired test on similar systems rises far earlier than the rest.")
+plots.show(
+    figure,
+    alt="Power over the number of questions: the paired test on similar systems rises far earlier than the rest.",
+)
 gains = {name: powers[f"{name}, paired test"][2] - powers[f"{name}, unpaired test"][2]
          for name in ("similar systems", "unrelated systems")}  # fmt: skip
 lesson.claim("with 200 questions on similar systems, pairing raises the power by at least 20 points",
@@ -811,26 +854,24 @@ lesson.claim("with 200 questions on similar systems, pairing raises the power by
 #
 # $$\text{ECE} = \sum_{k} \frac{n_k}{n} \big|\,\text{acc}_k - \overline{p}_k\,\big|$$
 #
-# **Temperature scaling** (Guo et al. 2017) divides all logits by one number $\tau$, chosen so that the right answers of *other* questions become as probable as possible. It changes no greedy answer. Ask the model of section 3 about people that pretraining mentioned rarely: some facts it has, some it never had, some it lost.
+# **Temperature scaling** (Guo et al. 2017) divides all logits by one number $\tau$, chosen so that the right answers of *other* questions become as probable as possible. It changes no greedy answer. Ask the base model, and the model that read on, about people of rank 101 to 1,000. Pretraining mentioned them from often to hardly ever, so there are all degrees of knowing.
 
 # %%
-rare = some(world.closed_book(400, 200 + seed, range(501, 1001)), least=16)
-one_half, other_half = rare[::2], rare[1::2]  # to choose the temperature, and to measure
+asked_about = some(world.closed_book(400, 200 + seed, range(101, 1001)), least=16)
+one_half, other_half = asked_about[::2], asked_about[1::2]  # to choose the temperature, and to measure
 
 
 @torch.no_grad()
 def answer_logits(model: nn.Module, questions: Sequence[Question], texts: Sequence[str]) -> tuple[Tensor, ...]:
     """Logits (tokens, vocab) of all answers' tokens, the tokens, and the number of the question of each."""
-    rows = []
-    for question, text in zip(questions, texts, strict=True):
-        prompt, reply = tokenizer([question.prompt, f" {text}\n"], add_special_tokens=False)["input_ids"]
-        rows.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
+    rows = chat_rows([replace(q, answer=text) for q, text in zip(questions, texts, strict=True)])
     parts = []
     for start in range(0, len(rows), 64):
-        batch = {name: t.to(model.device) for name, t in collate(rows[start : start + 64], tokenizer.pad_token_id).items()}
+        batch = {
+            name: t.to(model.device) for name, t in collate(rows[start : start + 64], tokenizer.pad_token_id).items()
+        }
         labels = batch.pop("labels")[:, 1:]  # (rows, seq - 1)
-        with lesson.autocast():
-            logits = model(**batch).logits[:, :-1].float()  # (rows, seq - 1, vocab)
+        logits = model(**batch).logits[:, :-1].float()  # (rows, seq - 1, vocab)
         counted = labels != -100
         parts.append((logits[counted].cpu(), labels[counted].cpu(), start + counted.nonzero()[:, 0].cpu()))
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
@@ -841,19 +882,28 @@ def log_probability(logits: Tensor, tokens: Tensor, question: Tensor, temperatur
     each = (logits / temperature).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)  # (tokens,)
     return torch.zeros(int(question.max()) + 1).index_add(0, question, each)
 
+
 # %%
-TEMPERATURES = np.geomspace(0.5, 8, 41)
-doctor = models["with questions"]
-gold = answer_logits(doctor, one_half, [question.answer for question in one_half])
-costs_of = [-log_probability(*gold, float(t)).mean().item() for t in TEMPERATURES]
-temperature = float(TEMPERATURES[int(np.argmin(costs_of))])
-given = answers(doctor, other_half)
-is_right = np.array([text == question.answer for text, question in zip(given, other_half, strict=True)])
-written_logits = answer_logits(doctor, other_half, given)
-confidence = {"as it is": log_probability(*written_logits).exp().numpy(),
-              "scaled": log_probability(*written_logits, temperature).exp().numpy()}  # fmt: skip
-print(f"temperature {temperature:.2f}; right on {share(is_right.tolist())}; mean confidence "
-      + ", ".join(f"{name} {values.mean():.0%}" for name, values in confidence.items()))  # fmt: skip
+TEMPERATURES = np.geomspace(0.1, 10, 81)
+
+
+def tested(model: nn.Module) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    """The temperature from one half; of the other half which answers are right, and confidence before and after."""
+    gold = answer_logits(model, one_half, [question.answer for question in one_half])
+    surprise = [-log_probability(*gold, float(t)).mean().item() for t in TEMPERATURES]
+    temperature = float(TEMPERATURES[int(np.argmin(surprise))])
+    given = answers(model, other_half)
+    is_right = np.array([text == question.answer for text, question in zip(given, other_half, strict=True)])
+    written = answer_logits(model, other_half, given)
+    confidences = [log_probability(*written, t).exp().numpy() for t in (1.0, temperature)]
+    return temperature, is_right, *confidences
+
+
+for name, model_asked in {"model that read on": models["with questions"], "base model": base}.items():
+    temperature, is_right, plain_confidence, scaled_confidence = tested(model_asked)
+    print(f"{name}: right on {share(is_right.tolist())}, mean confidence {plain_confidence.mean():.0%}, "
+          f"at temperature {temperature:.2f} {scaled_confidence.mean():.0%}")  # fmt: skip
+confidence = {"as it is": plain_confidence, "scaled": scaled_confidence}  # of the base model
 
 # %%
 from sklearn.calibration import calibration_curve
@@ -881,9 +931,11 @@ print(", ".join(f"calibration error {name} {error:.3f}" for name, error in error
 # %%
 figure = plots.curve({name: tuple(np.array(found)[:, :2].T) for name, found in bins.items()}
                      | {"calibrated": ([0, 1], [0, 1])},
-                     title="Too sure of itself, until one number is set on other questions",
+                     title="One number, set on other questions, brings confidence near the truth",
                      xlabel="confidence", ylabel="right answers", percent=True)  # fmt: skip
-plots.show(figure, alt="Right answers over confidence: the model as it is lies below the diagonal, scaled it lies near it.")
+plots.show(
+    figure, alt="Right answers over confidence: as it is the base model lies off the diagonal, scaled it lies nearer."
+)
 lesson.claim("one temperature, chosen on other questions, lowers the calibration error by at least 0.05",
              errors["as it is"] - errors["scaled"], at_least=0.05)  # fmt: skip
 
@@ -915,7 +967,7 @@ def harm(question: Question, text: str) -> float:
     """0 for a right answer, 1 for a wrong sign or an unreadable answer, the spoons that a dose is off, 5 for a wrong herb."""
     if text == question.answer:
         return 0.0
-    readable = {e.facts[str(question.about["relation"])] for e in DOMAINS["medicine"]}
+    readable = {e.facts[str(question.about["relation"])] for e in world.domains["medicine"]}
     if text not in readable or question.about["relation"] == "symptom":
         return 1.0
     if question.about["relation"] == "herb":
@@ -939,6 +991,7 @@ show_table({name: [share(hits[name]), f"{100 * np.mean(values):.0f}", f"{sum(val
 #
 # Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 
+
 # %% tags=["exercise"]
 # Exercise 14.1, easy, 10 minutes: a calibration error without thin bins.
 # Bins of equal width can be almost empty. Use bins of equal size instead.
@@ -948,6 +1001,7 @@ def equal_size_error(confidence: Sequence[float], is_right: Sequence[bool], numb
     Where the answers do not divide evenly, the first bins hold one more (as `np.array_split` does).
     """
     raise NotImplementedError
+
 
 # %% tags=["check"]
 def check_equal_size_error(equal_size_error):
@@ -989,6 +1043,7 @@ check("14.1", check_equal_size_error, equal_size_error)
 #
 # </details>
 
+
 # %% tags=["exercise"]
 # Exercise 14.2, medium, 15 minutes: replay with documents of any length.
 # Section 6 mixes rows of equal length. A data pipeline mixes documents, and those of one source are longer.
@@ -1000,6 +1055,7 @@ def replay_by_tokens(field: list[list[int]], old: list[list[int]], ratio: float)
     begin it again.
     """
     raise NotImplementedError
+
 
 # %% tags=["check"]
 def check_replay_by_tokens(replay_by_tokens):
@@ -1046,6 +1102,7 @@ check("14.2", check_replay_by_tokens, replay_by_tokens)
 #
 # </details>
 
+
 # %% tags=["exercise"]
 # Exercise 14.3, medium, 15 minutes: when the facts change.
 # Predict first: the facts change every month. Does training pay earlier or later than without changes?
@@ -1056,6 +1113,7 @@ def questions_a_month(months: int, first: int, update: int, page: float) -> int:
     tokens more with every question; changing a page costs nothing. A token in training costs 3 forward passes.
     """
     raise NotImplementedError
+
 
 # %% tags=["check"]
 def check_questions_a_month(questions_a_month):
@@ -1090,6 +1148,7 @@ check("14.3", check_questions_a_month, questions_a_month)
 #
 # </details>
 
+
 # %% tags=["exercise"]
 # Exercise 14.4, hard, 25 minutes: how many questions does the exam need?
 def items_needed(gain: float, dividing: float, power: float = 0.8, level: float = 0.05) -> int:
@@ -1099,6 +1158,7 @@ def items_needed(gain: float, dividing: float, power: float = 0.8, level: float 
     the two systems is right. Rounded up to a whole number.
     """
     raise NotImplementedError
+
 
 # %% tags=["check"]
 def check_items_needed(items_needed):
@@ -1132,6 +1192,7 @@ check("14.4", check_items_needed, items_needed)
 #
 # </details>
 
+
 # %% tags=["exercise"]
 # Exercise 14.5, open, 45 minutes: forget less, at the same price.
 # Beat a fifth of replay: lower rates, adapters (peft), interpolation, another mixture, or several of them. Write down
@@ -1139,6 +1200,7 @@ check("14.4", check_items_needed, items_needed)
 def my_adaptation() -> tuple[nn.Module, int, float]:
     """Your model, the tokens it was trained on, and the mean general score that you predicted for it (0 to 1)."""
     raise NotImplementedError
+
 
 # %% tags=["check"]
 def check_my_adaptation(my_adaptation):
@@ -1150,7 +1212,9 @@ def check_my_adaptation(my_adaptation):
     bar, learned = points["replay 20 %"]
     expect_true(f"general abilities at least {bar:.0%}", mean >= bar)
     expect_true(f"medicine at most 5 points below {learned:.0%}", scores["medicine"].accuracy >= learned - 0.05)
-    expect_true("your prediction was within 15 points: think again about what you changed", abs(mean - expected) <= 0.15)
+    expect_true(
+        "your prediction was within 15 points: think again about what you changed", abs(mean - expected) <= 0.15
+    )
 
 
 check("14.5", check_my_adaptation, my_adaptation)
@@ -1169,8 +1233,7 @@ check("14.5", check_my_adaptation, my_adaptation)
 #
 # ```python
 # def my_adaptation() -> tuple[nn.Module, int, float]:
-#     rows = interleaved(packed(field_text("with questions")), packed(itertools.cycle(general_documents)), 0.3)
-#     end, history = read_on(rows)
+#     end, history = read_on("with questions", 0.3)
 #     return interpolated(base, end, 0.9), sum(history.tokens), 0.9
 # ```
 #
@@ -1283,7 +1346,7 @@ lesson.summary()
 #
 # | here | a real field |
 # |---|---|
-# | 120 facts, stated one by one | text in which a fact is implied, dated, contradicted, and different in the next edition |
+# | 48 facts, stated one by one | text in which a fact is implied, dated, contradicted, and different in the next edition |
 # | an exam that no text has leaked into | benchmarks that may stand in the pretraining data; write new questions, or date them |
 # | the page on the name | passages in the wrong words: dense retrieval and reranking (lesson 02) |
 # | exact match | experts with a rubric, blind, two for each answer, and their agreement |
