@@ -16,7 +16,8 @@ from helpers.errors import CourseError
 from helpers.profiles import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-BUDGET = re.compile(r"cpu [\d.]+ s · [\d.]+ GB")  # the measured part of a notebook's header
+# The part of a notebook's header that is written for the author: what was measured, and the minutes of study_time.
+BUDGET = re.compile(r"(cpu [\d.]+ s · [\d.]+ GB)( \| core \d+ min, all \d+ min \| exercises \d+ min)?")
 EXERCISE = re.compile(r"\bcheck\(\s*[\"']([\d.]+)[\"']")  # the number of an exercise, in its check cell
 PROGRESS_BAR = re.compile(r"\[(\d+:)?\d\d:\d\d[<,]")  # tqdm's "[elapsed<remaining, rate]"
 # A path that only this machine has; one in a URL or below another folder is not meant.

@@ -287,25 +287,34 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
         raise CourseError(f"{path.name} holds no results of a sweep: move it away or give another path.") from error
 
 
-def write_results(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+RECIPE = {  # what a file of results says of itself
+    "command": "python -m recipes.scaling_sweep",
+    "stream": f"World(0, {NUM_PEOPLE}, {ZIPF_EXPONENT}), questions only; two-layer Llamas; peak rate 0.75 / width",
+}
+
+
+def write_results(path: Path, results: Mapping[str, Mapping[str, Any]], recipe: Mapping[str, Any] = RECIPE) -> None:
     """The file is replaced in one step: it never holds half a cell."""
-    recipe = {
-        "command": "python -m recipes.scaling_sweep",
-        "stream": f"World(0, {NUM_PEOPLE}, {ZIPF_EXPONENT}), questions only; two-layer Llamas; peak rate 0.75 / width",
-        "cpu_seconds": round(sum(row["seconds"] for row in results.values())),
-    }
+    recipe = {**recipe, "cpu_seconds": round(sum(row["seconds"] for row in results.values()))}
     rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in results.values())
     write_atomically(path, f'{{"recipe": {json.dumps(recipe)},\n"cells": [\n{rows}\n]}}\n')
 
 
 def run_sweep(
-    cells: Sequence[Cell], executor: Any, path: Path, *, resume: bool = True, progress: bool = True, job: Any = None
+    cells: Sequence[Any],
+    executor: Any,
+    path: Path,
+    *,
+    resume: bool = True,
+    progress: bool = True,
+    job: Any = None,
+    recipe: Mapping[str, Any] = RECIPE,
 ) -> dict[str, dict[str, Any]]:
     """Run the cells that `path` does not hold yet; keep each as soon as it is done; return all that it holds.
 
     `executor` needs only `submit(function, cell)`, which returns at once an object with `done()` and `result()`:
     what concurrent.futures and submitit have in common. `job` is the function that runs, `train_cell` unless given.
-    A cell that fails is reported at the end, after the others.
+    `recipe` is what the file says of itself. A cell that fails is reported at the end, after the others.
     """
     results = read_results(path) if resume else {}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,7 +330,7 @@ def run_sweep(
                 except Exception as error:  # one broken cell must not lose the others
                     failures.append(f"{cell.key} ({type(error).__name__}: {error})")
                 else:
-                    write_results(path, results)
+                    write_results(path, results, recipe)
                 bar.update()
             if not finished:
                 time.sleep(0.2)

@@ -24,8 +24,8 @@ def list_command(options: argparse.Namespace) -> None:
     if options.markdown:
         print(lesson_table(notebooks))
         return
-    for number, title, minutes, memory, after in lessons(notebooks):
-        print(f"{number}  {title:<40}{minutes:>9}{memory:>9}  after {after}")
+    for number, title, minutes, memory, study, after in lessons(notebooks):
+        print(f"{number}  {title:<40}{minutes:>9}{memory:>9}  {study}  after {after}")
 
 
 def add_refresh_arguments(parser: argparse.ArgumentParser) -> None:

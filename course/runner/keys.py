@@ -1,4 +1,4 @@
-"""What the result of a lesson depends on: its notebook, the modules that it reaches, data, pins and parameters.
+"""What the result of a lesson depends on: its notebook, the modules and data that it reaches, pins and parameters.
 
 An edit of anything else, such as the slides or a helper that the lesson does not import, leaves the key as it is.
 """
@@ -19,7 +19,6 @@ from helpers.profiles import ROOT
 
 ROOMS = ("helpers", "recipes")  # from which lessons import
 MODULE = re.compile(rf"({'|'.join(ROOMS)})(\.\w+)+")
-SAID_LATER = {"claims.json", "claim_exceptions.json"}  # in data/: what is said about runs, which no lesson reads
 
 
 def lesson_key(path: Path, parameters: object = None, root: Path = ROOT) -> str:
@@ -29,14 +28,20 @@ def lesson_key(path: Path, parameters: object = None, root: Path = ROOT) -> str:
         modules = imported_files(path, root)
     except CourseError as error:
         source, modules = str(error), []
-    data = [file for file in root.glob("data/**/*") if file.suffix != ".md" and file.name not in SAID_LATER]
-    files = [*modules, *data, root / "requirements.txt", root / "constraints.txt"]
+    files = [*modules, *named_data(path, modules, root), root / "requirements.txt", root / "constraints.txt"]
     contents = [
         (str(file.relative_to(root)), hashlib.sha256(file.read_bytes()).hexdigest())
         for file in sorted(files)
         if file.is_file()
     ]
     return hashlib.sha256(json.dumps([source, contents, sys.version, parameters]).encode()).hexdigest()
+
+
+def named_data(path: Path, modules: list[Path], root: Path = ROOT) -> list[Path]:
+    """Files of those items in data/ whose names stand in the notebook's code cells or in these modules."""
+    sources = [cell.source for cell in code_cells(path)] + [file.read_text(encoding="utf-8") for file in modules]
+    items = [item for item in root.glob("data/*") if any(item.name in source for source in sources)]
+    return [file for item in items for file in ([item] if item.is_file() else item.rglob("*")) if file.suffix != ".md"]
 
 
 def imported_files(path: Path, root: Path = ROOT) -> list[Path]:

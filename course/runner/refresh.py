@@ -21,6 +21,7 @@ from course.notebooks import (
     tags,
 )
 from course.runner.report import Row
+from course.study_time import study_time
 from helpers.colab import badge
 from helpers.errors import CourseError
 from helpers.files import write_atomically
@@ -58,10 +59,9 @@ def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row | None) 
     if [cell.source for cell in ran] != [cell.source for cell in notebook.cells]:
         raise CourseError("it was changed while it ran: refresh it again")
     header = notebook.cells[0]
-    if not BUDGET.search(header.source):
+    if not (said := BUDGET.search(header.source)):
         raise CourseError("its first cell has no line for the budget: write 'cpu 0 s · 0 GB' there")
-    if row:
-        header.source = BUDGET.sub(f"cpu {row.seconds:.0f} s · {gigabytes(row.gib)}", header.source)
+    measured = f"cpu {row.seconds:.0f} s · {gigabytes(row.gib)}" if row else said[1]
     count = 0
     for cell, done in zip(notebook.cells, ran, strict=True):
         for leftover in ("execution", "papermill"):
@@ -74,6 +74,7 @@ def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row | None) 
                     output.execution_count = count
                 if found := MACHINE_PATH.search(output_text(output)):
                     raise CourseError(f"code cell {count} prints {found[0]}: print no path, or one relative to ROOT")
+    header.source = BUDGET.sub(f"{measured} | {study_time(notebook)}", header.source)
     for leftover in ("widgets", "papermill"):
         notebook.metadata.pop(leftover, None)
     workbook = notebook.metadata.setdefault("workbook", {})
@@ -84,23 +85,25 @@ def with_outputs(source: NotebookNode, executed: NotebookNode, row: Row | None) 
 
 
 def lessons(notebooks: list[Path]) -> list[list[str]]:
-    """Number, title, time, memory and prerequisites of each lesson, as its notebook says."""
+    """Number, title, time, memory, minutes of study and prerequisites of each lesson, as its notebook says."""
     rows = []
     for path in notebooks:
-        workbook = read_notebook(path).metadata.get("workbook", {})
+        notebook = read_notebook(path)
+        workbook = notebook.metadata.get("workbook", {})
         budget = workbook.get("budget", {}).get("cpu")
         measured = [f"{budget['seconds'] / 60:.1f} min", gigabytes(budget["gib"])] if budget else ["-", "-"]
         after = ", ".join(workbook.get("prerequisites", [])) or "-"
-        rows.append([path.stem[:2], workbook.get("title", path.stem[3:]), *measured, after])
+        rows.append([path.stem[:2], workbook.get("title", path.stem[3:]), *measured, study_time(notebook), after])
     return rows
 
 
 def lesson_table(notebooks: list[Path]) -> str:
     """The lessons as the table of README.md."""
-    lines = ["| lesson | notebook | cpu | memory | after | open |", "|---|---|---|---|---|---|"]
-    for path, (number, title, minutes, memory, after) in zip(notebooks, lessons(notebooks), strict=True):
+    lines = ["| lesson | notebook | cpu | memory | study | after | open |", "|---|---|---|---|---|---|---|"]
+    for path, (number, title, minutes, memory, study, after) in zip(notebooks, lessons(notebooks), strict=True):
         link = f"[{title}]({path.parent.name}/{path.name})"
-        lines.append(f"| {number} | {link} | {minutes} | {memory} | {after} | {badge(path.stem)} |")
+        study = study.replace(" | ", "; ")
+        lines.append(f"| {number} | {link} | {minutes} | {memory} | {study} | {after} | {badge(path.stem)} |")
     return "\n".join(lines)
 
 

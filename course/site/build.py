@@ -15,7 +15,7 @@ from pathlib import Path
 from sphinx.cmd.build import build_main
 
 from course.notebooks import read_notebook, select_notebooks, tags
-from course.site import ledger, lesson_map
+from course.site import glossary, ledger, lesson_map
 from course.slides.sections import figures
 from helpers.errors import CourseError
 from helpers.files import replacing_folder
@@ -50,6 +50,7 @@ def command(options: argparse.Namespace) -> None:
         status = build_main([*flags, "-b", "html", "-c", str(SITE), "-d", f"{name}/read", str(sources), str(made)])
         if status:
             raise CourseError("The book was not built: mend what Sphinx says above, and run make site again.")
+        (made / "llms.txt").write_text(outline(select_notebooks()), encoding="utf-8")
     print(f"The book is ready: open {out / 'index.html'}")
 
 
@@ -79,6 +80,7 @@ def collect(folder: Path) -> None:
         documents="\n".join(entries),
     )
     fill(folder / "claims.md", claims=ledger.page(lessons))
+    fill(folder / "glossary.md", symbols=glossary.symbols(lessons))
     fill(folder / "lesson_map.md", map=lesson_map.draw(lessons))
     tables = "const CALCULATOR = " + json.dumps(calculator_tables(), separators=(",", ":")) + ";\n"
     (folder / "static/calculator_tables.js").write_text(tables, encoding="utf-8")
@@ -90,6 +92,26 @@ def fill(page: Path, **values: str) -> None:
     for name, value in values.items():
         text = text.replace(f"{{{{ {name} }}}}", value)
     page.write_text(text, encoding="utf-8")
+
+
+def outline(lessons: list[Path]) -> str:
+    """The book for programs that read: what it is, and each lesson with its promise (https://llmstxt.org)."""
+    lines = [
+        "# LLM Workbook",
+        "",
+        "> A course on large language models in notebooks that run on a CPU.",
+        "",
+        "## Lessons",
+        "",
+    ]
+    for path in lessons:
+        notebook = read_notebook(path)
+        paragraphs = notebook.cells[0].source.split("\n\n")
+        promise = next(" ".join(text.split()) for text in paragraphs if text[:1] not in "#[*|<")
+        title = f"{path.stem[:2]} {notebook.metadata.workbook.title}"
+        lines.append(f"- [{title}](_sources/notebooks/{path.name}): {promise}")
+    lines += ["", "## For helpers", "", "- [Hints first, never the solution](docs/tutors.html)"]
+    return "\n".join(lines) + "\n"
 
 
 def headline_figures(lessons: list[Path]) -> str:

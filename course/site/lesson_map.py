@@ -1,5 +1,6 @@
 """The lessons and what they need, as a table and as a drawing, from the metadata of their notebooks."""
 
+import re
 import textwrap
 from functools import cache
 from html import escape
@@ -13,10 +14,11 @@ BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 132, 62, 168, 76, 4
 
 def table(notebooks: list[Path]) -> str:
     """Markdown table with a link to each lesson."""
-    lines = ["| lesson | time | memory | after |", "|---|---|---|---|"]
+    lines = ["| lesson | runs for | memory | to study | after |", "|---|---|---|---|---|"]
     for path, (number, title, *measured, after) in zip(notebooks, lessons(notebooks), strict=True):
-        time, memory = (value.replace(" ", "\u00a0") for value in measured)  # a number stays with its unit
-        lines.append(f"| [{number} · {title}](notebooks/{path.name}) | {time} | {memory} | {after} |")
+        units = re.compile(r"(?<=\d) (?=min|GB)")  # a number stays with its unit
+        cells = [units.sub("\u00a0", value).replace(" | ", "; ") for value in measured]
+        lines.append(f"| [{number} · {title}](notebooks/{path.name}) | {' | '.join(cells)} | {after} |")
     return "\n".join(lines)
 
 
@@ -66,7 +68,7 @@ def draw(notebooks: list[Path]) -> str:
             lines.append(f'<path d="M{x1},{y1:g} H{middle - 20:g} C{middle},{y1:g} {middle},{y2:g} {x2},{y2:g}"/>')
     boxes, items = [], []
     rows = lessons(notebooks)
-    for path, (number, title, minutes, memory, _) in zip(notebooks, rows, strict=True):
+    for path, (number, title, minutes, memory, *_) in zip(notebooks, rows, strict=True):
         x, y = place[number]
         lines_of_title = textwrap.wrap(title.partition(":")[0], width=16)
         text = "".join(f'<tspan x="{x + 10}" dy="17">{escape(line)}</tspan>' for line in lines_of_title)

@@ -1,6 +1,7 @@
 """What the book changes in the sources while Sphinx reads them; the files themselves stay as they are committed.
 
-A lesson's Colab badge, an image on another server, becomes a bar with two local buttons. Links to files that are no
+A lesson's Colab badge, an image on another server, becomes a bar with two local buttons. A further section is marked,
+so that the browser folds it. Links to files that are no
 page of the book lead to the repository. Images get the alternative text that the notebook keeps beside them.
 """
 
@@ -21,6 +22,7 @@ from helpers.profiles import ROOT
 
 BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)")
 RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
+FURTHER = '\n\n<p class="further">Further: no core section needs this one.</p>\n'  # book.js folds what follows
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts")
 
 
@@ -34,7 +36,8 @@ def prepare_source(app: Sphinx, name: str, source: list[str]) -> None:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = BADGE.sub(lambda found: buttons(name, found[1]), "".join(cell["source"]))
-            cell["source"] = lead_to_repository(app, name, text)
+            further = FURTHER if "further" in cell["metadata"].get("tags", []) else ""
+            cell["source"] = lead_to_repository(app, name, text + further)
         elif "setup" in cell["metadata"].get("tags", []):
             cell["metadata"]["tags"].append("hide-input")
     app.env.metadata[name]["alternatives"] = [

@@ -14,7 +14,8 @@ class GPU:
     """A device. Matrix rates are dense, in TFLOP/s (int8: TOP/s), and None where the device has no such units."""
 
     name: str
-    memory: int  # bytes that the driver reports
+    memory: int  # bytes that CUDA offers a process where that is known, otherwise those of the board
+    board: int  # bytes of the board, as the driver reports them
     bandwidth: float  # GB/s
     tflops: dict[str, float | None]  # "fp32", "fp16", "bf16", "int8", "fp8"
     power: int  # watts
@@ -28,7 +29,9 @@ def _load_gpus() -> dict[str, GPU]:
     gpus = {}
     for name, row in rows.items():
         capability = tuple(row.pop("compute_capability") or ()) or None
-        gpus[name] = GPU(name=name, memory=row.pop("memory_mib") * 2**20, compute_capability=capability, **row)
+        board, offered = row.pop("memory_mib") * 2**20, row.pop("cuda_gib")
+        memory = int(offered * GIB) if offered else board
+        gpus[name] = GPU(name=name, memory=memory, board=board, compute_capability=capability, **row)
     return gpus
 
 

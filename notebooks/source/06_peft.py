@@ -5,7 +5,7 @@
 #
 # Full fine-tuning changes every weight, keeps three more numbers for each of them while it trains, and leaves you with a second model to store. Parameter-efficient fine-tuning (PEFT) freezes the model and trains something small beside it. In this lesson you write eleven such methods, each in at most 30 lines, train all of them on the same data for the same number of steps, and measure what each costs, what it learns and what it makes the model forget. Then you use what is special about small adapters: merge them, swap them, serve several in one batch, add and subtract them.
 #
-# **cpu 0 s · 0 GB | t4 15 min · 12 GB**
+# **cpu 0 s · 0 GB**
 #
 # **You will**
 #

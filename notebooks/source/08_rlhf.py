@@ -481,7 +481,8 @@ for s, h in zip(said, happened, strict=True):
 print(f"expected calibration error {error:.3f}")
 sft_rewards = judge(reward_model, [encode(q, text)["input_ids"] for q, text in
                                    zip(exam, exams["SFT policy"].texts, strict=True)])  # fmt: skip
-correlation = np.corrcoef(sft_rewards, truth(exams["SFT policy"]))[0, 1]
+sft_truth = truth(exams["SFT policy"])
+correlation = np.corrcoef(sft_rewards, sft_truth)[0, 1] if np.ptp(sft_truth) else 0.0  # 0: all are equally good
 print(f"on the SFT policy's own answers, correlation of reward model and true reward: {correlation:.2f}")
 lesson.report("reward model, calibration error / correlation with the truth", f"{error:.3f} / {correlation:.2f}")
 

@@ -1731,7 +1731,7 @@ versions["distilled student"] = (drafter, pupil, file_bytes(stored(drafter)))
 
 
 # %%
-def speeds(model, repeats: int = 7, new_tokens: int = 24) -> np.ndarray:
+def speeds(model, repeats: int = lesson.scaled(7, 2), new_tokens: int = 24) -> np.ndarray:
     """Tokens per second of plain greedy decoding, one text at a time."""
     plain_decoding(model, starts[0], 2)
     return np.sort([new_tokens / timed(plain_decoding, model, starts[i], new_tokens)[0] for i in range(repeats)])

@@ -189,15 +189,16 @@ def test_the_key_changes_with_what_the_lesson_reaches_and_with_nothing_else(tmp_
         "helpers/used.py": "from helpers.package import name",
         "helpers/package/__init__.py": "from helpers.package.inner import name",
         "helpers/package/inner.py": "import os",
-        "helpers/late.py": "1",
+        "helpers/late.py": 'folder = "model"',
         "helpers/command/__init__.py": "",
         "helpers/command/__main__.py": "1",
         "recipes/recipe.py": "1",
         "data/model/weights": "1",
+        "data/table.json": "1",
         "requirements.txt": "1",
         "constraints.txt": "1",
     }
-    others = ["helpers/unused.py", "course/slides.py", "data/claims.json", "data/README.md"]
+    others = ["helpers/unused.py", "course/slides.py", "data/claims.json", "data/other/weights", "data/model/README.md"]
     for name, text in [*sources.items(), *((name, "1") for name in others)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -205,7 +206,7 @@ def test_the_key_changes_with_what_the_lesson_reaches_and_with_nothing_else(tmp_
         tmp_path / "notebooks" / "03_a.ipynb",
         "from helpers import used\n%matplotlib inline",
         'def later():\n    import helpers.late\n\n\ncommand = ["-m", "helpers.command"]',
-        "from recipes.recipe import x",
+        'from recipes.recipe import x\n\nopen("data/table.json")',
     )
     seen = {key := lesson_key(notebook, root=tmp_path)}
     for name in others:
@@ -378,7 +379,8 @@ def test_refresh_writes_the_measured_budget(refreshed) -> None:
     measured, budget = row(folder / "out", "01_lesson"), notebook.metadata.workbook.budget
     assert budget.cpu == {"seconds": round(measured["seconds"]), "gib": round(measured["gib"], 2)}
     assert budget.t4 == {"seconds": 60, "gib": 2}
-    assert f"cpu {budget.cpu.seconds} s · {budget.cpu.gib * 2**30 / 1e9:.1f} GB | t4" in notebook.cells[0].source
+    measured = f"cpu {budget.cpu.seconds} s · {budget.cpu.gib * 2**30 / 1e9:.1f} GB"
+    assert f"{measured} | core 5 min, all 5 min | exercises 0 min | t4" in notebook.cells[0].source
     assert notebook.metadata.workbook.source_hash == notebooks.source_hash(notebook)
 
 
@@ -468,15 +470,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
 def test_list_shows_lessons_budget_and_prerequisites(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(["list", "--notebooks", str(folder)])
     first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == ["01", "first", "-", "-", "after", "-"]
-    assert second.split() == ["02", "Second", "steps", "1.5", "min", "1.1", "GB", "after", "01"]
+    study = "core 5 min, all 5 min | exercises 0 min"
+    assert first.split() == ["01", "first", "-", "-", *study.split(), "after", "-"]
+    assert second.split() == ["02", "Second", "steps", "1.5", "min", "1.1", "GB", *study.split(), "after", "01"]
 
 
 def test_list_as_markdown_is_a_table_with_links_and_badges(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(["list", "--notebooks", str(folder), "--markdown"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and {line.count("|") for line in lines} == {7}
-    assert lines[3].startswith("| 02 | [Second steps](notebooks/02_second.ipynb) | 1.5 min | 1.1 GB | 01 | [![Open in")
+    assert len(lines) == 4 and {line.count("|") for line in lines} == {8}
+    begin = "| 02 | [Second steps](notebooks/02_second.ipynb) | 1.5 min | 1.1 GB | "
+    begin += "core 5 min, all 5 min; exercises 0 min | "
+    assert lines[3].startswith(f"{begin}01 | [![Open in")
 
 
 def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:

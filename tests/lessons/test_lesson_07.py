@@ -126,6 +126,25 @@ def test_the_check_of_balanced_batch_finds_a_forgotten_cache_and_impossible_batc
     prove_check(EXERCISES["7.5"], lesson, wrong)
 
 
+def test_the_check_of_the_predicted_peak_finds_moments_that_sgd_does_not_have(lesson):
+    source = EXERCISES["7.6"].solution
+    wrong = [
+        planted(source, " - 2 * 4 * count_parameters(config)", ""),
+        planted(source, "- 2 * 4 *", "- 4 *"),
+        planted(source, "- 2 * 4 *", "- 3 * 4 *"),
+        planted(
+            source, "max(peak_bytes(config, 4, batch, seq).values())", 'peak_bytes(config, 4, batch, seq)["update"]'
+        ),
+    ]
+    prove_check(EXERCISES["7.6"], lesson, wrong)
+
+
+@pytest.mark.slow
+def test_the_core_path_runs_alone(tmp_path):
+    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
+    assert said.count("not attempted yet") == len(EXERCISES)
+
+
 @pytest.mark.slow
 def test_the_lesson_runs_on_a_model_in_hub_format(tiny_model_folder, tmp_path):
     parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "seed": 1, "budget": 0.1}

@@ -181,6 +181,11 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: n.cells[0].update(source=n.cells[0].source.replace("cpu", "CPU")),
         lambda n: n.cells.insert(0, new_code_cell("1")),
     ],
+    structure.the_header_says_how_long_it_takes_to_study: [
+        lambda n: n.cells[0].update(source=n.cells[0].source.replace("core 5 min", "core 10 min")),
+        lambda n: n.cells.extend(new_markdown_cell(600 * "word ") for _ in range(3)),
+        lambda n: cell_with(n, "raise Not").update(source="# Exercise 3.1, open: a\n    raise NotImplementedError"),
+    ],
     structure.the_setup_is_the_first_code_cell_after_you_will: [
         lambda n: cell_with(n, "COLAB").update(source=SETUP_CELL.replace("--quiet", "")),
         lambda n: n.cells.insert(2, new_code_cell("import torch")),

@@ -1,6 +1,7 @@
 """The book as a reader meets it: built once, its HTML read as text, then every page opened in a browser."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -75,11 +76,24 @@ def test_every_lesson_document_and_model_card_has_a_page_that_the_contents_list(
     expected = {f"notebooks/{path.stem}.html" for path in NOTEBOOKS}
     for pattern in ("docs/*.md", "data/*/README.md"):
         expected |= {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob(pattern)}
-    expected |= {"index.html", "lesson_map.html", "claims.html", "memory_calculator.html", "search.html"}
+    expected |= {
+        "index.html",
+        "lesson_map.html",
+        "glossary.html",
+        "claims.html",
+        "memory_calculator.html",
+        "search.html",
+    }
     assert expected <= pages.keys()
     assert {str(path.relative_to(ROOT).with_suffix(".html")) for path in ROOT.glob("docs/*/*.md")} <= pages.keys()
     listed = {link["href"] for link in pages["index.html"].select("nav.bd-links a[href]")}
     assert expected - {"index.html", "search.html"} <= listed
+
+
+def test_programs_that_read_find_every_lesson(site):
+    text = (site / "llms.txt").read_text(encoding="utf-8")
+    found = re.findall(r"^- \[.+?\]\((.+?)\)(?:: .{40,})?$", text, re.MULTILINE)
+    assert len(found) == len(NOTEBOOKS) + 1 and all((site / path).is_file() for path in found)
 
 
 def test_links_and_anchors_resolve_and_nothing_is_loaded_from_elsewhere(site, pages):
@@ -377,3 +391,17 @@ def test_the_form_says_what_is_wrong_with_an_entry(site, page, name, value, said
     enter(page.locator(f"[name={name}]"), value)
     assert said in page.locator("#calculator-result [role=alert]").inner_text()
     assert not page.wrong
+
+
+def test_further_sections_are_folded_and_a_link_into_one_opens_it(site, page):
+    def further(path: Path) -> int:
+        return sum("further" in notebooks.tags(cell) for cell in notebooks.read_notebook(path).cells)
+
+    path = max(NOTEBOOKS, key=further)
+    address = (site / f"notebooks/{path.stem}.html").as_uri()
+    page.goto(address)
+    folds = page.locator("section > details.further")
+    assert folds.count() == further(path) > 0
+    assert not any(fold.evaluate("fold => fold.open") for fold in folds.all())
+    page.goto(f"{address}#{folds.first.evaluate('fold => fold.parentElement.id')}")
+    assert folds.first.evaluate("fold => fold.open") and not folds.last.evaluate("fold => fold.open")

@@ -18,6 +18,7 @@ from nbformat import NotebookNode
 from nbformat.validator import iter_validate
 
 from course import notebooks
+from course.study_time import study_time
 from helpers.colab import SETUP_CELL, badge
 
 CLOSING = ["What we saw", "In practice", "Read on"]
@@ -34,7 +35,6 @@ WITHOUT_CORE_AND_QUIZ = (
     "04_scaling_laws",
     "05_supervised_fine_tuning",
     "06_peft",
-    "07_gpu_memory",
     "08_rlhf",
     "09_dpo",
     "10_compression",
@@ -146,6 +146,12 @@ def the_first_cell_has_title_badge_and_budget(notebook: NotebookNode, stem: str)
         yield "it lacks the badge that helpers.colab.badge gives"
     if not notebooks.BUDGET.search(source):
         yield "it lacks the line with the budget, such as: cpu 95 s · 1.2 GB | t4 6 min · 7 GB"
+
+
+@convention
+def the_header_says_how_long_it_takes_to_study(notebook: NotebookNode, stem: str) -> Iterator[str]:
+    if (expected := study_time(notebook)) not in notebook.cells[0].source:
+        yield f"its first cell does not say {expected}: python -m course refresh --only {stem[:2]}"
 
 
 @convention

@@ -1,0 +1,19 @@
+"""The symbols of all lessons as one table, from the tables at their beginning."""
+
+import re
+from pathlib import Path
+
+from course.notebooks import read_notebook
+from course.runner.refresh import lessons
+
+ROW = re.compile(r"^\| (\$.+?) \| (.+?) \|$", re.MULTILINE)
+
+
+def symbols(notebooks: list[Path]) -> str:
+    """Markdown: symbol, meaning, and a link to the lesson."""
+    lines = ["| symbol | meaning | lesson |", "|---|---|---|"]
+    for path, (number, title, *_) in zip(notebooks, lessons(notebooks), strict=True):
+        head = "\n".join(cell.source for cell in read_notebook(path).cells[:2] if cell.cell_type == "markdown")
+        link = f"[{number} · {title.partition(':')[0]}](notebooks/{path.name})"
+        lines += [f"| {symbol} | {meaning} | {link} |" for symbol, meaning in ROW.findall(head)]
+    return "\n".join(lines)
