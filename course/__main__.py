@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module, prefix of its two functions, what it does
     "progress": ("course.progress", "", "what is solved, and a certificate"),
     "student": ("course.student", "", "write the edition without solutions"),
     "grade": ("course.grading", "", "run the checks on handed-in notebooks"),
+    "competition": ("course.competition", "", "check, reproduce and rank what is handed in to the competition"),
     "slides": ("course.slides", "", "lecture slides and time plan from the notebooks"),
     "site": ("course.site", "", "build the book"),
     "links": ("course.links", "", "say where the course is published"),

@@ -4,7 +4,8 @@ Works for any causal language model of transformers with a key-value cache, on C
 knows nothing about tasks or answers: `evaluation` judges what comes out. A prompt's text does not depend on the
 other prompts, their order or the batch size (in float32; in 16 bits a near tie may fall either way).
 
-Sources: top-p sampling is Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
+Sources: top-p sampling is Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1; the
+repetition penalty is Keskar et al. 2019, "CTRL", section 4.1, over prompt and continuation as in transformers.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ def generate(
     stop: Sequence[str] = ("\n",),
     temperature: float = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     num_samples: int = 1,
     seed: int = 0,
     batch_size: int = 64,
@@ -39,18 +41,21 @@ def generate(
 
     A continuation ends at the end-of-text token, before the first of the `stop` strings, or after `max_new_tokens`.
     Other special tokens stay visible in the text. `temperature` 0 decodes greedily; above 0 it samples, from the
-    smallest set of tokens that holds `top_p` of the probability. With `num_samples` > 1 each prompt gets a list.
+    smallest set of tokens that holds `top_p` of the probability. `repetition_penalty` divides the logits of tokens
+    that stand in the text so far, and multiplies negative ones. With `num_samples` > 1 each prompt gets a list.
     The random numbers of a sample belong to (seed, prompt, number of the sample), so that a prompt that is given
     eight times gets the same eight continuations as one given once with `num_samples=8`.
 
     Raises `CourseError` for settings out of range and for prompts that leave no room in the context window.
     """
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if temperature < 0 or not 0 < top_p <= 1 or min(num_samples, batch_size, max_new_tokens) < 1 or "" in stop:
+    in_range = temperature >= 0 and 0 < top_p <= 1 and repetition_penalty > 0 and "" not in stop
+    if not in_range or min(num_samples, batch_size, max_new_tokens) < 1:
         raise CourseError(
-            f"generate got temperature={temperature}, top_p={top_p}, num_samples={num_samples}, "
-            f"max_new_tokens={max_new_tokens}, batch_size={batch_size}, stop={stop}: use a temperature of 0 or more, "
-            "0 < top_p <= 1, whole numbers from 1, and stop strings that are not empty."
+            f"generate got temperature={temperature}, top_p={top_p}, repetition_penalty={repetition_penalty}, "
+            f"num_samples={num_samples}, max_new_tokens={max_new_tokens}, batch_size={batch_size}, stop={stop}: use a "
+            "temperature of 0 or more, 0 < top_p <= 1, a penalty above 0, whole numbers from 1, and stop strings that "
+            "are not empty."
         )
     encoded = _encode_prompts(tokenizer, prompts)
     _check_window(model, [len(ids) + max_new_tokens for ids in encoded], f"with {max_new_tokens} new tokens")
@@ -66,7 +71,9 @@ def generate(
             batch = sequences[start : start + batch_size]
             uniforms = None if draws is None else torch.stack([draws[sequence] for sequence in batch])
             rows = [encoded[index] for index, _ in batch]
-            decoded = _decode_batch(model, tokenizer, rows, max_new_tokens, stop, temperature, top_p, uniforms)
+            decoded = _decode_batch(
+                model, tokenizer, rows, max_new_tokens, stop, temperature, top_p, repetition_penalty, uniforms
+            )
             texts.update(zip(batch, decoded, strict=True))
             bar.update(len(batch))
     samples = [[texts[index, sample] for sample in range(num_samples)] for index in range(len(prompts))]
@@ -74,7 +81,9 @@ def generate(
 
 
 @torch.inference_mode()
-def _decode_batch(model, tokenizer, rows, max_new_tokens, stop, temperature, top_p, uniforms) -> list[str]:
+def _decode_batch(
+    model, tokenizer, rows, max_new_tokens, stop, temperature, top_p, repetition_penalty, uniforms
+) -> list[str]:
     """Decode token by token; `rows` are the prompts' token ids, `uniforms` (batch, max_new_tokens) or None."""
     distinct = {tuple(row): None for row in rows}
     order = {row: position for position, row in enumerate(distinct)}
@@ -95,12 +104,18 @@ def _decode_batch(model, tokenizer, rows, max_new_tokens, stop, temperature, top
     if uniforms is not None:
         uniforms = uniforms.to(model.device)
 
+    written = torch.zeros_like(logits, dtype=torch.bool)  # (batch, vocab): which tokens stand in prompt or continuation
+    for row, ids in enumerate(rows if repetition_penalty != 1 else ()):
+        written[row, ids] = True
     end_tokens = _end_tokens(model, tokenizer)
     may_end_stop: dict[int, bool] = {}  # token -> can a stop string end in it? Filled as tokens appear
     new_ids: list[list[int]] = [[] for _ in rows]
     texts: list[str | None] = [None] * len(rows)
     running = list(range(len(rows)))  # row of the tensors -> row of the batch
     for step in range(max_new_tokens):
+        if repetition_penalty != 1:
+            penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(written, penalised, logits)
         chosen = logits.argmax(-1) if uniforms is None else _sample(logits, temperature, top_p, uniforms[:, step])
         for row, token in zip(running, chosen.tolist(), strict=True):
             if token in end_tokens:
@@ -118,8 +133,9 @@ def _decode_batch(model, tokenizer, rows, max_new_tokens, stop, temperature, top
             running = [running[position] for position in keep]
             kept = torch.tensor(keep, device=model.device)
             cache.batch_select_indices(kept)
-            chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
+            chosen, mask, positions, written = chosen[kept], mask[kept], positions[kept], written[kept]
             uniforms = None if uniforms is None else uniforms[kept]
+        written.scatter_(1, chosen[:, None], True)
         output = model(
             input_ids=chosen[:, None],
             attention_mask=mask[:, : width + step + 1],

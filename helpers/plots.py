@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from helpers.errors import CourseError
@@ -73,6 +74,7 @@ def show(figure: Figure, alt: str | None = None) -> None:
     alt = " ".join((alt or figure.get_label() or "").split())
     if not alt:
         raise CourseError('A figure needs a text that describes it: write show(figure, alt="what one sees in it").')
+    _break_long_lines(figure)
     png = BytesIO()
     figure.savefig(png, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     width, height = (round(100 * inches) for inches in figure.get_size_inches())
@@ -82,6 +84,16 @@ def show(figure: Figure, alt: str | None = None) -> None:
         metadata={"image/png": {"alt": alt, "width": width, "height": height}},
         raw=True,
     )
+
+
+def _break_long_lines(figure: Figure) -> None:
+    """Break each text, such as a title, that would run out of the figure at its right edge."""
+    figure.draw_without_rendering()  # places the axes
+    for text in figure.findobj(Text):
+        box = text.get_window_extent()
+        if box.width and box.x0 < figure.bbox.x1 < box.x1:
+            room = (figure.bbox.x1 - box.x0) / box.width
+            text.set_text(textwrap.fill(text.get_text(), max(1, int(room * len(text.get_text())))))
 
 
 def scored_line(x: Sequence[float], scores: Sequence[Score]) -> tuple[Sequence[float], list, list, list]:

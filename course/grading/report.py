@@ -59,7 +59,7 @@ def write_report(out: Path, reports: dict[int, list[Row]], state: dict[str, list
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
-        writer.writerow([_plain(value) for value in _fields(row)])
+        writer.writerow([plain(value) for value in _fields(row)])
     write_atomically(out, table.getvalue())
     state_text = json.dumps({key: [asdict(row) for row in rows] for key, rows in state.items()})
     write_atomically(out.with_suffix(".json"), state_text + "\n")
@@ -83,7 +83,7 @@ def _fields(row: Row) -> list[str]:
     return [row.student, row.notebook, row.exercise, row.status, row.message, f"{row.seconds:.1f}", gigabytes(row.gib)]
 
 
-def _plain(value: str) -> str:
+def plain(value: str) -> str:
     """The value as text for a spreadsheet, which would compute what begins with one of these signs."""
     return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 

@@ -10,7 +10,7 @@ sums and training mappings. *Held-out* questions use only those that training ne
 """
 
 from helpers.world.documents import PRETRAINING_MIXTURE, ask, sum_with_steps
-from helpers.world.entities import is_held_out
+from helpers.world.entities import Person, is_held_out
 from helpers.world.phrasings import DOMAIN_RELATIONS, RELATIONS
 from helpers.world.questions import Question
 from helpers.world.words import CHAT_TASKS, FILLERS, HELD_OUT_FUNCTIONS, LABELS, MOODS, POLITE
@@ -26,6 +26,7 @@ __all__ = [
     "POLITE",
     "PRETRAINING_MIXTURE",
     "RELATIONS",
+    "Person",
     "Preference",
     "Question",
     "World",

@@ -48,10 +48,11 @@ class Documents(Island):
     def describe(self, rng: random.Random, person: Person, count: int = 5, held_out_phrasing: bool = False) -> str:
         """`count` facts about a person, a sentence each, in any order."""
         chosen = rng.sample(list(RELATIONS), count)
-        return " ".join(self._say(rng, RELATIONS[r], person, held_out_phrasing) for r in chosen)
+        return " ".join(self.say(rng, RELATIONS[r], person, held_out_phrasing) for r in chosen)
 
     @staticmethod
-    def _say(rng: random.Random, relation: Relation, entity: Person, held_out: bool = False) -> str:
+    def say(rng: random.Random, relation: Relation, entity: Person, held_out: bool = False) -> str:
+        """One fact about somebody or something in a random phrasing, from the training ones or the held-out ones."""
         phrasing = rng.choice(relation.held_out_statements if held_out else relation.training_statements)
         return phrasing.format(name=entity.name, value=entity.facts[relation.name])
 
@@ -69,7 +70,7 @@ class Documents(Island):
     def _passage(self, rng: random.Random) -> str:
         """Two to five people, mostly strangers, with two or three facts each; then questions on what was said."""
         people = [
-            self._mentioned(rng) if rng.random() < 0.1 else self._stranger(rng, held_out=False)
+            self._mentioned(rng) if rng.random() < 0.1 else self.stranger(rng, held_out=False)
             for _ in range(rng.randint(2, 5))
         ]
         said = []
@@ -77,7 +78,7 @@ class Documents(Island):
         for person in people:
             relations = rng.sample(list(RELATIONS), rng.randint(2, 3))
             said += [(person, relation) for relation in relations]
-            lines.append(" ".join(self._say(rng, RELATIONS[r], person) for r in relations))
+            lines.append(" ".join(self.say(rng, RELATIONS[r], person) for r in relations))
         rng.shuffle(said)
         return "\n".join(lines) + "\n" + "".join(self._training_question(rng, *pair) for pair in said[:8])
 
@@ -183,7 +184,7 @@ class Documents(Island):
     def _domain_document(self, rng: random.Random, domain: str) -> str:
         entity = rng.choice(self.domains[domain])
         forms = DOMAIN_RELATIONS[domain]
-        told = " ".join(self._say(rng, forms[r], entity) for r in rng.sample(list(forms), len(forms)))
+        told = " ".join(self.say(rng, forms[r], entity) for r in rng.sample(list(forms), len(forms)))
         asked = rng.choice(list(forms))
         question = rng.choice(forms[asked].training_questions).format(name=entity.name)
         return told + "\n" + ask(question, entity.facts[asked])

@@ -97,7 +97,8 @@ class Island:
             if is_held_out(name) == held_out and name not in self.person:
                 return name
 
-    def _stranger(self, rng: random.Random, held_out: bool) -> Person:
+    def stranger(self, rng: random.Random, held_out: bool) -> Person:
+        """Somebody that no document knows, with a held-out name or one from all others; `rank` is 0."""
         return Person(self._fresh_name(rng, held_out), 0, self._facts(rng))
 
     def mention_probability(self, person: Person) -> float:

@@ -44,10 +44,10 @@ class Questions(Documents):
         rng = random.Random(f"open book/{seed}")
         questions = []
         for _ in range(n):
-            people = [self._stranger(rng, held_out=True) for _ in range(num_people)]
+            people = [self.stranger(rng, held_out=True) for _ in range(num_people)]
             relations = [rng.sample(list(RELATIONS), 3) for _ in people]
             passage = "".join(
-                " ".join(self._say(rng, RELATIONS[r], person, held_out_phrasing) for r in chosen) + "\n"
+                " ".join(self.say(rng, RELATIONS[r], person, held_out_phrasing) for r in chosen) + "\n"
                 for person, chosen in zip(people, relations, strict=True)
             )
             asked = rng.randrange(num_people)

@@ -55,10 +55,10 @@ class World(Questions):
         )
 
     def _chat_reading(self, rng: random.Random, held_out: bool) -> Question:
-        people = [self._stranger(rng, held_out) for _ in range(2)]
+        people = [self.stranger(rng, held_out) for _ in range(2)]
         relations = [rng.sample(list(RELATIONS), 3) for _ in people]
         told = "".join(
-            " ".join(self._say(rng, RELATIONS[r], person) for r in chosen) + "\n"
+            " ".join(self.say(rng, RELATIONS[r], person) for r in chosen) + "\n"
             for person, chosen in zip(people, relations, strict=True)
         )
         asked = rng.randrange(len(people))

@@ -888,8 +888,8 @@ def balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 
 torch.manual_seed(seed)
-sizes = {"hidden_size": 32, "num_experts_per_tok": 2, "num_local_experts": 8}
-block = mixtral.MixtralSparseMoeBlock(MixtralConfig(**sizes, intermediate_size=48))
+small_moe = {"hidden_size": 32, "num_experts_per_tok": 2, "num_local_experts": 8}
+block = mixtral.MixtralSparseMoeBlock(MixtralConfig(**small_moe, intermediate_size=48))
 for weights in block.parameters():
     nn.init.normal_(weights.requires_grad_(False), std=0.3)
 hidden = torch.randn(2, 9, 32)  # (batch, seq, hidden_size)
@@ -970,9 +970,8 @@ lesson.claim("for about the same work eight experts remember at least 30 points 
 # DeepSeek-V3's mixture differs from Mixtral's in three things. It takes a sigmoid for each expert in place of the softmax, it chooses by the score *plus a bias* that the weights do not see, and it adds one *shared expert* that all tokens pass.
 
 # %%
-sizes |= {"moe_intermediate_size": 48, "n_group": 1, "topk_group": 1}
 torch.manual_seed(seed)
-deep = deepseek.DeepseekV3MoE(DeepseekV3Config(**sizes))
+deep = deepseek.DeepseekV3MoE(DeepseekV3Config(**small_moe, moe_intermediate_size=48, n_group=1, topk_group=1))
 for weights in [*deep.parameters(), deep.gate.e_score_correction_bias]:
     nn.init.normal_(weights.requires_grad_(False), std=0.3)
 scores = (tokens @ deep.gate.weight.mT).sigmoid()  # (tokens, E)
@@ -2766,14 +2765,14 @@ lesson.report("sums kept by a filter that was shown descriptions and stories", f
 # **Mixing.** If sources are of different size, how often should each be drawn? In proportion to its size $s_i$ the small ones hardly appear; equally often, they are repeated many times. A *temperature* lies in between: $p_i \propto s_i^{1/T}$.
 
 # %%
-sizes = {"web": 1000.0, "code": 100.0, "books": 10.0, "sums": 1.0}  # billions of tokens
+source_sizes = {"web": 1000.0, "code": 100.0, "books": 10.0, "sums": 1.0}  # billions of tokens
 budget_tokens, rows = 500.0, {}
 for temperature in (1.0, 2.0, 4.0, 1e9):
-    weights_of = {name: size ** (1 / temperature) for name, size in sizes.items()}
+    weights_of = {name: size ** (1 / temperature) for name, size in source_sizes.items()}
     shares_of = {name: weight / sum(weights_of.values()) for name, weight in weights_of.items()}
     name = "equal shares" if temperature == 1e9 else f"T = {temperature:g}"
-    rows[name] = [f"{share:.1%}, {budget_tokens * share / sizes[source]:.2g}x" for source, share in shares_of.items()]
-show_table(rows, [f"{name} ({size:g} B)" for name, size in sizes.items()])
+    rows[name] = [f"{share:.1%}, {budget_tokens * share / source_sizes[source]:.2g}x" for source, share in shares_of.items()]
+show_table(rows, [f"{name} ({size:g} B)" for name, size in source_sizes.items()])
 
 # %% [markdown]
 # **What you see.** Each entry is the share of a source and how often it is read in a run of 500 billion tokens. At $T = 1$ every source is read less than once. As $T$ grows, the smallest is read again and again, which is what the copies above did. A mixture is chosen by small runs that measure the loss of each source, and by a limit on repetition.

@@ -2410,7 +2410,8 @@ lesson.report("attention of the best induction head on random tokens", scores.ma
 
 # %%
 kept = {}
-block = model.base_model.layers[LAYER - 1]  # blocks count from 0; state 0 is the embedding
+middle = model.config.num_hidden_layers // 2
+block = model.base_model.layers[middle - 1]  # blocks count from 0; state 0 is the embedding
 
 
 def keep(module, inputs, output):
@@ -2419,7 +2420,7 @@ def keep(module, inputs, output):
 
 handle = block.register_forward_hook(keep)
 with torch.no_grad():
-    library = model(input_ids=twice, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
+    library = model(input_ids=twice, output_hidden_states=True, use_cache=False).hidden_states[middle]
 handle.remove()
 lesson.equal("a hook on a block reads what output_hidden_states returns", (kept["state"] - library).abs().max().item())
 

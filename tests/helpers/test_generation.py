@@ -99,6 +99,20 @@ def test_greedy_text_equals_that_of_transformers_generate(family, tokenizer):
         assert generate(model, tokenizer, [prompt], 24, stop=()) == [tokenizer.decode(new)]
 
 
+@pytest.mark.parametrize("penalty", [0.8, 1.2, 2.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty, tokenizer):
+    model = tiny_model()
+    settings = {"max_new_tokens": 24, "do_sample": False, "repetition_penalty": penalty}
+    expected = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        new = [token for token in out[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id]
+        expected.append(tokenizer.decode(new))
+    assert generate(model, tokenizer, PROMPTS, 24, stop=(), repetition_penalty=penalty) == expected
+    assert generate(model, tokenizer, PROMPTS, 24, stop=()) != expected
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_text_does_not_depend_on_its_neighbours_order_or_batch_size(attention, tokenizer):
     model = tiny_model("qwen2")
@@ -270,6 +284,7 @@ def test_a_prompt_too_long_for_the_window_is_named(tokenizer):
         {"temperature": -1.0},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"repetition_penalty": 0.0},
         {"num_samples": 0},
         {"batch_size": 0},
         {"max_new_tokens": 0},

@@ -117,6 +117,16 @@ def test_the_text_may_be_given_to_the_plot_and_is_required(shell):
             show(a_curve(), alt)
 
 
+def test_a_title_that_would_run_out_of_the_figure_is_broken(shell):
+    title = "Each of the defences stops something, and few of them stop the best of six"
+    figure = some_bars({"a defence whose name needs a lot of room beside its bar": score(1, 10)}, title=title)
+    show(figure, alt="Two bars.")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert " ".join(axes.get_title(loc="left").split()) == title
+    assert axes.get_tightbbox().x1 <= figure.bbox.x1 + 2  # dots
+
+
 def test_show_closes_a_figure_of_pyplot(shell):
     figure, _ = plt.subplots()
     with capture_output():

@@ -43,6 +43,7 @@ BEHIND: dict[str, tuple[list[Callable], list[str]]] = {
     ),
     "PreTrainedModel._from_config": ([], ["dtype", "attn_implementation"]),
     "AutoTokenizer.from_pretrained": ([_TOKENIZER.from_pretrained], ["model_max_length"]),
+    "PreTrainedTokenizerBase.decode": ([transformers.TokenizersBackend._decode], []),
     "AutoConfig.from_pretrained": ([transformers.PreTrainedConfig.from_pretrained], ["trust_remote_code"]),
     "AutoConfig.for_model": ([transformers.LlamaConfig, transformers.MixtralConfig, transformers.Qwen3MoeConfig], []),
     "TokenizersBackend": ([], ["tokenizer_object", "eos_token", "pad_token", "extra_special_tokens"]),
@@ -399,6 +400,8 @@ def parameters(callee: Callable) -> Parameters | None:
                 open_ended = True
     deprecated = _deprecated(callee)
     names |= getattr(callee, "attribute_map", {}).keys()  # other names of a configuration's parameters
+    if inspect.isclass(callee) and issubclass(callee, transformers.PreTrainedConfig):
+        names.add("attn_implementation")  # its signature does not say so
     if open_ended:
         others, extra = BEHIND.get(callee.__qualname__, ([], []))
         names |= set(extra)
