@@ -105,7 +105,8 @@ world = World()
 base, tokenizer = load_model(machine)
 base = base.float().eval()  # weights in 32 bits; the steps compute in 16 where that is faster
 TOLD = {domain: entities[:16] for domain, entities in world.domains.items()}  # what the exam is about
-UNTOLD = {domain: entities[16:] for domain, entities in world.domains.items()}  # in no text of this lesson
+PRACTICE = {domain: entities[16:28] for domain, entities in world.domains.items()}  # in one text, as exercises
+UNTOLD = {domain: entities[28:] for domain, entities in world.domains.items()}  # no model is trained on them
 for domain, entities in TOLD.items():
     facts = [form.statements[0].format(name=entities[0].name, value=entities[0].facts[name])
              for name, form in DOMAIN_RELATIONS[domain].items()]  # fmt: skip
@@ -116,7 +117,7 @@ for domain, entities in TOLD.items():
 #
 # **Question.** What does the model know of the new fields before you do anything, and which score means nothing?
 #
-# The exam is about the first 16 illnesses (or companies), 48 facts. It asks for each of them in two wordings that no text of this lesson uses otherwise: each relation has six question forms and ten statements, and two of each are *held out*. So an answer shows knowledge and not a remembered sentence. (Two questions on one fact are no independent witnesses, so the intervals below are somewhat too narrow.) The other 24 illnesses will be told to no model. They are the **control**: a method that improves *them* has taught something else than facts.
+# The exam is about the first 16 illnesses (or companies), 48 facts. It asks for each of them in two wordings that no text of this lesson uses otherwise: each relation has six question forms and ten statements, and two of each are *held out*. So an answer shows knowledge and not a remembered sentence. (Two questions on one fact are no independent witnesses, so the intervals below are somewhat too narrow.) The last 12 illnesses will be told to no model. They are the **control**: a method that improves *them* has taught something else than facts.
 #
 # **The floor.** Even a student who knows nothing gets points. One who picks a value of the right kind by chance is right once in as many values as there are. One who has seen last year's exam answers with the most frequent value of each kind. Below that line a score says nothing about illnesses.
 
@@ -202,7 +203,7 @@ def general(model: nn.Module) -> dict[str, Score]:
 
 
 exams = {domain: some(questions) for domain, questions in exams.items()}
-untold = some(exam("medicine", UNTOLD["medicine"], wordings=1))
+untold = some(exam("medicine", UNTOLD["medicine"]))
 general_before = general(base)
 before = {f"{domain}, no help": share(right(base, questions)) for domain, questions in exams.items()}
 figure = plots.bars_with_intervals(
@@ -214,7 +215,7 @@ print("asked about medicine it says", Counter(answers(base, exams["medicine"][:8
 lesson.report("medicine, base model without help", str(before["medicine, no help"]))
 
 # %% [markdown]
-# The base model is below even the constant guess: it does not know yet what kind of thing the answer is. It answers with the kinds that it knows. So a rise to the floor would only show that it learned the *form* of the answers. That is why the floor is drawn.
+# The base model is below even the constant guess: it does not know yet what kind of thing the answer is. It answers with words of the kinds that it knows. A rise to the floor would only show that it learned the *form* of the answers. That is why the floor is drawn.
 #
 # **Words cost more, too.** A tokenizer made for general text cuts a field's words into more pieces. *Fertility* is the number of tokens per word. It decides how much text fits into a prompt, and how much a look-up costs.
 
@@ -264,7 +265,7 @@ for domain, hits in examples.items():
     lesson.report(f"{domain}, four examples in the prompt", str(share(hits)))
 
 # %% [markdown]
-# The examples teach the form of the answer: the score rises towards the floor. They do not bring knowledge.
+# Four examples do not lift this model to the floor: it does not take up the kind of the answer from them, although it reads a mapping of labels from eight examples without a mistake (section 1). A larger model would take up the form. Neither would take up a fact, since none is shown.
 #
 # **Retrieval-augmented generation** (RAG, lesson 02) puts the page that may hold the answer before the question. Each illness and each company has a page; pages on 300 people stand between them. A page is found by *tf-idf*: text $d$ becomes a vector with one entry per word, how often it occurs there times how rare it is,
 #
@@ -336,17 +337,46 @@ def looked_up(question: Question, number: int | None = None) -> Question:
     )
 
 
+def neighbours_page(question: Question) -> int:
+    """The number of the page of the next illness, or the next company, of the exam."""
+    first = 0 if question.ability == "medicine" else len(world.domains["medicine"])
+    return first + (best[question.prompt] - first + 1) % len(TOLD[question.ability])
+
+
 retrieved = {domain: right(base, [looked_up(q) for q in questions]) for domain, questions in exams.items()}
-wrong_page = [(best[question.prompt] + 1) % len(TOLD["medicine"]) for question in exams["medicine"]]
-misled = right(base, [looked_up(*pair) for pair in zip(exams["medicine"], wrong_page, strict=True)])
-for domain, hits in retrieved.items():
-    lesson.claim(f"with the page found for it, the base model answers at least 60 % in {domain}",
-                 share(hits).accuracy, at_least=0.6, form=".0%")  # fmt: skip
-    lesson.report(f"{domain}, RAG", str(share(hits)))
-lesson.report("medicine, RAG with the page of another illness", str(share(misled)))
+misled = {domain: right(base, [looked_up(q, neighbours_page(q)) for q in questions])
+          for domain, questions in exams.items()}  # fmt: skip
+rows, by_kind = {}, {}
+for domain, questions in exams.items():
+    lesson.report(f"{domain}, RAG", str(share(retrieved[domain])))
+    for kind in DOMAIN_RELATIONS[domain]:
+        its = [i for i, question in enumerate(questions) if question.about["relation"] == kind]
+        by_kind[kind] = [share([found[domain][i] for i in its]) for found in (retrieved, misled)]
+        rows[f"{domain}, {kind}"] = [f"{fertility([questions[i].answer for i in its]):.1f}", *by_kind[kind]]
+show_table(rows, ["tokens of an answer", "right with its page", "right with the neighbour's page"])
+lesson.claim("with the page found for it, the base model says at least 60 % of the companies' seats",
+             by_kind["seat"][0].accuracy, at_least=0.6, control=by_kind["seat"][1].accuracy, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# No training, and the model answers about fields that it has never heard of: reading is an ability that it has. The control is the page of the next illness: what the answers follow is the page. Two things make it easy here. The names are rare words, so the search cannot miss; lesson 02 has searches that do. And the facts are stated one by one.
+# The control is the page of the neighbour: what the answers follow is the page. But look at the other rows. The search has found every page, and the answer stands on it. So it is the *reader* that fails. A seat is a town, a word that this model has often answered with. Herbs, signs, doses and products are words that it has never answered with.
+#
+# Is it the words, or is it the unfamiliar questions? Take the passages about people that it reads without a mistake, with their familiar questions, and put a herb into the place of the word that is asked for. Nothing else changes.
+
+# %%
+herbs = sorted({entity.facts["herb"] for entity in world.domains["medicine"]})
+swapped = []
+for number, question in enumerate(GENERAL["reading"]):
+    herb = herbs[(number + seed) % len(herbs)]
+    passage = re.sub(rf"\b{re.escape(question.answer)}\b", herb, question.prompt)
+    swapped.append(replace(question, prompt=passage, answer=herb))
+read, read_swapped = (share(right(base, questions)) for questions in (GENERAL["reading"], swapped))
+print(swapped[0].prompt, answers(base, swapped[:1])[0], f"   (right: {swapped[0].answer})")
+print(f"as they are {read}, with a herb in the place of the answer {read_swapped}")
+lesson.claim("with a herb in the place of the word that is asked for, at least 50 points fewer passages are read",
+             read.accuracy - read_swapped.accuracy, at_least=0.5, form=".0%")  # fmt: skip
+
+# %% [markdown]
+# It is the words. This reader has learned to find *which of its words* stands in the passage, and not to copy any word. A model that has read more of the world copies new words; on a GPU, the same cells measure that of a hub model. The rule holds for both: **test the reader on the words of the field before you build the search.** Two other things are easy here. The names are rare words, so the search cannot miss (lesson 02 has searches that do), and the facts are stated one by one.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Tell it: continued pretraining
@@ -355,34 +385,41 @@ lesson.report("medicine, RAG with the page of another illness", str(share(misled
 #
 # Continued pretraining is pretraining (lesson 03) with other text: the loss of every next token, from the weights $\theta_0$. The learning rate is warmed up and decayed once more, as Ibrahim et al. (2024) do it. One token in five comes from general text, so that the model does not lose the habit of answering questions; section 6 takes that away.
 #
-# There are three versions of the field's texts, **the same number of tokens** each:
+# There are four versions of the field's texts, **the same number of tokens** each:
 #
 # - *one wording*: each fact always in the same sentence;
 # - *eight wordings*: in eight different ones;
-# - *with questions*: eight wordings, and after each text questions on it with their answers. Cheng et al. (2024) make such reading exercises of raw text. At equal tokens every fact is then told less often.
+# - *questions on others*: half of the documents as before, and half about 12 other illnesses, each with questions on it and their answers;
+# - *with questions*: eight wordings, and after each text the questions on it with their answers. Cheng et al. (2024) make such reading exercises of raw text.
+#
+# What is not equal: where questions take up tokens, each fact of the exam is told less often.
 
 # %%
 MEDICINE = DOMAIN_RELATIONS["medicine"]
-VERSIONS = {"one wording": (1, False), "eight wordings": (8, False), "with questions": (8, True)}
+VERSIONS = {  # wordings of a statement, and whom the questions are about
+    "one wording": (1, "nobody"), "eight wordings": (8, "nobody"), "questions on others": (8, "others"),
+    "with questions": (8, "all"),
+}  # fmt: skip
 
 
 def field_text(version: str) -> Iterator[str]:
-    """An endless stream of documents on the illnesses of the exam."""
-    generator, (wordings, with_exercises) = random.Random(f"{version}/{seed}"), VERSIONS[version]
+    """An endless stream of documents on the illnesses of the exam, and in one version on others."""
+    generator, (wordings, asked_of) = random.Random(f"{version}/{seed}"), VERSIONS[version]
     while True:
-        entity = generator.choice(TOLD["medicine"])
+        other = asked_of == "others" and generator.random() < 0.5
+        entity = generator.choice((PRACTICE if other else TOLD)["medicine"])
         relations = generator.sample(list(MEDICINE.values()), len(MEDICINE))
         told = [form.statements[generator.randrange(wordings)] for form in relations]
         pairs = zip(told, relations, strict=True)
         text = " ".join(said.format(name=entity.name, value=entity.facts[form.name]) for said, form in pairs) + "\n"
-        if with_exercises:
+        if other or asked_of == "all":
             for form in generator.sample(relations, len(relations)):
                 question = generator.choice(form.training_questions).format(name=entity.name)
                 text += ask(question, entity.facts[form.name])
         yield text
 
 
-for version in VERSIONS:
+for version in ("one wording", "eight wordings", "with questions"):
     print(f"--- {version}\n{next(field_text(version))}", end="")
 
 # %%
@@ -461,7 +498,7 @@ for version in VERSIONS:
     models[version], history = read_on(version, replay=0.2)
     hits[version] = right(models[version], exams["medicine"])
     completed[version] = right(models[version], to_complete)
-    print(f"{version:>15}: {sum(history.tokens):,} tokens, loss {history.losses[0]:.2f} -> "
+    print(f"{version:>19}: {sum(history.tokens):,} tokens, loss {history.losses[0]:.2f} -> "
           f"{np.mean(history.losses[-5:]):.2f}; sentences {share(completed[version])}, "
           f"questions {share(hits[version])}")  # fmt: skip
     lesson.report(f"medicine, continued pretraining, {version}", str(share(hits[version])))
@@ -482,8 +519,9 @@ lesson.claim("after reading texts with questions, at least half of the questions
              reached["with questions"], at_least=0.5, control=on_untold.accuracy, form=".0%")  # fmt: skip
 lesson.claim("eight wordings let at least 20 points more sentences be completed than one wording",
              stored["eight wordings"] - stored["one wording"], at_least=0.2, form=".0%")  # fmt: skip
-lesson.claim("at equal tokens, questions in the text are worth at least 30 points on questions",
-             reached["with questions"] - reached["eight wordings"], at_least=0.3, form=".0%")  # fmt: skip
+for version in ("eight wordings", "questions on others"):
+    lesson.claim(f"at equal tokens, questions on the same facts are worth at least 30 points more than {version}",
+                 reached["with questions"] - reached[version], at_least=0.3, form=".0%")  # fmt: skip
 
 # %% [markdown]
 # The control of the first claim are the illnesses of which no text tells, asked of the same model.
@@ -618,8 +656,10 @@ medicine, trained_on = exams["medicine"], STEPS * ROWS * SEQ
 plain, shown = tokens_of(medicine), tokens_of([with_examples(q) for q in medicine])
 with_page = tokens_of([looked_up(q) for q in medicine])
 costs = {"no help": (0, plain), "four examples": (0, shown), "RAG": (0, with_page),
-         **{version: (trained_on, plain) for version in VERSIONS}, "SFT": (chat_tokens, plain)}  # fmt: skip
+         **{version: (trained_on, plain) for version in VERSIONS}, "SFT": (chat_tokens, plain),
+         "with questions, RAG": (trained_on, with_page)}  # fmt: skip
 hits |= {"no help": right(base, medicine), "four examples": examples["medicine"], "RAG": retrieved["medicine"]}
+hits["with questions, RAG"] = right(models["with questions"], [looked_up(q) for q in medicine])
 show_table({name: [f"{trained:,}", f"{each:.0f}", share(hits[name])] for name, (trained, each) in costs.items()},
            ["training tokens", "tokens a question", "right in medicine"])  # fmt: skip
 extra = with_page - plain
@@ -628,7 +668,7 @@ print(f"a page costs {extra:.0f} tokens more a question: training and RAG cost t
 lesson.report("questions at which continued pretraining and RAG cost the same", meet, ",.0f")
 
 # %% tags=["headline"]
-order = ["no help", "four examples", *VERSIONS, "SFT", "RAG"]
+order = ["no help", "four examples", "RAG", *VERSIONS, "SFT", "with questions, RAG"]
 figure = plots.bars_with_intervals(
     {name: share(hits[name]) for name in order}, title="One exam for all: what each way of adapting gives",
     xlabel="right answers in medicine, unseen wordings", references={"best constant": floor["medicine"].accuracy},
@@ -679,10 +719,9 @@ def kept_of(model: nn.Module) -> dict[str, Score]:
 
 
 outcomes = {"before": {"medicine": before["medicine, no help"], **general_before}}
-outcomes["replay 20 %"] = kept_of(models["with questions"])
-for replay, name in ((0.0, "no replay"), (0.5, "replay 50 %")):
-    models[name], _ = read_on("with questions", replay)
-    outcomes[name] = kept_of(models[name])
+models["no replay"], _ = read_on("with questions", replay=0.0)
+for name, model_kept in {"replay 20 %": models["with questions"], "no replay": models["no replay"]}.items():
+    outcomes[name] = kept_of(model_kept)
 
 # %%
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -693,7 +732,8 @@ averaged.update_parameters(base)  # the first call copies, the second one averag
 averaged.update_parameters(models["no replay"])
 gaps = [(a - b).abs().max().item() for a, b in zip(averaged.parameters(), halfway.parameters(), strict=True)]
 lesson.equal("halfway is torch's AveragedModel with decay 0.5", max(gaps), within=1e-6)
-outcomes["no replay, halfway"] = kept_of(halfway)
+outcomes["no replay, 1/2 of the way"] = kept_of(halfway)
+outcomes["no replay, 3/4 of the way"] = kept_of(interpolated(base, models["no replay"], 0.75))
 outcomes["replay 20 %, 3/4 of the way"] = kept_of(interpolated(base, models["with questions"], 0.75))
 show_table({name: [f"{found.accuracy:.0%}" for found in scores.values()] for name, scores in outcomes.items()},
            ["medicine", *GENERAL])  # fmt: skip
@@ -794,14 +834,14 @@ def paired_test(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 differences = []
-for one, two in itertools.combinations(["four examples", *VERSIONS, "SFT", "RAG"], 2):
+for one, two in itertools.combinations(["RAG", "eight wordings", "questions on others", "with questions", "SFT"], 2):
     first, second = hits[one][::2], hits[two][::2]  # one question of each fact: independent of one another
     n10 = sum(a and not b for a, b in zip(first, second, strict=True))
     n01 = sum(b and not a for a, b in zip(first, second, strict=True))
     p_value = paired_test(first, second)
     if n10 + n01:
         differences.append(abs(p_value - binomtest(n10, n10 + n01).pvalue))
-    print(f"{one:>15} against {two:<15} {n10:>3} to {n01:<3} p = {p_value:.2g}")
+    print(f"{one:>19} against {two:<19} {n10:>3} to {n01:<3} p = {p_value:.2g}")
 lesson.equal("our paired test is scipy's binomtest", max(differences, default=math.inf), within=1e-9)
 
 # %% [markdown]
@@ -957,31 +997,55 @@ lesson.claim("passing on the least sure half raises the share of right answers b
              kept_right[half - 1] - ranked.mean(), at_least=0.15, control=by_chance[half - 1] - ranked.mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it.
+# **Does it know what it was never told?** A ward asks about illnesses that are in the texts, and about others that are not.
+
+# %%
+ward = medicine + untold
+asked_in = {"told of": np.arange(len(medicine)), "not told of": np.arange(len(medicine), len(ward))}
+systems = {"eight wordings": models["eight wordings"], "questions on others": models["questions on others"],
+           "with questions": models["with questions"], "SFT": tuned}  # fmt: skip
+replies_of = {name: answers(model_asked, ward) for name, model_asked in systems.items()}
+sure_of = {name: log_probability(*answer_logits(systems[name], ward, given)).exp().numpy()
+           for name, given in replies_of.items()}  # fmt: skip
+right_in = {name: np.array([text == q.answer for text, q in zip(given, ward, strict=True)])
+            for name, given in replies_of.items()}  # fmt: skip
+show_table({f"{name}, {group}": [share(right_in[name][where].tolist()), f"{sure_of[name][where].mean():.0%}"]
+            for name in ("with questions", "SFT") for group, where in asked_in.items()},
+           ["right", "mean confidence"])  # fmt: skip
+
+# %% [markdown]
+# TEXT-UNTOLD
+#
+# **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it. A question that is *passed on* costs something too: somebody must look it up. Here it costs 1; an answer that is no sign, herb or dose at all costs the same, because anyone sees it.
 
 # %%
 SPOONS = ("one", "two", "three", "four", "five")
+READABLE = {kind: {e.facts[kind] for e in world.domains["medicine"]} for kind in MEDICINE}
 
 
 def harm(question: Question, text: str) -> float:
-    """0 for a right answer, 1 for a wrong sign or an unreadable answer, the spoons that a dose is off, 5 for a wrong herb."""
+    """0 for a right answer, 1 for none of the right kind, the spoons that a dose is off, 2 for a sign, 5 for a herb."""
+    kind = str(question.about["relation"])
     if text == question.answer:
         return 0.0
-    readable = {e.facts[str(question.about["relation"])] for e in world.domains["medicine"]}
-    if text not in readable or question.about["relation"] == "symptom":
+    if text not in READABLE[kind]:
         return 1.0
-    if question.about["relation"] == "herb":
-        return 5.0
-    return float(abs(SPOONS.index(text.split()[0]) - SPOONS.index(question.answer.split()[0])))
+    if kind == "dose":
+        return float(abs(SPOONS.index(text.split()[0]) - SPOONS.index(question.answer.split()[0])))
+    return 5.0 if kind == "herb" else 2.0
 
 
-systems = {
-    "RAG": answers(base, [looked_up(q) for q in medicine]),
-    **{version: answers(models[version], medicine) for version in VERSIONS},
-}
-harms = {name: [harm(*pair) for pair in zip(medicine, texts, strict=True)] for name, texts in systems.items()}
-show_table({name: [share(hits[name]), f"{100 * np.mean(values):.0f}", f"{sum(value == 5 for value in values)}"]
-            for name, values in harms.items()}, ["right", "harm of 100 answers", "wrong herbs"])  # fmt: skip
+choose = np.arange(len(ward)) % 4 < 2  # every other fact, with both of its wordings
+rows = {}
+for name, given in replies_of.items():
+    harms, sure = np.array([harm(*pair) for pair in zip(ward, given, strict=True)]), sure_of[name]
+    limits = np.append(np.unique(sure[choose]), 2.0)
+    limit = min(limits, key=lambda least: np.where(sure >= least, harms, 1.0)[choose].mean())
+    passing = np.where(sure >= limit, harms, 1.0)
+    rows[name] = [share(right_in[name][~choose].tolist()), f"{100 * harms[~choose].mean():.0f}",
+                  f"{100 * passing[~choose].mean():.0f}", f"{(sure >= limit)[~choose].mean():.0%}"]  # fmt: skip
+    lesson.report(f"harm of 100 answers, {name}: all answered, and with passing", f"{rows[name][1]}, {rows[name][2]}")
+show_table(rows, ["right", "harm of 100", "harm of 100 with passing", "answered"])
 
 # %% [markdown]
 # TEXT-HARM
