@@ -89,13 +89,12 @@ def test_the_check_of_the_open_exercise_finds_more_tokens_forgetting_and_wrong_p
         learned, general = model
         return {"medicine": SimpleNamespace(accuracy=learned), "sums": SimpleNamespace(accuracy=general)}
 
-    def read_on(rows):
+    def read_on(version, replay):
         return (0.8, 0.95), SimpleNamespace(tokens=[1000])
 
     names = NAMES | {
         "kept_of": kept_of, "read_on": read_on, "STEPS": 1, "ROWS": 10, "SEQ": 100, "GENERAL": {"sums": []},
-        "points": {"replay 20 %": (0.85, 0.75)}, "general_documents": [], "field_text": lambda version: iter(()),
-        "packed": lambda rows: rows, "interleaved": lambda *streams: iter(()), "base": (0.0, 1.0),
+        "points": {"replay 20 %": (0.85, 0.75)}, "base": (0.0, 1.0),
         "interpolated": lambda start, end, weight: tuple((1 - weight) * a + weight * b for a, b in zip(start, end)),
     }  # fmt: skip
     solution = EXERCISES["14.5"].solution
@@ -152,6 +151,23 @@ def test_bins_hold_all_answers_and_the_error_is_a_share(answers: list[tuple[floa
     bins = LESSON["bins_of"](sure, hit)
     assert sum(size for *_, size in bins) == len(answers)
     assert 0 <= LESSON["calibration_error"](bins) <= 1 + 1e-9
+
+
+def test_harm_is_nothing_for_right_answers_and_most_for_a_wrong_herb() -> None:
+    harm = lesson_names("harm")["harm"]
+    harm.__globals__.update(
+        SPOONS=("one", "two", "three", "four", "five"),
+        READABLE={"herb": {"mint", "sage"}, "symptom": {"cough", "limp"}, "dose": {"one spoon", "four spoons"}},
+    )
+
+    def of(kind: str, answer: str, text: str) -> float:
+        return harm(SimpleNamespace(answer=answer, about={"relation": kind}), text)
+
+    assert of("herb", "mint", "mint") == of("dose", "one spoon", "one spoon") == 0
+    assert of("herb", "mint", "cough") == of("symptom", "cough", "") == 1
+    assert of("dose", "one spoon", "four spoons") == of("dose", "four spoons", "one spoon") == 3
+    assert of("symptom", "cough", "limp") == 2
+    assert of("herb", "mint", "sage") == 5
 
 
 @pytest.fixture
