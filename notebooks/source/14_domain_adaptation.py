@@ -70,12 +70,11 @@ from dataclasses import replace
 import numpy as np
 import peft
 import torch
-import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from helpers import plots
-from helpers.chat import chat_prompt, encode_chat
+from helpers.chat import chat_prompt
 from helpers.data import PaddedBatches, collate, pack, text_dataset
 from helpers.evaluation import Score, score
 from helpers.exercises import check, expect_close, expect_equal, expect_true
@@ -123,6 +122,11 @@ for domain, entities in TOLD.items():
 
 
 # %%
+def some(questions: Sequence[Question], least: int = 8) -> list[Question]:
+    """The first questions, as many as the budget allows."""
+    return list(questions)[: lesson.scaled(len(questions), least)]
+
+
 def exam(domain: str, entities: Sequence, forms: str = "held_out_questions", wordings: int = 2) -> list[Question]:
     """Each fact, asked for in so many of its wordings one after the other; the facts in random order."""
     generator = random.Random(f"exam/{domain}/{forms}/{seed}")
@@ -134,6 +138,7 @@ def exam(domain: str, entities: Sequence, forms: str = "held_out_questions", wor
     return items
 
 
+# %%
 def best_constant(questions: Sequence[Question]) -> Score:
     """The score of whoever answers each kind of question with its most frequent answer."""
     kinds = {relation: Counter() for relation in {str(q.about["relation"]) for q in questions}}
@@ -142,7 +147,7 @@ def best_constant(questions: Sequence[Question]) -> Score:
     return score(sum(counts.most_common(1)[0][1] for counts in kinds.values()), len(questions))
 
 
-exams = {domain: exam(domain, entities) for domain, entities in TOLD.items()}
+exams = {domain: some(exam(domain, entities)) for domain, entities in TOLD.items()}
 floor = {domain: best_constant(questions) for domain, questions in exams.items()}
 for domain, questions in exams.items():
     values = [len({e.facts[relation] for e in TOLD[domain]}) for relation in DOMAIN_RELATIONS[domain]]
@@ -155,13 +160,8 @@ for domain, questions in exams.items():
 
 
 # %%
-def some(questions: Sequence[Question], least: int = 8) -> list[Question]:
-    """The first questions, as many as the budget allows."""
-    return list(questions)[: lesson.scaled(len(questions), least)]
-
-
 def short_answer(question: Question, text: str) -> str:
-    """What counts of a text: of a mapping the first label, of a sum what the last step gives, of a sentence all of it."""
+    """What counts: of a mapping the first label, of a sum what the last step gives, of a sentence all of it."""
     cut = {
         "few_shot": text.partition(";")[0],
         "sums": text.rpartition("=")[2],
@@ -177,6 +177,7 @@ def answers(model: nn.Module, questions: Sequence[Question], room: int = 8) -> l
     return [short_answer(question, text) for question, text in zip(questions, texts, strict=True)]
 
 
+# %%
 def right(model: nn.Module, questions: Sequence[Question], room: int = 8) -> list[bool]:
     """For each question, whether the answer is exactly the right one."""
     given = answers(model, questions, room)
@@ -188,7 +189,6 @@ def share(hits: Sequence[bool]) -> Score:
     return score(sum(hits), len(hits))
 
 
-# %%
 GENERAL = {
     "people": some(world.closed_book(40, 100 + seed, range(1, 101))),
     "reading": some(world.open_book(40, 100 + seed)),
@@ -202,7 +202,7 @@ def general(model: nn.Module) -> dict[str, Score]:
     return {name: share(right(model, items, 40 if name == "sums" else 8)) for name, items in GENERAL.items()}
 
 
-exams = {domain: some(questions) for domain, questions in exams.items()}
+# %%
 untold = some(exam("medicine", UNTOLD["medicine"]))
 general_before = general(base)
 before = {f"{domain}, no help": share(right(base, questions)) for domain, questions in exams.items()}
@@ -237,7 +237,8 @@ lesson.equal("fertility by word is that of the whole text", abs(np.mean([*pieces
 for name, words in {"signs and herbs": terms, "trades, animals, dishes": common}.items():
     print(f"{name}: {fertility(words):.2f} tokens a word, such as {tokenizer.tokenize(' ' + words[-1])}")
 lesson.claim("a medical word costs at least 1.5 times the tokens of a common word",
-             fertility(terms) / fertility(common), at_least=1.5, control=fertility(halves[0]) / fertility(halves[1]))  # fmt: skip
+             fertility(terms) / fertility(common), at_least=1.5,
+             control=fertility(halves[0]) / fertility(halves[1]))  # fmt: skip
 
 # %% [markdown] tags=["core"]
 # ## 2 · Show it: examples, and a look-up
@@ -488,7 +489,8 @@ def sentences(entities: Sequence) -> list[Question]:
             start, value, rest = form.partition("{value}")
             about = {"name": entity.name, "relation": relation.name}
             items.append(Question(start.format(name=entity.name).rstrip(),
-                                  (value + rest).format(value=entity.facts[relation.name]), "sentence", about))  # fmt: skip
+                                  (value + rest).format(value=entity.facts[relation.name]), "sentence",
+                                  about))  # fmt: skip
     return items
 
 
@@ -660,7 +662,7 @@ medicine, trained_on = exams["medicine"], STEPS * ROWS * SEQ
 plain, shown = tokens_of(medicine), tokens_of([with_examples(q) for q in medicine])
 with_page = tokens_of([looked_up(q) for q in medicine])
 costs = {"no help": (0, plain), "four examples": (0, shown), "RAG": (0, with_page),
-         **{version: (trained_on, plain) for version in VERSIONS}, "SFT": (chat_tokens, plain),
+         **dict.fromkeys(VERSIONS, (trained_on, plain)), "SFT": (chat_tokens, plain),
          "with questions, RAG": (trained_on, with_page)}  # fmt: skip
 hits |= {"no help": right(base, medicine), "four examples": examples["medicine"], "RAG": retrieved["medicine"]}
 hits["with questions, RAG"] = right(models["with questions"], [looked_up(q) for q in medicine])
@@ -684,7 +686,8 @@ numbers = np.geomspace(100, 100_000, 13)
 lines = {"RAG": (numbers, numbers * with_page), "four examples": (numbers, numbers * shown),
          "continued pretraining": (numbers, 3 * trained_on + numbers * plain)}  # fmt: skip
 figure = plots.curve(lines, title="Training pays once, a look-up pays with every question",
-                     xlabel="number of questions", ylabel="cost (forward passes of a token)", log_x=True, log_y=True)  # fmt: skip
+                     xlabel="number of questions", ylabel="cost (forward passes of a token)", log_x=True,
+                     log_y=True)  # fmt: skip
 plots.show(
     figure,
     alt="Cost over number of questions, both logarithmic: the flat line of training meets the rising one of RAG.",
@@ -871,9 +874,11 @@ def power(items: int, gain: float, dividing: float, paired: bool, trials: int = 
     return float(np.mean(2 * norm.sf(np.abs(shares[1] - shares[0]) / error) < 0.05))
 
 
+# %%
 SIZES = (50, 100, 200, 400, 800)
 powers = {f"{name}, {'paired' if paired else 'unpaired'} test": [power(n, 0.05, dividing, paired) for n in SIZES]
-          for name, dividing in {"similar systems": 0.10, "unrelated systems": 0.40} .items() for paired in (True, False)}  # fmt: skip
+          for name, dividing in {"similar systems": 0.10, "unrelated systems": 0.40}.items()
+          for paired in (True, False)}  # fmt: skip
 figure = plots.curve({name: (SIZES, values) for name, values in powers.items()},
                      title="A true gain of 5 points is easily missed; pairing helps systems that agree",
                      xlabel="questions in the exam", ylabel="exams that find it", log_x=True, percent=True)  # fmt: skip
@@ -999,7 +1004,8 @@ figure = plots.curve({"by confidence": (coverage[9:], kept_right[9:]), "by chanc
 plots.show(figure, alt="Right answers over coverage: by confidence the line falls from high; by chance it is flat.")
 half = len(ranked) // 2
 lesson.claim("passing on the least sure half raises the share of right answers by at least 15 points",
-             kept_right[half - 1] - ranked.mean(), at_least=0.15, control=by_chance[half - 1] - ranked.mean(), form=".0%")  # fmt: skip
+             kept_right[half - 1] - ranked.mean(), at_least=0.15,
+             control=by_chance[half - 1] - ranked.mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
 # **Does it know what it was never told?** A ward asks about illnesses that are in the texts, and about others that are not.
@@ -1132,6 +1138,8 @@ def check_replay_by_tokens(replay_by_tokens):
     expect_equal("without replay", replay_by_tokens(field, old, 0.0), field)
     expect_equal("a fifth of old tokens: documents of 10 and of 4, 2 tokens", replay_by_tokens(field, old, 0.2),
                  [field[0], old[0], field[1], old[1], field[2], old[0]])  # fmt: skip
+    expect_equal("half of old tokens, one document of 10", replay_by_tokens(field[:1], old, 0.5),
+                 [field[0], old[0], old[1], old[0]])  # fmt: skip
     generator = random.Random(14)
     field = [[1] * generator.randint(5, 40) for _ in range(200)]
     old = [[2] * generator.randint(60, 120) for _ in range(7)]

@@ -1,4 +1,4 @@
-"""Lesson 14: its checks tell right from wrong answers, its methods have their properties, and it runs on a hub model."""
+"""Lesson 14: its checks tell right from wrong, its methods have their properties, and it runs on a hub model."""
 
 import itertools
 import math
@@ -69,7 +69,9 @@ def lesson_names(*functions: str) -> dict:
     return names
 
 
-LESSON = lesson_names("words_of", "tf_idf", "interleaved", "interpolated", "paired_test", "bins_of", "calibration_error")
+LESSON = lesson_names(
+    "words_of", "tf_idf", "interleaved", "interpolated", "paired_test", "bins_of", "calibration_error"
+)
 
 
 def test_there_are_five_exercises() -> None:
@@ -95,7 +97,8 @@ def test_the_check_of_the_open_exercise_finds_more_tokens_forgetting_and_wrong_p
     names = NAMES | {
         "kept_of": kept_of, "read_on": read_on, "STEPS": 1, "ROWS": 10, "SEQ": 100, "GENERAL": {"sums": []},
         "points": {"replay 20 %": (0.85, 0.75)}, "base": (0.0, 1.0),
-        "interpolated": lambda start, end, weight: tuple((1 - weight) * a + weight * b for a, b in zip(start, end)),
+        "interpolated": lambda start, end, weight: tuple(
+            (1 - weight) * a + weight * b for a, b in zip(start, end, strict=True)),
     }  # fmt: skip
     solution = EXERCISES["14.5"].solution
     wrong = [
