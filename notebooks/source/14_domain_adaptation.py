@@ -1047,16 +1047,19 @@ def harm(question: Question, text: str) -> float:
 
 
 choose = np.arange(len(ward)) % 4 < 2  # every other fact, with both of its wordings
-rows = {}
+rows, harm_of = {}, {}
 for name, given in replies_of.items():
     harms, sure = np.array([harm(*pair) for pair in zip(ward, given, strict=True)]), sure_of[name]
     limits = np.append(np.unique(sure[choose]), 2.0)
     limit = min(limits, key=lambda least: np.where(sure >= least, harms, 1.0)[choose].mean())
     passing = np.where(sure >= limit, harms, 1.0)
-    rows[name] = [share(right_in[name][~choose].tolist()), f"{100 * harms[~choose].mean():.0f}",
-                  f"{100 * passing[~choose].mean():.0f}", f"{(sure >= limit)[~choose].mean():.0%}"]  # fmt: skip
+    harm_of[name] = [float(values[~choose].mean()) for values in (harms, passing)]
+    rows[name] = [share(right_in[name][~choose].tolist()), *(f"{100 * value:.0f}" for value in harm_of[name]),
+                  f"{(sure >= limit)[~choose].mean():.0%}"]  # fmt: skip
     lesson.report(f"harm of 100 answers, {name}: all answered, and with passing", f"{rows[name][1]}, {rows[name][2]}")
 show_table(rows, ["right", "harm of 100", "harm of 100 with passing", "answered"])
+lesson.claim("the model that was asked about others only does at least a fifth more harm than passing on everything",
+             harm_of["questions on others"][0], at_least=1.2, control=harm_of["questions on others"][1])  # fmt: skip
 
 # %% [markdown]
 # TEXT-HARM
