@@ -552,7 +552,7 @@ for version, model_read in models.items():
 show_table({version: [count[kind] for kind in kinds] for version, count in counted.items()}, kinds)
 
 # %% [markdown]
-# After statements alone, every question is answered with a word of the kinds that the model answered with before: the same habit as in section 2. The facts are there, as the sentences show, and a question does not reach them. With questions on the same facts the answers are of medicine, and a frequent mistake is another fact of the same illness: it finds the illness, and misses what is asked. With questions on *others* the model has learned what answers look like, and the facts that were only told still do not come out. Allen-Zhu & Li (2023) describe such facts: stored, and not to be extracted. There, questions on half of the people were enough for the facts about the other half; here there are a dozen illnesses and few steps, and they were not.
+# After statements alone, every question is answered with a word of the kinds that the model answered with before: the same habit as in section 2. The facts are there, as the sentences show, and a question does not reach them. With questions on the same facts the answers are of medicine, and a frequent mistake is another fact of the same illness: it finds the illness, and misses what is asked. With questions on *others* its answers begin to look like medicine, and the facts that were only told still do not come out: it stays below the floor. Allen-Zhu & Li (2023) describe such facts: stored, and not to be extracted. There, questions on half of the people were enough for the facts about the other half; here there are a dozen illnesses and few steps, and they were not.
 #
 # So it was not reading that taught the model to answer, it was being asked. Keep that in mind for the next section: is it then not simpler to train on questions alone?
 
@@ -694,7 +694,7 @@ plots.show(
 )
 
 # %% [markdown]
-# At equal cost, only what was *asked* in training comes out: the last kinds of training stand above the floor, and the rest at zero. Adding the page to the model that read on does not add to it, since it still does not read. The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
+# At equal cost, the rows above the floor are those whose facts were *asked* in training. Giving the page to the model that read on adds nothing: it still does not read. The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
 #
 # The arithmetic leaves out what often decides. A page can be corrected today, and be shown to the user as the source; weights cannot. If the facts change every month, the training is paid every month (exercise 14.3). And whoever needs *no search index at the bedside* may still want the facts in the weights.
 #
@@ -762,7 +762,7 @@ behind = points["no replay"][1] - points["replay 20 %"][1]
 lesson.report("medicine, points given up for a fifth of replay", behind, ".0%")
 
 # %% [markdown]
-# Reading only medicine, the model no longer knows people, does not read and does not add; only the mapping of labels survives. A fifth of replay brings back most of what it says about people and what it reads, and little of the sums. Weights between before and after cost nothing, and lie on the same trade: what they keep of the old, they lose of the new. Look where the line bends: a step back from the end costs little medicine and returns some of the rest, but from no replay, there is no step back that repairs the forgetting and keeps the facts. Replay was the better remedy here, and it was free as well: the number of tokens is the same.
+# Reading only medicine, the model no longer knows people, does not read and does not add; only the mapping of labels survives. A fifth of replay saves most of what it says about people and of its reading, and least of the sums. Weights between before and after cost no training, and no step back keeps both: three quarters of the way keep most of the medicine and return a part of the rest, half of the way returns nearly all of the rest and loses most of the medicine. Replay was the better remedy here, and it was free as well: the number of tokens is the same.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Token by token: how deep does an assistant go?
@@ -990,6 +990,8 @@ lesson.claim("one temperature, chosen on other questions, lowers the calibration
              errors["as it is"] - errors["scaled"], at_least=0.05)  # fmt: skip
 
 # %% [markdown]
+# A temperature below 1 says that the base model is right more often than it believes: it is too unsure, which is the less common fault. The model that read on has hardly anything to correct, and is right less often. So calibration is not quality; it only says how far a confidence can be taken at its word.
+#
 # **Answer less, err less.** Let the system pass on what it is least sure of. *Coverage* is the share that it answers.
 
 # %%
@@ -1025,7 +1027,7 @@ show_table({f"{name}, {group}": [share(right_in[name][where].tolist()), f"{sure_
            ["right", "mean confidence"])  # fmt: skip
 
 # %% [markdown]
-# TEXT-UNTOLD
+# Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Compare the two rows of each system: where they hardly differ, no threshold on the confidence can tell knowledge from a guess.
 #
 # **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it. A question that is *passed on* costs something too: somebody must look it up. Here it costs 1; an answer that is no sign, herb or dose at all costs the same, because anyone sees it.
 
@@ -1062,7 +1064,9 @@ lesson.claim("the model that was asked about others only does at least a fifth m
              harm_of["questions on others"][0], at_least=1.2, control=harm_of["questions on others"][1])  # fmt: skip
 
 # %% [markdown]
-# TEXT-HARM
+# Read the table from the top. The model that was only told answers nothing right, and does no harm beyond that of passing everything on (100): anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than if it had never been switched on, because it has learned to sound like medicine. Ranked by right answers it would be the better of the two. Hold fine-tuning, too, against the hundred of passing everything on. A threshold on the confidence, chosen on other facts, takes back most of the harm of the model that was asked about others, by answering almost nothing; where the confidence says more, it lets more through. It is chosen on few questions, so do not expect a gain in every row.
+#
+# The costs are ours, and another table of costs gives another order. That is why they are written down first.
 
 # %% [markdown]
 # ## 10 · Exercises
@@ -1339,16 +1343,16 @@ check("14.5", check_my_adaptation, my_adaptation)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **In the figure of section 3 the lines differ, although all three models read the same number of tokens about the same facts. What is *not* equal between them?**
+# **In the figure of section 3 the bars differ, although all four models read the same number of tokens. What is *not* equal between them?**
 #
 # - A. the learning rate
-# - B. how often each fact is told, and in how many ways it is said and asked
+# - B. how often each fact of the exam is told, and in how many ways it is said and asked
 # - C. the exam
 # - D. the model that they start from
 #
 # <details><summary>Answer</summary>
 #
-# B. Rate, schedule, tokens, exam and start are the same. With questions, half of the text tells each fact in statements, so a fact is stated less often.
+# B. Rate, schedule, tokens, exam and start are the same. Where questions take up tokens, or other illnesses do, a fact of the exam is stated less often.
 #
 # </details>
 
