@@ -519,14 +519,14 @@ stored = {version: share(found).accuracy for version, found in completed.items()
 print(f"best constant {floor['medicine']}; illnesses that no text tells of: {on_untold}")
 lesson.claim("after reading texts with questions, at least half of the questions on medicine are answered",
              reached["with questions"], at_least=0.5, control=on_untold.accuracy, form=".0%")  # fmt: skip
-lesson.claim("eight wordings let at least 20 points more sentences be completed than one wording",
-             stored["eight wordings"] - stored["one wording"], at_least=0.2, form=".0%")  # fmt: skip
+lesson.report("sentences completed, eight wordings more than one",
+              stored["eight wordings"] - stored["one wording"], ".0%")  # fmt: skip
 for version in ("eight wordings", "questions on others"):
     lesson.claim(f"at equal tokens, questions on the same facts are worth at least 30 points more than {version}",
                  reached["with questions"] - reached[version], at_least=0.3, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# The control of the first claim are the illnesses of which no text tells, asked of the same model.
+# The control of the first claim are the illnesses of which no text tells, asked of the same model. Eight wordings let more sentences be completed than one, in wordings that neither text has. How many more depends much on the run, so it is a report here and not a claim; Ovadia et al. (2024) and Allen-Zhu & Li (2023) find the same direction.
 #
 # **Which mistakes?** An answer can be right, another fact of the same illness, a fact of another illness of the right kind, or something else.
 
@@ -625,7 +625,7 @@ lesson.report("share of the steps after which half of the unknown rows are learn
 lesson.report("medicine, SFT, asked in unseen wordings", str(share(hits["SFT"])))
 
 # %% [markdown]
-# The known rows are right from the first look; the unknown ones have to be learned, row by row. Fine-tuning does teach facts, then: those of its rows, also when they are asked in other words, and no others. The line of the illnesses in no row stays near the bottom. Nothing was learned there but what an answer looks like.
+# The known rows are right from the first look; the unknown ones have to be learned, row by row. Fine-tuning does teach facts, then: those of its rows and no others, and when they are asked in other words, far fewer of them come out. The line of the illnesses in no row stays near the bottom. Nothing was learned there but what an answer looks like.
 #
 # **Does learning unknown facts do harm?** Gekhman et al. (2024) report that examples with new knowledge are learned more slowly, and that a model which has learned them errs more often about what it knew. The control is the same run with known facts in place of the unknown ones: the same number of steps and rows.
 
