@@ -18,6 +18,7 @@ from torch import nn
 
 from course import notebooks
 from helpers.profiles import ROOT
+from helpers.world import Question
 from tests.support.exercise_proof import planted, prove_check, read_exercises
 from tests.support.lesson_run import run_lesson
 
@@ -25,7 +26,7 @@ NOTEBOOK = ROOT / "notebooks" / "14_domain_adaptation.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
 SOURCES = [cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells if cell.cell_type == "code"]
 NAMES = {"itertools": itertools, "math": math, "random": random, "re": re, "np": np, "torch": torch, "nn": nn}
-NAMES |= {"norm": norm, "Sequence": Sequence, "Iterator": Iterator}
+NAMES |= {"norm": norm, "Sequence": Sequence, "Iterator": Iterator, "Question": Question}
 WRONG = {
     "14.1": [
         ("np.array_split(np.argsort(sure, kind=\"stable\"), number)",
@@ -38,8 +39,8 @@ WRONG = {
     "14.2": [
         ("total += len(document)", "total += 1"),
         ("while replayed < ratio * total:", "if replayed < ratio * total:"),
-        ("itertools.cycle(old)", "itertools.chain(old, itertools.repeat([]))"),
-        ("replayed += len(mixed[-1])", "replayed += 1"),
+        ("itertools.cycle(old)", "itertools.chain(old, itertools.repeat([0]))"),
+        ("while replayed < ratio * total:", "while sum(d in old for d in mixed) < ratio * len(mixed):"),
         ("ratio * total", "ratio * (total - replayed)"),
     ],
     "14.3": [
