@@ -1447,6 +1447,6 @@ lesson.summary()
 # - Wortsman et al. 2022, *Robust Fine-Tuning of Zero-Shot Models* (arXiv:2109.01903): interpolation between the weights before and after.
 # - Gekhman et al. 2024, *Does Fine-Tuning LLMs on New Knowledge Encourage Hallucinations?* (arXiv:2405.05904).
 # - Zhou et al. 2023, *LIMA* (arXiv:2305.11206); Lin et al. 2024, *The Unlocking Spell on Base LLMs* (arXiv:2312.01552): superficial alignment, and its measure token by token.
-# - Nori et al. 2023, *Can Generalist Foundation Models Outcompete Special-Purpose Tuning?* (arXiv:2311.16452); Kawakami et al. 2025 (arXiv:2504.18080); Wu et al. 2023, *BloombergGPT* (arXiv:2303.17564): the cases of section 5.
+# - Nori et al. 2023, *Can Generalist Foundation Models Outcompete Special-Purpose Tuning?* (arXiv:2311.16452); Kawakami et al. 2025 (arXiv:2504.18080); Hirano & Imajo 2024 (arXiv:2404.10555); Wu et al. 2023, *BloombergGPT* (arXiv:2303.17564): the cases of section 5.
 # - McNemar 1947, *Note on the Sampling Error of the Difference Between Correlated Proportions or Percentages*; Connor 1987, *Sample Size for Testing Differences in Proportions for the Paired-Sample Design*.
 # - Guo et al. 2017, *On Calibration of Modern Neural Networks* (arXiv:1706.04599).
