@@ -207,7 +207,7 @@ untold = some(exam("medicine", UNTOLD["medicine"]))
 general_before = general(base)
 before = {f"{domain}, no help": share(right(base, questions)) for domain, questions in exams.items()}
 figure = plots.bars_with_intervals(
-    before | general_before, title="The base model knows people and reads, and knows nothing of the fields",
+    before | general_before, title="It knows people and reads, and nothing of the fields",
     xlabel="right answers", references={"best constant": floor["medicine"].accuracy},
 )  # fmt: skip
 plots.show(figure, alt="Bars: both fields at zero, below the constant guess; the four general abilities near 100 %.")
@@ -509,7 +509,7 @@ for version in VERSIONS:
 figure = plots.bars_with_intervals(
     {version: {"completes a sentence": share(completed[version]), "answers a question": share(hits[version])}
      for version in VERSIONS},
-    title="Facts that were only told can be completed; questions find them after questions",
+    title="Questions find only facts that were asked before",
     xlabel="right in medicine, unseen wordings",
 )  # fmt: skip
 plots.show(figure, alt="For each version of the text two bars: sentences completed, and questions answered.")
@@ -679,7 +679,7 @@ figure = plots.bars_with_intervals(
     {name: share(hits[name]) for name in order}, title="One exam for all: what each way of adapting gives",
     xlabel="right answers in medicine, unseen wordings", references={"best constant": floor["medicine"].accuracy},
 )  # fmt: skip
-plots.show(figure, alt="Bars of right answers: help in the prompt, three kinds of continued pretraining, SFT, and RAG.")
+plots.show(figure, alt="Bars of right answers: help in the prompt, a look-up, four kinds of continued pretraining, and fine-tuning.")
 
 # %%
 numbers = np.geomspace(100, 100_000, 13)
@@ -880,7 +880,7 @@ powers = {f"{name}, {'paired' if paired else 'unpaired'} test": [power(n, 0.05, 
           for name, dividing in {"similar systems": 0.10, "unrelated systems": 0.40}.items()
           for paired in (True, False)}  # fmt: skip
 figure = plots.curve({name: (SIZES, values) for name, values in powers.items()},
-                     title="A true gain of 5 points is easily missed; pairing helps systems that agree",
+                     title="A gain of 5 points is easily missed; pairing can help",
                      xlabel="questions in the exam", ylabel="exams that find it", log_x=True, percent=True)  # fmt: skip
 plots.show(
     figure,
