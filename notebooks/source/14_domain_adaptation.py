@@ -679,7 +679,7 @@ figure = plots.bars_with_intervals(
     {name: share(hits[name]) for name in order}, title="One exam for all: what each way of adapting gives",
     xlabel="right answers in medicine, unseen wordings", references={"best constant": floor["medicine"].accuracy},
 )  # fmt: skip
-plots.show(figure, alt="Bars of right answers: help in the prompt, a look-up, four kinds of continued pretraining, and fine-tuning.")
+plots.show(figure, alt="Bars of right answers: a prompt, a look-up, four kinds of continued pretraining, fine-tuning.")
 
 # %%
 numbers = np.geomspace(100, 100_000, 13)
