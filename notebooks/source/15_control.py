@@ -1014,8 +1014,6 @@ for way in WAYS:
 labels = [len(shown) + LABELS * number for number in range(ROUNDS + 1)]
 show_table({way: [f"{value:.0%}" for value in wet] + [f"{dry_at_the_end[way]:.0%}"]
             for way, wet in over_rounds.items()}, [f"{n} labels" for n in labels] + ["dry, at the end"])  # fmt: skip
-
-# %%
 figure = plots.curve({way: (labels, wet) for way, wet in over_rounds.items()},
                      title="Which states are labelled counts, not how many",
                      xlabel="labelled states (for own successes: kept ones)",
@@ -1523,8 +1521,6 @@ with torch.random.fork_rng():
 show_table({", ".join(key): [str(valid[key]), str(right[key])] for key in valid}, ["valid", "right"])
 broken = [text for text in written["temperature 1.2", "without mask"] if not is_valid(CALLS, text)]
 print("not valid, for example:", *broken[:2], sep="\n  ")
-
-# %%
 shown = {f"{what}, {way}": {mask: table[way, mask] for mask in ("without mask", "with mask")}
          for what, table in {"valid": valid, "right": right}.items()
          for way in ("greedy", "temperature 1.2")}  # fmt: skip
@@ -1832,8 +1828,6 @@ recovered = {
     "traces with errors, without the message": solved(recovering, hard_tasks, messages=False),
 }
 show_table({name: [str(share)] for name, share in (answered | recovered).items()}, ["right"])
-
-# %%
 figure = plots.bars_with_intervals(recovered, title="Recovery takes errors in training and a message",
                                    xlabel="questions with a trouble in them that are answered right")  # fmt: skip
 plots.show(figure, alt="Right answers after an error: by the model trained on perfect traces, and by the one "
