@@ -2536,6 +2536,66 @@ check("15.1", check_open_loop, open_loop_success, predicted)
 # </details>
 
 # %% tags=["exercise"]
+# Exercise 15.2, medium: a mask for whole numbers in a range that is too long to list.
+def may_follow(written: str, token: str, low: int, high: int) -> bool:
+    """Whether `token` may come after `written`, the part of a number that stands already.
+
+    A text is valid if it is a number from `low` to `high` (1 or more), without leading zeros, and one "}" right after
+    it. `written` has no "}" in it and can still become valid. A token may hold several characters, "}" among them.
+    """
+    raise NotImplementedError
+
+# %% tags=["check"]
+TOKENS = [*map(str, range(11)), "20", "24", "100"]
+
+
+def check_may_follow(may_follow):
+    for low, high in ((1, 24), (15, 24), (95, 102), (7, 7)):
+        texts = [f"{number}}}" for number in range(low, high + 1)]
+        begun = {text[:place] for text in texts for place in range(len(text))} - set(texts)
+        for written in sorted(begun):
+            for token in (*TOKENS, "", "}", "2}", "4}", "0}", "7}", "}}", "2}}", "a", " ", "-1"):
+                right = bool(token) and any(text.startswith(written + token) for text in texts)
+                expect_equal(
+                    f"may_follow({written!r}, {token!r}, {low}, {high})", may_follow(written, token, low, high), right
+                )
+    expect_equal("a number of 15 digits", may_follow("4", "2", 10**14, 10**15), True)
+    expect_equal("the end of a number that is too small", may_follow("4", "2}", 10**14, 10**15), False)
+    expect_equal("one digit too many", may_follow("2" + "0" * 15, "0", 10**14, 10**15), False)
+
+
+check("15.2", check_may_follow, may_follow)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# With $k$ more digits the number $d$ becomes one from $d \cdot 10^k$ to $d \cdot 10^k + 10^k - 1$. When does that interval meet the range?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# What stands before the brace must be digits, with none of them a leading zero. If the brace is there, the number is complete. If not, some number of further digits must lead into the range.
+#
+# ```python
+# def may_follow(written: str, token: str, low: int, high: int) -> bool:
+#     digits, brace, rest = (written + token).partition("}")
+#     if not token or rest or not digits.isdecimal() or digits.startswith("0"):
+#         return False
+#     if brace:
+#         return low <= int(digits) <= high
+#     number, width = int(digits), 1
+#     while number * width <= high:
+#         if number * width + width - 1 >= low:
+#             return True
+#         width *= 10
+#     return False
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
 # Exercise 15.3, medium: try again, within a budget. Section 5 chooses once. A robot whose try has failed may try again,
 # the same skill or another, as long as its battery lasts. A try costs its moves, whether it succeeds or not.
 def attempts(options: Mapping[str, tuple[float, int]], battery: int) -> list[str]:
@@ -2586,6 +2646,71 @@ check("15.3", check_attempts, attempts)
 #                 lists.append(((1 - chance) * fails, [name, *names]))
 #         best.append(min(lists, key=lambda entry: entry[0]))
 #     return best[battery][1]
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 15.4, hard: from samples under the mask to samples of p(y | V), with a bounded number of tries.
+def aligned(draw: Callable[[], tuple[str, float]], tries: int, generator: random.Random) -> str:
+    """One valid call. `draw()` samples a call under the mask: the call, and the product of the masses kept along it.
+
+    At most `tries` calls are drawn, and no more than needed. Calls that are accepted must have the distribution
+    p(y | V) of section 8. If none is accepted, return one of those that were drawn, each
+    chosen with the weights that would make the choice right if there were very many of them.
+    """
+    raise NotImplementedError
+
+# %% tags=["check"]
+def check_aligned(aligned):
+    kept, drawn = {"a": 0.02, "b": 0.2}, []
+
+    def share_of_a(tries: int, runs: int = 3000) -> float:
+        generator, source = random.Random(5), random.Random(6)
+
+        def draw() -> tuple[str, float]:
+            drawn.append(source.choice("ab"))  # under the mask both are equally likely
+            return drawn[-1], kept[drawn[-1]]
+
+        return sum(aligned(draw, tries, generator) == "a" for _ in range(runs)) / runs
+
+    expect_close("share of a with 1 try, where there is no choice", share_of_a(1), 0.5, tolerance=0.04)
+    expect_close("share of a with 200 tries", share_of_a(200), 1 / 11, tolerance=0.03)
+    expect_close(
+        "share of a with 4 tries, most of which end without an acceptance", share_of_a(4), 0.16, tolerance=0.04
+    )
+    drawn.clear()
+    share_of_a(200)
+    expect_close("draws for each call", len(drawn) / 3000, 1 / 0.11, tolerance=0.1)
+    drawn.clear()
+    share_of_a(3, runs=100)
+    expect_true("there are no more draws than tries", len(drawn) <= 300)
+
+
+check("15.4", check_aligned, aligned)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Under the mask $q(y) = p(y) / \prod_t a_t$. With which probability must a call be accepted, so that $q(y)$ times it is proportional to $p(y)$? It is a number between 0 and 1 that `draw` gives you.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# Accept with the probability $\prod_t a_t$, the mass that was kept: $q(y) \prod_t a_t = p(y)$. The same number is the importance weight $p / q$ up to a constant, so it is the weight for choosing among the calls that were drawn.
+#
+# ```python
+# def aligned(draw: Callable[[], tuple[str, float]], tries: int, generator: random.Random) -> str:
+#     calls, weights = [], []
+#     for _ in range(tries):
+#         call, kept = draw()
+#         if generator.random() < kept:
+#             return call
+#         calls.append(call)
+#         weights.append(kept)
+#     return generator.choices(calls, weights)[0]
 # ```
 #
 # </details>
@@ -2683,131 +2808,6 @@ check("15.6", check_forced, forced)
 #         count += choices == 1 and not may_end(language)
 #         language = after(language, byte)
 #     return count
-# ```
-#
-# </details>
-
-# %% tags=["exercise"]
-# Exercise 15.2, medium: a mask for whole numbers in a range that is too long to list.
-def may_follow(written: str, token: str, low: int, high: int) -> bool:
-    """Whether `token` may come after `written`, the part of a number that stands already.
-
-    A text is valid if it is a number from `low` to `high` (1 or more), without leading zeros, and one "}" right after
-    it. `written` has no "}" in it and can still become valid. A token may hold several characters, "}" among them.
-    """
-    raise NotImplementedError
-
-# %% tags=["check"]
-TOKENS = [*map(str, range(11)), "20", "24", "100"]
-
-
-def check_may_follow(may_follow):
-    for low, high in ((1, 24), (15, 24), (95, 102), (7, 7)):
-        texts = [f"{number}}}" for number in range(low, high + 1)]
-        begun = {text[:place] for text in texts for place in range(len(text))} - set(texts)
-        for written in sorted(begun):
-            for token in (*TOKENS, "", "}", "2}", "4}", "0}", "7}", "}}", "2}}", "a", " ", "-1"):
-                right = bool(token) and any(text.startswith(written + token) for text in texts)
-                expect_equal(
-                    f"may_follow({written!r}, {token!r}, {low}, {high})", may_follow(written, token, low, high), right
-                )
-    expect_equal("a number of 15 digits", may_follow("4", "2", 10**14, 10**15), True)
-    expect_equal("the end of a number that is too small", may_follow("4", "2}", 10**14, 10**15), False)
-    expect_equal("one digit too many", may_follow("2" + "0" * 15, "0", 10**14, 10**15), False)
-
-
-check("15.2", check_may_follow, may_follow)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# With $k$ more digits the number $d$ becomes one from $d \cdot 10^k$ to $d \cdot 10^k + 10^k - 1$. When does that interval meet the range?
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
-#
-# What stands before the brace must be digits, with none of them a leading zero. If the brace is there, the number is complete. If not, some number of further digits must lead into the range.
-#
-# ```python
-# def may_follow(written: str, token: str, low: int, high: int) -> bool:
-#     digits, brace, rest = (written + token).partition("}")
-#     if not token or rest or not digits.isdecimal() or digits.startswith("0"):
-#         return False
-#     if brace:
-#         return low <= int(digits) <= high
-#     number, width = int(digits), 1
-#     while number * width <= high:
-#         if number * width + width - 1 >= low:
-#             return True
-#         width *= 10
-#     return False
-# ```
-#
-# </details>
-
-# %% tags=["exercise"]
-# Exercise 15.4, hard: from samples under the mask to samples of p(y | V), with a bounded number of tries.
-def aligned(draw: Callable[[], tuple[str, float]], tries: int, generator: random.Random) -> str:
-    """One valid call. `draw()` samples a call under the mask: the call, and the product of the masses kept along it.
-
-    At most `tries` calls are drawn, and no more than needed. Calls that are accepted must have the distribution
-    p(y | V) of section 8. If none is accepted, return one of those that were drawn, each
-    chosen with the weights that would make the choice right if there were very many of them.
-    """
-    raise NotImplementedError
-
-# %% tags=["check"]
-def check_aligned(aligned):
-    kept, drawn = {"a": 0.02, "b": 0.2}, []
-
-    def share_of_a(tries: int, runs: int = 3000) -> float:
-        generator, source = random.Random(5), random.Random(6)
-
-        def draw() -> tuple[str, float]:
-            drawn.append(source.choice("ab"))  # under the mask both are equally likely
-            return drawn[-1], kept[drawn[-1]]
-
-        return sum(aligned(draw, tries, generator) == "a" for _ in range(runs)) / runs
-
-    expect_close("share of a with 1 try, where there is no choice", share_of_a(1), 0.5, tolerance=0.04)
-    expect_close("share of a with 200 tries", share_of_a(200), 1 / 11, tolerance=0.03)
-    expect_close(
-        "share of a with 4 tries, most of which end without an acceptance", share_of_a(4), 0.16, tolerance=0.04
-    )
-    drawn.clear()
-    share_of_a(200)
-    expect_close("draws for each call", len(drawn) / 3000, 1 / 0.11, tolerance=0.1)
-    drawn.clear()
-    share_of_a(3, runs=100)
-    expect_true("there are no more draws than tries", len(drawn) <= 300)
-
-
-check("15.4", check_aligned, aligned)
-
-# %% [markdown] tags=["hint"]
-# <details><summary>Hint</summary>
-#
-# Under the mask $q(y) = p(y) / \prod_t a_t$. With which probability must a call be accepted, so that $q(y)$ times it is proportional to $p(y)$? It is a number between 0 and 1 that `draw` gives you.
-#
-# </details>
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
-#
-# Accept with the probability $\prod_t a_t$, the mass that was kept: $q(y) \prod_t a_t = p(y)$. The same number is the importance weight $p / q$ up to a constant, so it is the weight for choosing among the calls that were drawn.
-#
-# ```python
-# def aligned(draw: Callable[[], tuple[str, float]], tries: int, generator: random.Random) -> str:
-#     calls, weights = [], []
-#     for _ in range(tries):
-#         call, kept = draw()
-#         if generator.random() < kept:
-#             return call
-#         calls.append(call)
-#         weights.append(kept)
-#     return generator.choices(calls, weights)[0]
 # ```
 #
 # </details>
