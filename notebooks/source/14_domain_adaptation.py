@@ -68,7 +68,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import peft
 import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
@@ -442,6 +441,9 @@ def interleaved(field: Iterator, general_text: Iterator, share_of_general: float
 
 
 # %%
+import peft
+
+
 def schedule(steps: int, rate: float, look_every: int = 0) -> TrainConfig:
     """Every run of this lesson: a short warm-up to the full rate, then linear decay."""
     return TrainConfig(
