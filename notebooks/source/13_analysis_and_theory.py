@@ -376,6 +376,7 @@ difference = (next_logits(*few_shot[:2]) - hooked).abs().max().item()
 matrix.weight.data = kept
 lesson.equal("a head with output 0 is a model in which its columns of the output matrix are 0", difference, within=1e-4)
 
+
 # %% [markdown]
 # Now take out every single head, and every *pair* of heads, on a few prompts. That is the whole search: there is nothing to choose by hand. On a model with hundreds of heads only the strongest previous-token heads are tried.
 
@@ -560,11 +561,14 @@ end = ids_b.shape[1] - 1
 name_at = list(range(span.start, span.stop))
 where = {
     "before the name": list(range(span.start)), "whole name": name_at, "last token of the name": name_at[-1:],
-    "between name and end": list(range(span.stop, end)), "last position": [end], "name and last position": [*name_at, end],
+    "between name and end": list(range(span.stop, end)), "last position": [end],
+    "name and last position": [*name_at, end],
 }  # fmt: skip
 
 
-def moved(positions: list[int], states: Sequence[Tensor], to: Tensor = town_a, origins: Sequence[int] = ()) -> list[float]:
+def moved(
+    positions: list[int], states: Sequence[Tensor], to: Tensor = town_a, origins: Sequence[int] = ()
+) -> list[float]:
     """Share of answers that are the town `to`, for a patch before each of the depths."""
     return [(patched(ids_b, d, positions, states[d], origins) == to).float().mean().item() for d in depths]
 
@@ -582,9 +586,10 @@ figure = plots.curve(
     xlabel="layer before which the residual stream is exchanged", ylabel="answers that become A's town", percent=True,
 )  # fmt: skip
 figure.axes[0].set_xticks(depths, ticks)
-plots.show(figure, alt="The whole name's line is at the top for the early layers and falls to zero at the end, and so "
-                       "does that of the patch from the trade question; the last position's is at zero and rises to the "
-                       "top after the last layer.")  # fmt: skip
+figure.axes[0].lines[1].set(linestyle=(0, (2, 2)), marker="")  # it lies on the line of the whole name
+plots.show(figure, alt="The whole name's line is at the top for the early layers and falls to zero at the end. The "
+                       "dashed line of the patch from the trade question lies on it. The last position's is at zero "
+                       "and rises to the top after the last layer.")  # fmt: skip
 early = slice(1, max(2, len(depths) - 2))  # from layer 1 to all but before the last layer, and the end
 whole, from_trade, part_of_it, final_position = (effect[name] for name in lines)
 lesson.claim("before the early layers a patch of the whole name moves the answer", min(whole[early]), at_least=0.85,
@@ -719,11 +724,11 @@ figure = plots.curve(
     {task: (depths, shares.mean(0), shares.min(0), shares.max(0)) for task, shares in by_run.items()},
     title="The tuned lens finds few answers before the last layer", percent=True,
     xlabel="layer before which the lens looks", ylabel="right answers",
-    references={"a guess among 24 towns, trades, ...": 1 / len(world.towns)},
+    references={"a guess of 24": 1 / len(world.towns)},
 )  # fmt: skip
 figure.axes[0].set_xticks(depths, ticks)
 plots.show(figure, alt="Three lines for three tasks, each the mean of three tuned lenses: all are low before every "
-                       "layer, the facts a little higher, and jump to the top at the end.")  # fmt: skip
+                       "layer and jump to the top at the end.")  # fmt: skip
 best_logit = max(max(row[:-1]) for row in by_logit_lens.values())
 best_tuned = max(max(row[:-1]) for run in by_tuned_lens for row in run.values())
 control = min(row[-1] for row in by_logit_lens.values())
@@ -1127,6 +1132,8 @@ random_lines, lot_lines = (
     np.array([[steered(vector, strength)[0] for strength in STRENGTHS] for vector in vectors])
     for vectors in (noise, lots)
 )
+
+# %%
 rows = {"good among good and bad": [f"{share:.0%}" for share, _ in along]}
 rows["both together"] = [f"{both:.0%}" for _, both in along]
 show_table(rows, [f"{strength:+d}" for strength in STRENGTHS])
@@ -1382,7 +1389,7 @@ for layer, scores in enumerate((previous, induction)):
     print(f"without the best head of layer {layer + 1}: accuracy falls by", ", ".join(f"{loss:.0%}" for loss in lost))
 
 # %% [markdown]
-# **What you see.** The circuit of the derivation is there, in each seed, and nothing like it in one layer. It comes late and fast. A likely reason: each half is of no use without the other, so little pulls towards either of them at first. The single layer's best head pays the labels of the key as much as an even gaze over all labels would. The last cell shows how much hangs on one head of each kind. Where it is little, other heads of the layer probably do the same work. That one layer cannot do this task, unless it is very large, is a theorem (Sanford, Hsu and Telgarsky 2024).
+# **What you see.** The circuit of the derivation is there, in each seed, and nothing like it in one layer. It comes late and fast. A likely reason: each half is of no use without the other, so little pulls towards either of them at first. The single layer's best head pays the labels of the key no more than an even gaze over all labels would, or hardly. The last cell shows how much hangs on one head of each kind. Where it is little, other heads of the layer probably do the same work. That one layer cannot do this task, unless it is very large, is a theorem (Sanford, Hsu and Telgarsky 2024).
 
 # %% [markdown] tags=["core"]
 # ## 10 · A prompt as a training set: linear regression in a forward pass
@@ -2060,8 +2067,8 @@ for what, found in {"": means, " on words that did not choose it": new_means}.it
     lesson.claim(f"the SAE's best features beat each baseline without labels by 0.1 in F1{what}", ahead, at_least=0.1,
                  form=".2f")  # fmt: skip
 best_labelled = max(means[name].mean() for name in means if name.startswith("labels"))
-lesson.report("F1 of the best baseline with labels beyond the SAE's", best_labelled - means["sparse autoencoder"].mean(),
-              form=".2f")  # fmt: skip
+behind = best_labelled - means["sparse autoencoder"].mean()
+lesson.report("F1 of the best baseline with labels beyond the SAE's", behind, form=".2f")
 gain = sum(explained["sparse autoencoder"]) / 3 - sum(explained["frozen decoder"]) / 3
 lesson.report("variance that the SAE explains beyond one with a frozen decoder", gain, form=".0%")
 
