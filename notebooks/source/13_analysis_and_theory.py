@@ -10,7 +10,7 @@
 # **You will**
 #
 # 1. take the logits apart into what every head and every layer wrote, find the induction heads, and see that no single head is needed, but one pair is;
-# 2. follow a fact from the name to the answer by exchanging parts of two runs, and see a probe that is always right and has found nothing;
+# 2. follow the person who is asked about from the name to the answer by exchanging parts of two runs, and see a probe that is always right and has found nothing;
 # 3. train one and two layers on the same task, and see the induction head appear in two layers only;
 # 4. find a linear attention layer equal to a step of gradient descent, and a small transformer between ridge regression and the Bayes estimator over few tasks;
 # 5. count how many features a layer of five numbers holds.
@@ -1432,7 +1432,7 @@ lesson.equal("linear attention layers are steps of gradient descent", gap, withi
 # This was written by hand. Does *training* find something like it? And which estimator should it find? That depends on the tasks of pretraining:
 #
 # - **A new task each time**, $w \sim \mathcal{N}(0, I)$. Then no predictor is better on average than the mean of the posterior, which for a normal prior and noise of variance $\sigma^2$ is **ridge regression** with penalty $\sigma^2$: $\hat w = (X^\top X + \sigma^2 I)^{-1} X^\top y$.
-# - **A few fixed tasks** $w_1, \dots, w_M$, equally often. Picture two of them, $w$ and $-w$: two lines through the origin, one up and one down. A few examples tell you which of the two it is, and from then on you know the task exactly. In general the best predictor weighs the *known* tasks by how well they explain the prompt: $\hat w = \sum_k p_k w_k$ with $p_k \propto \exp\big(-\sum_i (y_i - w_k \cdot x_i)^2 / 2 \sigma^2\big)$. Raventós et al. (2023) call it **dMMSE**. On a task that is none of the $M$, such as a line in another direction, it is still sure that it is one of them.
+# - **A few fixed tasks** $w_1, \dots, w_M$, equally often. Picture two of them, $w$ and $-w$, for inputs of one number: two lines through the origin, one up and one down. A few examples tell you which of the two it is, and from then on you know the task exactly. In general the best predictor weighs the *known* tasks by how well they explain the prompt: $\hat w = \sum_k p_k w_k$ with $p_k \propto \exp\big(-\sum_i (y_i - w_k \cdot x_i)^2 / 2 \sigma^2\big)$. Raventós et al. (2023) call it **dMMSE**. On a task that is none of the $M$, such as a line in another direction, it is still sure that it is one of them.
 #
 # Both can be written for all prefixes of a prompt at once, with sums over the examples before each query.
 
@@ -1734,7 +1734,7 @@ plots.show(figure, alt="Divergence from the exact Bayes prediction against the n
            "the examples.")  # fmt: skip
 
 # %% [markdown]
-# **The task vector.** Take the state of the last separator, just before the asked word, and average it over many prompts of the same function. Put it in the place of the separator of a prompt that is only `; w`, for every word. If the separator holds the task, then the answer is that function's value. Compare with no patch, and with the vector of another function: does the answer become the *other* function's value? And perhaps the task stands at the word itself. There the state also says which word it is, so *add* to it: the mean state of the function's words minus that of words without examples.
+# **The task vector.** Take the state of the last separator, just before the asked word, and average it over many prompts of the same function. Put it in the place of the separator of a prompt that is only `; w`, for every word. If the separator holds the task, then the answer is that function's value. Then a harder test: put the vector in a prompt whose examples show *another* function. Which of the two does the model follow? And perhaps the task stands at the word itself. There the state also says which word it is, so in `; w` *add* to it: the mean state of the function's words minus that of words without examples.
 
 # %%
 with torch.no_grad():
@@ -1747,27 +1747,35 @@ with torch.no_grad():
     short = torch.stack([torch.full_like(asked, WORDS + VALUES), asked], -1).expand(6, -1, -1)
     right = tables.flatten(1)  # (6, FUNCTIONS * WORDS): the function's value
     plain, short_states = functioner(functioners, short)
-    rows = {"no patch": (plain[:, :, 0].argmax(-1) == right).float().mean(1)}
+    target = (shows.argmax(1) + 1) % FUNCTIONS  # (6, rows): another function than a prompt shows
+    wanted = tables.gather(1, target[..., None].expand(-1, -1, WORDS)).gather(-1, long_words[..., -1:])[..., 0]
+    unpatched = functioner(functioners, long_ids)[0][:, :, -1].argmax(-1)
+    rows = {"; w, no patch": (plain[:, :, 0].argmax(-1) == right).float().mean(1),
+            "another's examples, no patch": (unpatched == wanted).float().mean(1)}  # fmt: skip
     for layer in range(DEPTH):
-        at_separator, at_word = (
-            (share @ states[layer][:, :, place]).repeat_interleave(WORDS, 1) for place in (-2, -1)
-        )  # (6, FUNCTIONS * WORDS, size)
-        at_word = at_word + short_states[layer][:, :, 1] - short_states[layer][:, :, 1].mean(1, keepdim=True)
-        for place, vectors in {"separator": at_separator, "word": at_word}.items():
-            patch = layer, ("separator", "word").index(place), vectors.roll(WORDS, 1)  # another function's
-            other = functioner(functioners, short, patch)[0][:, :, 0].argmax(-1)
-            own = functioner(functioners, short, (*patch[:2], vectors))[0][:, :, 0].argmax(-1)
-            rows[f"{place}, layer {layer + 1}, own vector"] = (own == right).float().mean(1)  # (6,)
-            rows[f"{place}, layer {layer + 1}, other's vector"] = (other == right.roll(WORDS, 1)).float().mean(1)
+        of_task, of_word = (share @ states[layer][:, :, place] for place in (-2, -1))  # (6, FUNCTIONS, size)
+        in_long = of_task.gather(1, target[..., None].expand(-1, -1, STATE_SIZE))
+        of_task, of_word = (vectors.repeat_interleave(WORDS, 1) for vectors in (of_task, of_word))
+        of_word = of_word + short_states[layer][:, :, 1] - short_states[layer][:, :, 1].mean(1, keepdim=True)
+        for name, ids, patch, values in (
+            ("; w, separator", short, (0, of_task), right), ("; w, word", short, (1, of_word), right),
+            ("another's examples, separator", long_ids, (LONGEST - 2, in_long), wanted),
+        ):  # fmt: skip
+            answers = functioner(functioners, ids, (layer, *patch))[0][:, :, -1].argmax(-1)
+            rows[f"{name}, layer {layer + 1}"] = (answers == values).float().mean(1)  # (6,)
+rows = {name: rows[name] for name in sorted(rows)}
 show_table({name: [f"{part.mean():.0%}" for part in row.chunk(2)] for name, row in rows.items()}, ["free", "narrow"])
-most = [f"{part.mean():.0%}" for part in frequent.amax(-1).mean(1).chunk(2)]
-print(f"own: the function's value; other's: the other function's value; the most frequent value of a word: {most[0]}")
-free_gain, narrow_gain = (rows["separator, layer 2, own vector"] - rows["no patch"]).view(2, 3).mean(1)
+most = frequent.amax(-1).mean().item()
+print(f"answers that are the vector's function's; in ; w the most frequent value of a word would be right in {most:.0%}")
+free_gain, narrow_gain = (rows["; w, separator, layer 2"] - rows["; w, no patch"]).view(2, 3).mean(1)
 lesson.claim("in narrow models the task vector of layer 2 answers 15 points more than no patch, mean of seeds",
              narrow_gain, at_least=0.15, control=free_gain, form=".0%")  # fmt: skip
+turned = rows["another's examples, separator, layer 2"].view(2, 3).mean(1)
+lesson.claim("in narrow models the task vector of layer 2 overrules the examples mostly, mean of seeds", turned[1],
+             at_least=0.5, control=rows["another's examples, no patch"].mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Without a patch the models name the value that most functions give to the word; that is what "no patch" measures. The narrow models have a task vector at the separator, after the layer in which the separator has read the examples and before the one in which the word reads the separator. Another function's vector brings that other function's values just as well. In the free models such a vector is neither at the separator nor at the word: no mean state does more than the most frequent value, or hardly. Their word reads the examples where they stand, and the separator has nothing to hold. The price of the narrow way stands in the figure: it loses more to Bayes than the free one. A task vector is thus no necessity of learning in context. It appears where the evidence has to pass through one place.
+# **What you see.** Without a patch the models name the value that most functions give to the word; that is what "no patch" measures. The narrow models have a task vector at the separator, after the layer in which the separator has read the examples and before the one in which the word reads the separator. It even overrules the examples of another function. In the free models such a vector is neither at the separator nor at the word: no mean state does much more than the most frequent value. Their word reads the examples where they stand, and the separator has nothing to hold. The price of the narrow way stands in the figure: it loses more to Bayes than the free one. A task vector is thus no necessity of learning in context. It appears where the evidence has to pass through one place.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Superposition: more features than numbers
@@ -1850,6 +1858,9 @@ lesson.report(
 )
 sparse = DENSITIES.index(0.05)
 per_number, linear_per_number = held[sparse].min() / NUMBERS, linear_held[sparse].max() / NUMBERS
+ratios = loss.mean(1) / linear_loss.mean(1)
+lesson.claim("where a feature is there in 5 %, the ReLU saves a quarter of the linear loss", 1 - ratios[sparse],
+             at_least=0.25, control=1 - ratios[0], form=".0%")  # fmt: skip
 lesson.claim("each seed holds at least 1.5 features a number where a feature is there in 5 %",
              per_number, at_least=1.5, control=linear_per_number, form=".1f")  # fmt: skip
 
