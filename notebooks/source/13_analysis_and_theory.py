@@ -482,7 +482,7 @@ lesson.claim("one head of the pair keeps the last layer's attention on the colou
              at_least=0.4)  # fmt: skip
 
 # %% [markdown]
-# **What you see.** (A pattern is computed also where the head's output is then replaced.) Taking out any one head changes no answer, and nor does a whole layer before the last. It is not without effect: without single heads the preference for the right colour falls, only not so far that another colour wins. Had you stopped at the diagonal, you would have concluded that the previous-token heads are unimportant, and you would have been wrong. Of all pairs one breaks the answer, and it is these two. With both out, the last layer no longer finds the colour. The model still knows which colours occur, since most of its answers are among them, and is right about as often as a guess among them.
+# **What you see.** (A pattern is computed also where the head's output is then replaced.) Taking out any one head changes no answer, and nor does a whole layer before the last. It is not without effect: without single heads the preference for the right colour falls, only not so far that another colour wins. Had you stopped at the diagonal, you would have concluded that the previous-token heads are unimportant, and you would have been wrong. Of all pairs one breaks the answer, and it is these two. With both out, the last layer no longer finds the colour. The model still knows which colours occur, since most of its answers are among them. How far it does more than guess among them tells the line under the table.
 #
 # Is the second head a backup? Without 1.1 it attends about as before, so the two are redundant. Without the *other* heads of layer 1 it looks back more, so it does react, but not to 1.1. If two heads do the same job, removing either one changes no answer: ablation of single parts finds only what is needed *alone*.
 
@@ -491,7 +491,7 @@ lesson.claim("one head of the pair keeps the last layer's attention on the colou
 #
 # **Question.** Where in the model is a fact on its way from the name to the answer?
 #
-# Ablation destroys. *Activation patching* exchanges: run the question about person A and keep the residual stream. Run the same question about person B, but at one place $h^{(l)}_t$ put in what A's run had there. If the answer becomes A's, this place carried the fact. Is it the *fact* that you carried, or the *person*? Patch the name's states from another question about A, about A's trade: if what stands there is A's town, these states cannot bring it.
+# Ablation destroys. *Activation patching* exchanges: run the question about person A and keep the residual stream. Run the same question about person B, but at one place $h^{(l)}_t$ put in what A's run had there. If the answer becomes A's, this place carried what makes the difference between the two runs. Is that the *fact*, or only the *person*? For an answer, take the name's states from another question about A, that for A's trade. If they bring A's town as well, they need not hold the town.
 
 
 # %%
@@ -602,9 +602,9 @@ lesson.claim("nor does a patch of the last position before the early layers", ma
              control=final_position[-1])  # fmt: skip
 
 # %% [markdown]
-# **What you see.** (Before layer 0 the patch only exchanges words: it *is* the question about A. So the claims start at layer 1.) Before the early layers the answer hangs on the tokens of the name, and on all of them together: its last token alone mostly does not do it. In GPT, Meng et al. (2022) found the last token of the subject to be the decisive place. The last position carries nothing yet. Before the last layer the name alone brings A's town in a part of the cases, the last position alone in fewer, and both together always. After it everything is at the last position. A patch from C brings C's town, so the answer follows the patch and is not merely disturbed.
+# **What you see.** (Before layer 0 the patch only exchanges words: it *is* the question about A. So the claims start at layer 1.) Before the early layers the answer hangs on the tokens of the name, and on all of them together: its last token alone mostly does not do it. In GPT, Meng et al. (2022) found the last token of the subject to be the decisive place. The last position carries nothing yet. Before the last layer the name alone brings A's town in a part of the cases, and so does the last position; only both together bring it always. After it everything is at the last position. A patch from C brings C's town, so the answer follows the patch and is not merely disturbed.
 #
-# Is the *fact* at the name? The patch cannot tell you, and the control says no more than this: even name states from a question about A's *trade* bring A's *town*, just as often. So the patch moves the *person*. Which of the person's facts is read is decided later. Section 6 asks with another method whether the town itself is there.
+# Is the *fact* at the name? The patch cannot tell you. Even name states from a question about A's *trade* bring A's *town*, just as often. So the patch moves the *person*. Which of the person's facts is read is decided later. Section 6 asks with another method whether the town itself is there.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Read the answer early
@@ -767,7 +767,7 @@ lesson.claim("before the last layer the tuned lens names the right kind of thing
              at_least=0.7, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Here the textbook picture holds only in part. Before the last layer both lenses miss most answers. The basis is not the whole reason, since on ordinary text the tuned lens comes much nearer to the model than the logit lens, and its answers are hardly better. What both see is the *kind* of the answer. Yet the facts do take shape a little: before the last layer the lenses are right more often than a guess among the values of the kind, and from layer to layer the right fact moves up in the order of tokens. This fits section 4, by another method: there, too, a small part of the answers moved with the last position before the last layer, and most of them only after it. A model of four layers has little room for an early answer; do not carry this over to a model of eighty.
+# **What you see.** Here the textbook picture holds only in part. Before the last layer both lenses miss most answers. The basis is not the whole reason, since on ordinary text the tuned lens comes much nearer to the model than the logit lens, and its answers are hardly better. What both see is the *kind* of the answer. Yet the facts do take shape a little: before the last layer the lenses are right more often than a guess among the values of the kind, and from layer to layer the right fact moves up in the order of tokens. This fits section 4, by another method: there, too, the last position moved a small part of the answers before the last layer, and all of them at the end. A model of four layers has little room for an early answer; do not carry this over to a model of eighty.
 
 # %% [markdown] tags=["core"]
 # ## 6 · A probe that is always right
@@ -872,7 +872,7 @@ lesson.claim("it does not find the towns of new people", news[deepest], at_most=
 lesson.claim("the same probe finds the towns of new people where the answer stands", at_the_end[-1], at_least=0.2)
 
 # %% [markdown]
-# **What you see.** Without controls this would be a success: the probe names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot. In a model that was never trained it is good as well, before layer 1 even better. Each name has a state of its own, and a state has more numbers than there are people, so any labels can be read off. On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name. The town is not there yet, or not in a form that one linear map could read for all people. This agrees with section 4, where the patch of a name moved the person. Always repeat a probe with random labels: here they score as high as the true ones.
+# **What you see.** Without controls this would be a success: the probe names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot. In a model that was never trained it is good as well, at some depths even better. Each name has a state of its own, and a state has more numbers than there are people, so any labels can be read off. On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name. The town is not there yet, or not in a form that one linear map could read for all people. This agrees with section 4, where the patch of a name moved the person. Always repeat a probe with random labels: here they score as high as the true ones.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Change one fact
@@ -2084,7 +2084,7 @@ gain = sum(explained["sparse autoencoder"]) / 3 - sum(explained["frozen decoder"
 lesson.report("variance that the SAE explains beyond one with a frozen decoder", gain, form=".0%")
 
 # %% [markdown]
-# **What you see.** Once you have labels, you need no SAE. A list of last tokens finds the kinds nearly without error, and so does one labelled direction in the *embeddings*, even for words that its labels left out: nothing here needs a deep model. What the SAE adds is that it found such directions *without labels*, better than random directions, neurons and principal components. Its features also hold for words that did not choose them. (The SAE itself has read all words; only the choice of the feature has not.) The first thing to try is thus the simple baseline: on large models, too, SAEs did not win consistently against plain probes (Kantamneni et al. 2025).
+# **What you see.** Once you have labels, you need no SAE. A list of last tokens finds the kinds nearly without error, and so does one labelled direction in the *embeddings*, even for words that its labels left out: nothing here needs a deep model. What the SAE adds is that it found such directions *without labels*, better than random directions, neurons and principal components; labels only chose among them. Its features also hold for words that did not choose them. (The SAE itself has read all words; only the choice of the feature has not.) The first thing to try is thus the simple baseline: on large models, too, SAEs did not win consistently against plain probes (Kantamneni et al. 2025).
 #
 # Look at the other baselines as well. A dictionary of random directions, which never learned anything, is about as good as the best neurons. And an SAE rebuilds a good part of a *random* model's states, in which no kind can be found: explained variance says nothing about meaning. On large models random baselines came close to trained SAEs, for example 0.87 against 0.90 in a score of interpretability (Korznikov et al. 2026). A score without them is not evidence.
 
