@@ -1766,7 +1766,8 @@ with torch.no_grad():
 rows = {name: rows[name] for name in sorted(rows)}
 show_table({name: [f"{part.mean():.0%}" for part in row.chunk(2)] for name, row in rows.items()}, ["free", "narrow"])
 most = frequent.amax(-1).mean().item()
-print(f"answers that are the vector's function's; in ; w the most frequent value of a word would be right in {most:.0%}")
+print("answers that are the vector's function's; "
+      f"in ; w the most frequent value of a word would be right in {most:.0%}")  # fmt: skip
 free_gain, narrow_gain = (rows["; w, separator, layer 2"] - rows["; w, no patch"]).view(2, 3).mean(1)
 lesson.claim("in narrow models the task vector of layer 2 answers 15 points more than no patch, mean of seeds",
              narrow_gain, at_least=0.15, control=free_gain, form=".0%")  # fmt: skip
