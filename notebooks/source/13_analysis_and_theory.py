@@ -10,7 +10,7 @@
 # **You will**
 #
 # 1. take the logits apart into what every head and every layer wrote, find the induction heads, and see that no single head is needed, but one pair is;
-# 2. follow a fact from the name to the answer by exchanging parts of two runs, and see a probe that is always right and has found nothing;
+# 2. follow the person who is asked about from the name to the answer by exchanging parts of two runs, and see a probe that is always right and has found nothing;
 # 3. train one and two layers on the same task, and see the induction head appear in two layers only;
 # 4. find a linear attention layer equal to a step of gradient descent, and a small transformer between ridge regression and the Bayes estimator over few tasks;
 # 5. count how many features a layer of five numbers holds.
@@ -268,7 +268,7 @@ lesson.claim("the last layer prefers the right colour by more logits than all be
              latest - earlier, at_least=2.0)  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The parts' shares sum to the logits. The last layer writes the preference for the right colour: its attention a small part, and its MLP, which reads what that attention brought, most. What the layers before it wrote hardly prefers any colour. Whatever they do for the answer, they do indirectly, through what the last layer reads. An attribution says who holds the pen, not who is needed. Sections 3 and 4 ask that.
+# **What you see.** The parts' shares sum to the logits. The last layer writes the preference for the right colour: its attention a small part, and its MLP, which reads what that attention brought, most. What the layers before it wrote hardly prefers any colour. Whatever they do for the answer, they do indirectly, through what the last layer reads. Attribution shows which part writes the answer. It does not show which parts the answer needs. Sections 3 and 4 ask that.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Heads that copy
@@ -376,10 +376,21 @@ difference = (next_logits(*few_shot[:2]) - hooked).abs().max().item()
 matrix.weight.data = kept
 lesson.equal("a head with output 0 is a model in which its columns of the output matrix are 0", difference, within=1e-4)
 
+
 # %% [markdown]
 # Now take out every single head, and every *pair* of heads, on a few prompts. That is the whole search: there is nothing to choose by hand. On a model with hundreds of heads only the strongest previous-token heads are tried.
 
 # %% tags=["headline"]
+def colours_in(ids: Tensor) -> Tensor:
+    """Which colours stand in each prompt (texts, colours)."""
+    return (ids[:, :, None] == colours).any(1)
+
+
+def blind_guess(ids: Tensor) -> float:
+    """Share that a guess among the colours of the prompt gets right."""
+    return (1 / colours_in(ids).sum(1).clamp(min=1)).mean().item()
+
+
 strongest = sorted(np.ndindex(num_layers, num_heads), key=lambda head: -previous[head].item())
 tried = sorted(strongest[: lesson.scaled(settings["heads_in_pairs"], 4)])
 search = asked(world.few_shot(lesson.scaled(24, 6), seed + 2000, shots=8))
@@ -398,7 +409,9 @@ axes.set_xticks(range(len(names)), names, rotation=90)
 axes.set(yticks=range(len(names)), yticklabels=names, xlabel="head taken out", ylabel="head taken out as well",
          title="No single head is needed, one pair is")  # fmt: skip
 axes.grid(False)
-figure.colorbar(picture, format=plots.PERCENT, label="right answers (diagonal: one head out)", shrink=0.8)
+bar = figure.colorbar(picture, format=plots.PERCENT, label="right answers (diagonal: one head out)", shrink=0.8)
+bar.ax.axhline(guessed := blind_guess(search[0]), color=plots.COLORS[1])
+print(f"orange line on the bar: a guess among the colours of the prompt, {guessed:.0%} right")
 plots.show(figure, alt="A square of heads by heads. It is light everywhere, the diagonal included, except in one "
                        "cell and its mirror image, which are dark: heads 1.1 and 2.2 together.")  # fmt: skip
 lesson.claim("each head can be taken out alone, and most answers stay right", grid.diagonal().min(), at_least=0.85)
@@ -406,7 +419,42 @@ lesson.claim("both heads of the worst pair are among the two strongest previous-
              len(set(worst) & set(two_best)), at_least=1.5)  # fmt: skip
 
 # %% [markdown]
-# The pair was *selected* as the worst of many, so its number is flattering. Measure it again on other prompts, beside the runner-up and whole layers. Look at two attentions as well. Does the last layer still look at the colour that follows the asked word? And what does the *second* head of the pair do when the first is out? Wang et al. (2022) found *backup* heads in GPT-2 that take over when others are taken out. Such an understudy changes its attention when it is called; a spare does its work all the time.
+# The pair was *selected* as the worst of many, so its number is flattering. Measure it again on other prompts, beside the runner-up and whole layers. Right answers alone are a coarse measure: they are all there until they break. So add the preference for the right colour of section 1, and the share of answers that are one of the colours in the prompt.
+
+
+# %%
+def said_in_prompt(ids: Tensor, logits: Tensor) -> float:
+    """Share of answers that are a colour of the prompt."""
+    return (colours_in(ids) & (logits.argmax(-1)[:, None] == colours)).any(1).float().mean().item()
+
+
+fresh = asked(world.few_shot(lesson.scaled(96, 8), seed + 3000, shots=8))
+out = {"none": []} | {f"{layer}.{head}": [(layer, head)] for layer, head in worst}
+out |= {"both": worst, "runner-up pair": next_worst}
+every = {number: [(number, head) for head in range(num_heads)] for number in range(num_layers)}
+out |= {f"all of layer {number}": every[number] for number in range(num_layers)}
+right, prefers, shown = {}, {}, {}
+for name, heads in out.items():
+    with without(heads, usual):
+        logits = next_logits(*fresh[:2])
+    right[name] = score(int((logits.argmax(-1) == fresh[2]).sum()), len(logits))
+    prefers[name], shown[name] = advantage(logits, fresh[2], colours).mean().item(), said_in_prompt(fresh[0], logits)
+rows = {name: [str(right[name]), f"{prefers[name]:.1f}", f"{shown[name]:.0%}"] for name in out}
+show_table(rows, ["right answers", "preference (logits)", "answers that stand in the prompt"])
+print(f"a guess among the colours of the prompt would be right in {blind_guess(fresh[0]):.0%}")
+alone = {}
+for layer, head in tried:
+    with without([(layer, head)], usual):
+        alone[f"{layer}.{head}"] = advantage(next_logits(*fresh[:2]), fresh[2], colours).mean().item()
+least = sorted(alone, key=alone.get)[:3]
+print("single heads that cost most preference:", ", ".join(f"without {name} {alone[name]:.1f}" for name in least))
+fall = right["runner-up pair"].accuracy - right["both"].accuracy
+lesson.claim("the worst pair costs more right answers than the runner-up pair", fall, at_least=0.3, form=".0%")
+fall = right["none"].accuracy - right[f"all of layer {num_layers - 1}"].accuracy
+lesson.claim("without the heads of the last layer most right answers are lost", fall, at_least=0.6, form=".0%")
+
+# %% [markdown]
+# Now look at two attentions. Does the last layer still look at the colour that follows the asked word? And what does the *second* head of the pair do when the first is out? Wang et al. (2022) found *backup heads* in GPT-2. A backup head changes its attention when another head is removed. A redundant head does the same work all along.
 
 
 # %%
@@ -418,36 +466,32 @@ def colour_attention(ids: Tensor, ends: Tensor) -> float:
     return (from_end * after[:, None]).sum(-1).float().mean().item()
 
 
-fresh = asked(world.few_shot(lesson.scaled(96, 8), seed + 3000, shots=8))
-out = {"none": []} | {f"{layer}.{head}": [(layer, head)] for layer, head in worst}
-out |= {"both": worst, "runner-up pair": next_worst}
-for number in sorted({0, worst[0][0], num_layers - 1}):
-    out[f"all of layer {number}"] = [(number, head) for head in range(num_heads)]
-right, to_colour, second = {}, {}, {}
-for name, heads in out.items():
-    with without(heads, usual):
-        right[name], to_colour[name] = accuracy(*fresh), colour_attention(*fresh[:2])
-        second[name] = head_scores(model, lists["words"])[1][worst[1]].item()
-rows = {name: [str(right[name]), f"{to_colour[name]:.2f}", f"{second[name]:.2f}"] for name in out}
-label = f"head {worst[1][0]}.{worst[1][1]} to the token before"
-show_table(rows, ["right answers", "last layer to the colour", label])
-fall = right["runner-up pair"].accuracy - right["both"].accuracy
-lesson.claim("the worst pair costs more right answers than the runner-up pair", fall, at_least=0.3, form=".0%")
-fall = right["none"].accuracy - right[f"all of layer {num_layers - 1}"].accuracy
-lesson.claim("without the heads of the last layer most right answers are lost", fall, at_least=0.6, form=".0%")
+first, other = worst
+kept_one = f"layer {first[0]} except {first[0]}.{first[1]}"
+out[kept_one] = [head for head in every[first[0]] if head != first]
+looked = ("none", *(f"{layer}.{head}" for layer, head in worst), "both", kept_one, f"all of layer {first[0]}")
+to_colour, second = {}, {}
+for name in looked:
+    with without(out[name], usual):
+        to_colour[name] = colour_attention(*fresh[:2])
+        second[name] = head_scores(model, lists["words"])[1][other].item()
+rows = {f"without {name}": [f"{to_colour[name]:.2f}", f"{second[name]:.2f}"] for name in looked}
+show_table(rows, ["last layer to the colour", f"head {other[0]}.{other[1]} to the token before"])
 one_left = min(to_colour[f"{layer}.{head}"] for layer, head in worst)
 lesson.claim("one head of the pair keeps the last layer's attention on the colour", one_left - to_colour["both"],
              at_least=0.4)  # fmt: skip
 
 # %% [markdown]
-# **What you see.** (A pattern is computed also where the head's output is then replaced, as in the last row.) Taking out any one head changes nothing, and nor does a whole layer before the last. Had you stopped there, you would have concluded that the previous-token heads are unimportant, and you would have been wrong: of all pairs one breaks the answer, and it is these two. With both out, the last layer no longer finds the colour. The second head attends nearly as before when the first is out, so it is a spare, not an understudy. Ablation of single parts finds what is needed *alone*; what exists twice is invisible to it.
+# **What you see.** (A pattern is computed also where the head's output is then replaced.) Taking out any one head changes no answer, and nor does a whole layer before the last. It is not without effect: without single heads the preference for the right colour falls, only not so far that another colour wins. Had you stopped at the diagonal, you would have concluded that the previous-token heads are unimportant, and you would have been wrong. Of all pairs one breaks the answer, and it is these two. With both out, the last layer no longer finds the colour. The model still knows which colours occur, since most of its answers are among them. How far it does more than guess among them tells the line under the table.
+#
+# Is the second head a backup? Without 1.1 it attends about as before, so the two are redundant. Without the *other* heads of layer 1 it looks back more, so it does react, but not to 1.1. If two heads do the same job, removing either one changes no answer: ablation of single parts finds only what is needed *alone*.
 
 # %% [markdown] tags=["core"]
 # ## 4 · Exchange parts of two runs
 #
 # **Question.** Where in the model is a fact on its way from the name to the answer?
 #
-# Ablation destroys. *Activation patching* exchanges: run the question about person A and keep the residual stream. Run the same question about person B, but at one place $h^{(l)}_t$ put in what A's run had there. If the answer becomes A's, this place carried the fact. The control is the same patch from a third person C: it disturbs B's answer as well, but it must not bring A's.
+# Ablation destroys. *Activation patching* exchanges: run the question about person A and keep the residual stream. Run the same question about person B, but at one place $h^{(l)}_t$ put in what A's run had there. If the answer becomes A's, this place carried what makes the difference between the two runs. Is that the *fact*, or only the *person*? For an answer, take the name's states from another question about A, that for A's trade. If they bring A's town as well, they need not hold the town.
 
 
 # %%
@@ -470,12 +514,15 @@ def answers_to(ids: Tensor) -> Tensor:
     return next_logits(ids, last_positions(ids)).argmax(-1)
 
 
-def patched(ids: Tensor, place: int, positions: Sequence[int], source: Tensor) -> Tensor:
-    """Answers (texts,) with the residual stream before layer `place` taken from `source` at some positions."""
+def patched(ids: Tensor, place: int, positions: Sequence[int], source: Tensor, origins: Sequence[int] = ()) -> Tensor:
+    """Answers (texts,) with the residual stream before layer `place` taken from `source` at some positions.
+
+    `origins` says where these positions stand in the source, if that is another question.
+    """
 
     def change(state: Tensor) -> Tensor:
         state = state.clone()
-        state[:, positions] = source[:, positions]
+        state[:, positions] = source[:, origins or positions]
         return state
 
     with at_inputs({places[place]: change}):
@@ -498,8 +545,9 @@ while len(triples) < lesson.scaled(40, 6):
         triples.append(people)
 form = TOWN.held_out_questions[1]
 (ids_a, span), (ids_b, _), (ids_c, _) = (about(form, [people[i].name for people in triples]) for i in range(3))
-town_a = first_tokens([people[0].facts["town"] for people in triples])
-states_a, states_c = inputs_of(places, ids_a), inputs_of(places, ids_c)
+town_a, town_b, town_c = (first_tokens([people[i].facts["town"] for people in triples]) for i in range(3))
+trade_a, span_trade = about(RELATIONS["trade"].held_out_questions[0], [people[0].name for people in triples])
+states_a, states_c, states_trade = (inputs_of(places, ids) for ids in (ids_a, ids_c, trade_a))
 differ = (patched(ids_b, 1, range(ids_b.shape[1]), states_a[1]) != answers_to(ids_a)).sum().item()
 lesson.equal("a patch of all positions is the other person's run", differ)
 unpatched = score(int((answers_to(ids_a) == town_a).sum()), len(triples))
@@ -510,41 +558,53 @@ depths = sorted({round(x) for x in np.linspace(0, num_layers, min(num_layers, 6)
 header = [f"before {depth}" if depth < num_layers else "end" for depth in depths]
 ticks = [str(depth) if depth < num_layers else "end" for depth in depths]
 end = ids_b.shape[1] - 1
+name_at = list(range(span.start, span.stop))
 where = {
-    "before the name": range(span.start), "whole name": range(span.start, span.stop),
-    "last token of the name": [span.stop - 1], "between name and end": range(span.stop, end), "last position": [end],
+    "before the name": list(range(span.start)), "whole name": name_at, "last token of the name": name_at[-1:],
+    "between name and end": list(range(span.stop, end)), "last position": [end],
+    "name and last position": [*name_at, end],
 }  # fmt: skip
 
 
-def moved(positions: Sequence[int], states: Sequence[Tensor]) -> list[float]:
-    """Share of answers that are A's town, for a patch before each of the depths."""
-    return [(patched(ids_b, d, positions, states[d]) == town_a).float().mean().item() for d in depths]
+def moved(
+    positions: list[int], states: Sequence[Tensor], to: Tensor = town_a, origins: Sequence[int] = ()
+) -> list[float]:
+    """Share of answers that are the town `to`, for a patch before each of the depths."""
+    return [(patched(ids_b, d, positions, states[d], origins) == to).float().mean().item() for d in depths]
 
 
-effect = {name: moved(list(positions), states_a) for name, positions in where.items()}
-effect["whole name, from C"] = moved(list(where["whole name"]), states_c)
-show_table({name: [f"{share:.0%}" for share in row] for name, row in effect.items()}, header)
+effect = {name: moved(positions, states_a) for name, positions in where.items()}
+effect["whole name, from A's trade question"] = moved(name_at, states_trade, town_a, range(*span_trade.indices(99)))
+from_c = {f"from C: becomes {who}": moved(name_at, states_c, to) for who, to in (("C's", town_c), ("A's", town_a))}
+from_c["from C: stays B's"] = moved(name_at, states_c, town_b)
+show_table({name: [f"{share:.0%}" for share in row] for name, row in (effect | from_c).items()}, header)
 
 # %%
-lines = ("whole name", "last token of the name", "last position", "whole name, from C")
+lines = ("whole name", "whole name, from A's trade question", "last token of the name", "last position")
 figure = plots.curve(
-    {name: (depths, effect[name]) for name in lines}, title="The fact stays at the name until the last layer",
-    xlabel="layer before which the residual stream is exchanged", ylabel="answers that become A's", percent=True,
+    {name: (depths, effect[name]) for name in lines}, title="Who is asked about stays at the name until the last layer",
+    xlabel="layer before which the residual stream is exchanged", ylabel="answers that become A's town", percent=True,
 )  # fmt: skip
 figure.axes[0].set_xticks(depths, ticks)
-plots.show(figure, alt="The whole name's line is at the top for the early layers and falls to zero at the end; the "
-                       "last position's is at zero and rises to the top after the last layer.")  # fmt: skip
-early = len(depths) - 2  # all but before the last layer, and the end
-whole, part_of_it, final_position, control = (effect[name] for name in lines)
-lesson.claim("before the early layers a patch of the whole name moves the answer", min(whole[:early]), at_least=0.85,
-             control=max(control))  # fmt: skip
+figure.axes[0].lines[1].set(linestyle=(0, (2, 2)), marker="")  # it lies on the line of the whole name
+plots.show(figure, alt="The whole name's line is at the top for the early layers and falls to zero at the end. The "
+                       "dashed line of the patch from the trade question lies on it. The last position's is at zero "
+                       "and rises to the top after the last layer.")  # fmt: skip
+early = slice(1, max(2, len(depths) - 2))  # from layer 1 to all but before the last layer, and the end
+whole, from_trade, part_of_it, final_position = (effect[name] for name in lines)
+lesson.claim("before the early layers a patch of the whole name moves the answer", min(whole[early]), at_least=0.85,
+             control=max(effect["between name and end"]))  # fmt: skip
+lesson.claim("so does a patch of the name from a question about another fact", min(from_trade[early]), at_least=0.85,
+             control=max(from_c["from C: becomes A's"]))  # fmt: skip
 lesson.claim("a patch of the name's last token alone mostly does not", max(part_of_it), at_most=0.4,
-             control=min(whole[:early]))  # fmt: skip
-lesson.claim("nor does a patch of the last position before the early layers", max(final_position[:early]), at_most=0.1,
+             control=min(whole[early]))  # fmt: skip
+lesson.claim("nor does a patch of the last position before the early layers", max(final_position[early]), at_most=0.1,
              control=final_position[-1])  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Before each of the early layers the answer hangs on the tokens of the name, and on all of them together: its last token alone mostly does not carry the fact. In GPT, Meng et al. (2022) found the last token of the subject to be the decisive place. The last position carries nothing yet. Before the last layer the fact is in between: neither place alone decides. After it everything is at the last position. A patch from another person brings A's town never or hardly ever, so it is A's fact that travels, not mere disturbance.
+# **What you see.** (Before layer 0 the patch only exchanges words: it *is* the question about A. So the claims start at layer 1.) Before the early layers the answer hangs on the tokens of the name, and on all of them together: its last token alone mostly does not do it. In GPT, Meng et al. (2022) found the last token of the subject to be the decisive place. The last position carries nothing yet. Before the last layer the name alone brings A's town in a part of the cases, and so does the last position; only both together bring it always. After it everything is at the last position. A patch from C brings C's town, so the answer follows the patch and is not merely disturbed.
+#
+# Is the *fact* at the name? The patch cannot tell you. Even name states from a question about A's *trade* bring A's *town*, just as often. So the patch moves the *person*. Which of the person's facts is read is decided later. Section 6 asks with another method whether the town itself is there.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Read the answer early
@@ -659,25 +719,26 @@ def tuned(states: Tensor, depth: int, run: int = 0) -> Tensor:
 
 by_tuned_lens = [right_by_depth(partial(tuned, run=run)) for run in range(3)]
 show_table({f"tuned, {task}": [f"{share:.0%}" for share in row] for task, row in by_tuned_lens[0].items()}, header)
-lenses = {"logit lens": by_logit_lens, "tuned lens": by_tuned_lens[0]}
-lines = {f"{task}, {name}": (depths, lenses[name][task]) for name in lenses for task in tasks}
+by_run = {task: np.array([run[task] for run in by_tuned_lens]) for task in tasks}  # (runs, depths) each
 figure = plots.curve(
-    lines, title="Neither lens sees the answer before the last layer", percent=True,
+    {task: (depths, shares.mean(0), shares.min(0), shares.max(0)) for task, shares in by_run.items()},
+    title="The tuned lens finds few answers before the last layer", percent=True,
     xlabel="layer before which the lens looks", ylabel="right answers",
+    references={"a guess of 24": 1 / len(world.towns)},
 )  # fmt: skip
 figure.axes[0].set_xticks(depths, ticks)
-plots.show(figure, alt="Six lines for three tasks and two lenses: all are low before every layer and "
-                       "jump to the top at the end.")  # fmt: skip
+plots.show(figure, alt="Three lines for three tasks, each the mean of three tuned lenses: all are low before every "
+                       "layer and jump to the top at the end.")  # fmt: skip
 best_logit = max(max(row[:-1]) for row in by_logit_lens.values())
 best_tuned = max(max(row[:-1]) for run in by_tuned_lens for row in run.values())
 control = min(row[-1] for row in by_logit_lens.values())
-lesson.claim("before the last layer the logit lens finds few answers, on its best task", best_logit, at_most=0.25,
+lesson.claim("before the last layer the logit lens misses most answers, on its best task", best_logit, at_most=0.5,
              control=control, form=".0%")  # fmt: skip
-lesson.claim("nor does a tuned lens, in the best of three runs on its best task", best_tuned, at_most=0.5,
+lesson.claim("so does a tuned lens, in the best of three runs on its best task", best_tuned, at_most=0.5,
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# A wrong guess may still be a guess of the right *kind*: a trade where a trade was asked for. Count these for the facts.
+# A wrong guess may still be a guess of the right *kind*: a trade where a trade was asked for. Count these for the facts. And where in the lens's order of all tokens does the right answer stand?
 
 
 # %%
@@ -689,15 +750,24 @@ def right_kind(guesses: Tensor) -> float:
     return float(np.mean([guess in values[name] for guess, name in pairs]))
 
 
-fact_states, _ = at_end["facts"]
+def median_rank(logits: Tensor, answers: Tensor) -> float:
+    """Place of the right answer in the order of all tokens, 1 is the first; median of the texts."""
+    return ((logits > logits.gather(1, answers[:, None])).sum(1) + 1).float().median().item()
+
+
+fact_states, fact_answers = at_end["facts"]
 kinds = {"logit lens": [right_kind(lens(fact_states[i]).argmax(-1)) for i in range(len(depths))],
          "tuned lens": [right_kind(tuned(fact_states[i], i).argmax(-1)) for i in range(len(depths))]}  # fmt: skip
-show_table({name: [f"{share:.0%}" for share in row] for name, row in kinds.items()}, header)
+rows = {f"{name}, right kind": [f"{share:.0%}" for share in row] for name, row in kinds.items()}
+ranks = [median_rank(tuned(fact_states[i], i), fact_answers) for i in range(len(depths))]
+rows["tuned lens, median rank of the fact"] = [f"{rank:.0f}" for rank in ranks]
+show_table(rows, header)
+lesson.report("median rank of the right fact in the tuned lens before the last layer", ranks[-2], form=".0f")
 lesson.claim("before the last layer the tuned lens names the right kind of thing", kinds["tuned lens"][-2],
              at_least=0.7, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Here the textbook picture fails. The answer does not take shape little by little: before the last layer both lenses miss it nearly always. The basis is not the reason, since on ordinary text the tuned lens comes much nearer to the model than the logit lens, and still does not see the answer. What both see is its *kind*. This agrees with section 4, by another method: the fact arrives at the last position in the last layer. A model of four layers has little room for an early answer; do not carry this over to a model of eighty.
+# **What you see.** Here the textbook picture holds only in part. Before the last layer both lenses miss most answers. The basis is not the whole reason, since on ordinary text the tuned lens comes much nearer to the model than the logit lens, and its answers are hardly better. What both see is the *kind* of the answer. Yet the facts do take shape a little: before the last layer the lenses are right more often than a guess among the values of the kind, and from layer to layer the right fact moves up in the order of tokens. This fits section 4, by another method: there, too, the last position moved a small part of the answers before the last layer, and all of them at the end. A model of four layers has little room for an early answer; do not carry this over to a model of eighty.
 
 # %% [markdown] tags=["core"]
 # ## 6 · A probe that is always right
@@ -802,7 +872,7 @@ lesson.claim("it does not find the towns of new people", news[deepest], at_most=
 lesson.claim("the same probe finds the towns of new people where the answer stands", at_the_end[-1], at_least=0.2)
 
 # %% [markdown]
-# **What you see.** Without controls this would be a success: the probe names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot, and nearly as good in a model that was never trained. Each name has a state of its own, and a state has more numbers than there are people, so any labels can be read off. On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name, and not yet, in a form that a linear map could share between people, the town. The random labels cost one line; a probe without them means little.
+# **What you see.** Without controls this would be a success: the probe names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot. In a model that was never trained it is good as well, at some depths even better. Each name has a state of its own, and a state has more numbers than there are people, so any labels can be read off. On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name. The town is not there yet, or not in a form that one linear map could read for all people. This agrees with section 4, where the patch of a name moved the person. Always repeat a probe with random labels: here they score as high as the true ones.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Change one fact
@@ -811,15 +881,17 @@ lesson.claim("the same probe finds the towns of new people where the answer stan
 #
 # **Question.** Can a fact be changed by changing one matrix, and nothing else with it?
 #
-# Look at the second matrix of an MLP as a memory: for the key $k$ that comes in at the name's last token it gives the value $Wk$. ROME (Meng et al. 2022) asks for a matrix $W'$ that gives another value for this key, and otherwise differs as little as possible on the keys $C = \mathbb{E}[k k^\top]$ of ordinary text:
+# Look at the second matrix of an MLP as a memory: for the key $k$ that comes in at the name's last token it gives the value $Wk$. ROME (Meng et al. 2022) asks for a matrix $W'$ that gives another value for this key, and otherwise changes as little as possible what comes out for ordinary text. Let $C = \mathbb{E}[k k^\top]$ be the mean over the keys of such text:
 #
 # $$\min_{W'} \; \mathrm{tr}\big((W' - W)\, C\, (W' - W)^\top\big) \quad \text{such that} \quad W' k = W k + \delta$$
 #
-# With Lagrange multipliers $2 (W' - W) C = \mu k^\top$, so the change has rank one:
+# At such a minimum the gradient of the first term is a multiple of that of the condition (this is Lagrange's rule): $2 (W' - W) C = \mu k^\top$ with some vector $\mu$. So the change has rank one, and the condition says how large it is:
 #
 # $$W' = W + \frac{\delta\,(C^{-1} k)^\top}{k^\top C^{-1} k}$$
 #
-# The same key $k$, the mean over the phrasings, stands in all three places, as Gupta et al. (2024) demand; the first implementation did not, and some edits destroyed the model. The change of value $\delta$ is found by gradient: what must be added at the name's last token, so that the model answers with the new town?
+# The key $k$ is the mean over a few phrasings of the question. Use this same $k$ wherever the formula has a $k$: the first implementation of ROME mixed it with the key of one phrasing, and some edits destroyed the model (Gupta et al. 2024).
+#
+# The change of value $\delta$ is found by gradient: what must be added at the name's last token, so that the model answers with the new town? To see what the *matrix* adds to the error, measure also what happens if $\delta$ itself is added at that place, without any edit.
 
 
 # %%
@@ -861,25 +933,34 @@ neighbours = generator.sample([person for person in frequent if person not in mo
 OTHERS = [name for name in RELATIONS if name != "town"]
 
 
-def says(form: str, people: Sequence, wanted: Tensor) -> float:
-    """Share of the people about whom the model gives the wanted answer."""
-    return (answers_to(about(form, [person.name for person in people])[0]) == wanted).float().mean().item()
+def says(form: str, people: Sequence, wanted: Tensor, add: tuple = ()) -> float:
+    """Share of the people about whom the model gives the wanted answer.
+
+    `add` is (layer, change): after this layer the change is added at the last token of the name.
+    """
+    ids, span = about(form, [person.name for person in people])
+    added = {}
+    if add:
+        mask = torch.arange(ids.shape[1], device=ids.device)[:, None] == span.stop - 1  # (seq, 1)
+        added = {places[add[0] + 1]: lambda state: state + (mask * add[1]).to(state.dtype)}
+    with at_inputs(added):
+        return (answers_to(ids) == wanted).float().mean().item()
 
 
-def consequences(person, target: Tensor) -> list[float]:
+def consequences(person, target: Tensor, add: tuple = ()) -> list[float]:
     """Shares: the new town in the edit's phrasings, in new ones; others' towns and the person's other facts kept."""
     held_out, own = TOWN.held_out_questions, first_tokens([person.facts[name] for name in OTHERS])
-    other_facts = [says(RELATIONS[name].held_out_questions[0], [person], own[i]) for i, name in enumerate(OTHERS)]
+    other_facts = [says(RELATIONS[name].held_out_questions[0], [person], own[i], add) for i, name in enumerate(OTHERS)]
     return [
-        float(np.mean([says(form, [person], target) for form in edit_forms])),
-        float(np.mean([says(form, [person], target) for form in held_out])),
+        float(np.mean([says(form, [person], target, add) for form in edit_forms])),
+        float(np.mean([says(form, [person], target, add) for form in held_out])),
         says(held_out[1], neighbours, first_tokens([p.facts["town"] for p in neighbours])),
         float(np.mean(other_facts)),
     ]
 
 
 # %% [markdown]
-# Edit each person alone, in the first layer and in a later one. Beside ROME stand two simpler ways: the same rank-one edit with $C = I$, and fine-tuning of the same matrix on the same three questions.
+# Edit each person alone, in the first layer and in a later one. Beside ROME stand two simpler ways: the same rank-one edit with $C = I$, and fine-tuning of the same matrix on the same three questions, for a few steps and for more.
 
 
 # %%
@@ -893,17 +974,18 @@ def edited(matrix: nn.Linear, weight: Tensor) -> Iterator[nn.Parameter]:
         matrix.weight = kept
 
 
-def fine_tuned(matrix: nn.Linear, name: str, target: Tensor, steps: int, rate: float = 1e-3) -> Tensor:
-    """The matrix after some steps of Adam on the questions of the edit, all other weights frozen."""
+def fine_tuned(matrix: nn.Linear, name: str, target: Tensor, stops: Sequence[int], rate: float = 1e-3) -> list[Tensor]:
+    """The matrix after each number of steps of Adam on the questions of the edit, all other weights frozen."""
     with edited(matrix, matrix.weight.data.clone()) as weight:
-        optimizer = torch.optim.Adam([weight], lr=rate)
-        for _ in range(steps):
+        optimizer, seen = torch.optim.Adam([weight], lr=rate), {}
+        for step in range(1, max(stops) + 1):
             optimizer.zero_grad()
             for form in edit_forms:
                 ids, _ = about(form, [name])
                 F.cross_entropy(next_logits(ids, last_positions(ids)), target[None]).backward()
             optimizer.step()
-        return weight.detach()
+            seen[step] = weight.detach().clone()
+        return [seen[stop] for stop in stops]
 
 
 def keys_of(layer: int) -> Tensor:
@@ -945,11 +1027,14 @@ print(f"ROME's change is no larger than that with C = I in {np.mean(np.array(exc
 
 # %%
 matrix = layers[late_layer].mlp.down_proj
-tuned_weights = [
-    fine_tuned(matrix, name, target, lesson.scaled(10)) for name, target in zip(names, targets, strict=True)
-]
-weights[f"fine-tuning, layer {late_layer}"] = matrix, tuned_weights
+stops = lesson.scaled(4), lesson.scaled(10)  # so few that about as many people move as with ROME, and more
+tuned_weights = [fine_tuned(matrix, *pair, stops) for pair in zip(names, targets, strict=True)]
+for stop, column in zip(stops, zip(*tuned_weights, strict=True), strict=True):
+    weights[f"fine-tuning, {stop} steps, layer {late_layer}"] = matrix, column
 results = {"no edit": np.mean([consequences(*pair) for pair in zip(moving, targets, strict=True)], 0).tolist()}
+for layer, change in changes.items():
+    added = [consequences(*pair, (layer, delta)) for *pair, delta in zip(moving, targets, change, strict=True)]
+    results[f"delta added, layer {layer}"] = np.mean(added, 0).tolist()
 for way, (matrix, new_weights) in weights.items():
     rows_of_way = []
     for person, target, weight in zip(moving, targets, new_weights, strict=True):
@@ -957,8 +1042,15 @@ for way, (matrix, new_weights) in weights.items():
             rows_of_way.append(consequences(person, target))
     results[way] = np.mean(rows_of_way, 0).tolist()
 columns = ["new town", "in new phrasings", "others' towns kept", "own other facts kept"]
-show_table({way: [f"{share:.0%}" for share in row] for way, row in results.items()}, columns)
+order = sorted(results, key=lambda way: way.rpartition(" ")[2])  # "no edit", then by layer
+show_table({way: [f"{share:.0%}" for share in results[way]] for way in sorted(order, key=lambda w: w != "no edit")},
+           columns)  # fmt: skip
+half_of_them = score(len(names) // 2, len(names))
+print(f"{len(names)} people are few: a share of one half would be {half_of_them}")
 early_rome, late_rome = results[f"ROME, layer {first_layer}"], results[f"ROME, layer {late_layer}"]
+gentle = results[f"fine-tuning, {stops[0]} steps, layer {late_layer}"]
+lesson.report("own other facts kept by few steps of fine-tuning beyond ROME in that layer", gentle[3] - late_rome[3],
+              form=".0%")  # fmt: skip
 lesson.claim("an edit in the later layer moves people, in new phrasings", late_rome[1], at_least=0.5,
              control=results["no edit"][1], form=".0%")  # fmt: skip
 lesson.claim("others stay where they live", late_rome[2], at_least=0.9, form=".0%")
@@ -982,7 +1074,13 @@ for layer in (late_layer, num_layers - 1):
 lesson.equal("no change at the name after the last layer moves the answer", sizes[num_layers - 1])
 
 # %% [markdown]
-# **What you see.** The edit does what it promises: most people move, in phrasings that it never saw, and nearly nobody else does. What it does not promise is what happens to the person's *other* facts. In the first layer many of them break; in the later layer fewer break, and some still do. A likely reason, not tested here: in the first layer the key knows the name and hardly the question, so that all questions about the person meet the same change. And the simple ways hold their own: without $C$ the table hardly changes, and fine-tuning the same matrix moves at least as many people. Do not take from this section that ROME is better. Take from it the four columns: an edit that is judged by the first one alone looks perfect.
+# **What you see.** The edit does what it promises: most people move, in phrasings that it never saw, and nearly nobody else does. Adding $\delta$ itself moves about as many. So the rank-one edit loses next to nothing, and who does not move has a $\delta$ that is not finished: it got few steps, and a penalty on its length.
+#
+# What the edit does not promise is what happens to the person's *other* facts. In the first layer many of them break; in the later layer fewer do. With $\delta$ alone it is the same, so the matrix is not to blame. A likely reason, not tested here: in the first layer the key knows the name and hardly the question, so that all questions about the person meet the same change.
+#
+# And the simple ways hold their own. Without $C$ the table hardly changes. A few steps of fine-tuning on the same matrix move about as many people as ROME, and lose fewer of their other facts; more steps move more people and lose more facts. So compare ways of editing at equal success, and in all four columns: an edit that is judged by the first one alone looks perfect. (With so few people, do not read differences of ten points in the first two.)
+#
+# Section 4 would have advised against this place: the name's last token alone mostly did not move the answer. An edit there works all the same. Where a patch finds a fact does not tell you where to change it (Hase et al. 2023).
 
 # %% [markdown] tags=["further"]
 # ## 8 · Push in a direction
@@ -991,7 +1089,7 @@ lesson.equal("no change at the name after the last layer moves the answer", size
 #
 # **Question.** Can you change what the model writes without changing a weight?
 #
-# Take the mean residual stream over good reviews and over bad ones. The difference is a direction $v$. While the model writes, add $\alpha v$ to the stream before a middle layer, at all positions (Turner et al. 2023). The prompt says nothing about the mood: `Review: The soup in Guze was`. Measure the share of good words among the good and bad ones that may follow. The control is a random direction of the same length, eight times.
+# Take the mean residual stream over good reviews and over bad ones. The difference is a direction $v$. While the model writes, add $\alpha v$ to the stream before a middle layer, at all positions (Rimsky et al. 2023; Turner et al. 2023 took the difference of a single pair of prompts). The prompt says nothing about the mood: `Review: The soup in Guze was`. Measure the share of good words among the good and bad ones that may follow. Two controls have the same length: eight random directions, and eight differences of means of the same reviews with *shuffled* labels.
 
 # %%
 generator = random.Random(f"reviews/{seed}")
@@ -1025,26 +1123,55 @@ def steered(vector: Tensor, strength: float) -> tuple[float, float]:
 
 noise = torch.randn(8, hidden, generator=torch.Generator().manual_seed(seed)).to(machine.device)
 noise = noise / noise.norm(dim=1, keepdim=True) * direction.norm()
+orders = [torch.randperm(len(good), generator=torch.Generator().manual_seed(8 * seed + i)) for i in range(8)]
+by_lot = [good[order.to(machine.device)] for order in orders]
+lots = torch.stack([means[marked].mean(0) - means[~marked].mean(0) for marked in by_lot])
+lots = lots / lots.norm(dim=1, keepdim=True) * direction.norm()
 along = [steered(direction, strength) for strength in STRENGTHS]
-random_lines = np.array([[steered(vector, strength)[0] for strength in STRENGTHS] for vector in noise])
+random_lines, lot_lines = (
+    np.array([[steered(vector, strength)[0] for strength in STRENGTHS] for vector in vectors])
+    for vectors in (noise, lots)
+)
+
+# %%
 rows = {"good among good and bad": [f"{share:.0%}" for share, _ in along]}
 rows["both together"] = [f"{both:.0%}" for _, both in along]
 show_table(rows, [f"{strength:+d}" for strength in STRENGTHS])
 figure = plots.curve(
     {"mood direction": (STRENGTHS, [share for share, _ in along]),
-     "8 random directions, mean and range": (STRENGTHS, *(f(random_lines, 0) for f in (np.mean, np.min, np.max)))},
+     "8 random directions": (STRENGTHS, *(f(random_lines, 0) for f in (np.mean, np.min, np.max))),
+     "8 with shuffled labels": (STRENGTHS, *(f(lot_lines, 0) for f in (np.mean, np.min, np.max)))},
     title="One added vector turns the mood of a review", xlabel="strength (multiples of the difference of the means)",
     ylabel="good words among good and bad", percent=True,
 )  # fmt: skip
 plots.show(figure, alt="The share of good words rises with the strength along the mood direction; for random "
-                       "directions the mean stays flat, within a band.")  # fmt: skip
+                       "directions and for shuffled labels the mean stays flat, within bands.")  # fmt: skip
 swing = along[-1][0] - along[0][0]
-swings = np.abs(random_lines[:, -1] - random_lines[:, 0])
-print(f"from -4 to +4: {swing:+.0%}; random directions: {swings.mean():.0%} on average, {swings.max():.0%} at most")
-lesson.claim("the mood direction turns the share of good words", swing, at_least=0.5, control=swings.max(), form=".0%")
+print(f"from -4 to +4: mood direction {swing:+.0%}; controls, mean and most of eight, either sign:")
+largest = 0.0
+for name, lines in {"random directions": random_lines, "shuffled labels": lot_lines}.items():
+    swings = np.abs(lines[:, -1] - lines[:, 0])
+    print(f"  {name}: {swings.mean():.0%} and {swings.max():.0%}")
+    largest = max(largest, swings.max())
+lesson.claim("the mood direction turns the share of good words", swing, at_least=0.5, control=largest, form=".0%")
+
+
+# %%
+def written(strength: float, tokens: int = 24) -> str:
+    """The first opening and what the model writes after it, the likeliest token each time."""
+    ids = opening_ids[:1, : opening_ends[0] + 1]
+    with at_inputs({places[middle]: lambda state: state + (strength * direction).to(state.dtype)}):
+        for _ in range(tokens):
+            following = next_logits(ids, last_positions(ids)).argmax(-1)
+            ids = torch.cat([ids, following[:, None]], 1)
+    return tokenizer.decode(ids[0])
+
+
+for strength in (-4, 0, 4):
+    print(f"{strength:+d}: {written(strength)!r}")
 
 # %% [markdown]
-# **What you see.** The share of good words rises with the strength, on both sides of zero, while the model goes on to write words of reviews. Random directions of the same length do much less. They do not do nothing, and not all the same, so a control needs several. Steering is cheap, and it is a push, not an understanding: it shows that the direction is *enough* to change the mood, not that the model uses it by itself.
+# **What you see.** The share of good words rises with the strength, on both sides of zero, and the three texts are reviews at each strength. Random directions of the same length do much less. They do not do nothing, and not all the same, so one of them is not enough as a control. Shuffled labels do more than random directions, though less than the true ones. A likely reason: reviews differ in their mood above all, so labels by lot hold a little of it by chance, and stretched to the same length this little counts. Such a control is the harder one to beat, and it tells you what the *labels* add. Steering is cheap, and it is a push, not an understanding: it shows that the direction is *enough* to change the mood, not that the model uses it by itself.
 
 # %% [markdown] tags=["core"]
 # ## 9 · A phase change: the induction head is born
@@ -1248,7 +1375,10 @@ lesson.claim("the climb takes at most a quarter of the steps, mean of seeds", cl
 previous, induction = (attention_scores(two_patterns[layer], test_which)[layer] for layer in (0, 1))
 single = attention_scores(one_patterns[0], test_which)[1]
 gaze = {"layer 1 of 2, to the token before": previous, "layer 2 of 2, to the labels": induction, "one layer": single}
-show_table({name: [f"{best:.2f}" for best in scores.amax(1)] for name, scores in gaze.items()}, ["best head", "", ""])
+table = {name: [f"{best:.2f}" for best in scores.amax(1)] for name, scores in gaze.items()}
+show_table(table, [f"best head, seed {number}" for number in SEEDS])
+of_key = told_before(test_which).sum(-1) / torch.arange(PAIRS).clamp(min=1)  # an even gaze over all earlier labels
+print(f"an even gaze over all labels before would pay {of_key[told].mean():.2f} to those of the key")
 lesson.claim("in each seed a head of layer 2 pays half of its attention to the key's labels",
              induction.amax(1).min(), at_least=0.5, control=single.amax(1).max(), form=".2f")  # fmt: skip
 for layer, scores in enumerate((previous, induction)):
@@ -1259,7 +1389,7 @@ for layer, scores in enumerate((previous, induction)):
     print(f"without the best head of layer {layer + 1}: accuracy falls by", ", ".join(f"{loss:.0%}" for loss in lost))
 
 # %% [markdown]
-# **What you see.** The circuit of the derivation is there, in each seed, and nothing like it in one layer. It comes late and fast. A likely reason: each half is of no use without the other, so little pulls towards either of them at first. The last cell shows how much hangs on one head of each kind; where it is little, other heads of the layer must do the same work. Such heads are called *backup heads*.
+# **What you see.** The circuit of the derivation is there, in each seed, and nothing like it in one layer. It comes late and fast. A likely reason: each half is of no use without the other, so little pulls towards either of them at first. The single layer's best head pays the labels of the key no more than an even gaze over all labels would, or hardly. The last cell shows how much hangs on one head of each kind. Where it is little, other heads of the layer probably do the same work. That one layer cannot do this task, unless it is very large, is a theorem (Sanford, Hsu and Telgarsky 2024).
 
 # %% [markdown] tags=["core"]
 # ## 10 · A prompt as a training set: linear regression in a forward pass
@@ -1302,7 +1432,7 @@ lesson.equal("linear attention layers are steps of gradient descent", gap, withi
 # This was written by hand. Does *training* find something like it? And which estimator should it find? That depends on the tasks of pretraining:
 #
 # - **A new task each time**, $w \sim \mathcal{N}(0, I)$. Then no predictor is better on average than the mean of the posterior, which for a normal prior and noise of variance $\sigma^2$ is **ridge regression** with penalty $\sigma^2$: $\hat w = (X^\top X + \sigma^2 I)^{-1} X^\top y$.
-# - **A few fixed tasks** $w_1, \dots, w_M$, equally often. Then the best predictor weighs the *known* tasks by how well they explain the prompt: $\hat w = \sum_k p_k w_k$ with $p_k \propto \exp\big(-\sum_i (y_i - w_k \cdot x_i)^2 / 2 \sigma^2\big)$. Raventós et al. (2023) call it **dMMSE**. On a task that is none of the $M$, it is still sure that it is one of them.
+# - **A few fixed tasks** $w_1, \dots, w_M$, equally often. Picture two of them, $w$ and $-w$, for inputs of one number: two lines through the origin, one up and one down. A few examples tell you which of the two it is, and from then on you know the task exactly. In general the best predictor weighs the *known* tasks by how well they explain the prompt: $\hat w = \sum_k p_k w_k$ with $p_k \propto \exp\big(-\sum_i (y_i - w_k \cdot x_i)^2 / 2 \sigma^2\big)$. Raventós et al. (2023) call it **dMMSE**. On a task that is none of the $M$, such as a line in another direction, it is still sure that it is one of them.
 #
 # Both can be written for all prefixes of a prompt at once, with sums over the examples before each query.
 
@@ -1331,7 +1461,7 @@ def dmmse(x: Tensor, y: Tensor, tasks: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# **The model** is a small transformer: two layers of the linear attention above, with learned matrices, two heads and a causal mask, each followed by a feed-forward layer. A pair stands twice in the prompt, first as $(x_i, ?)$, where the prediction is read, then as $(x_i, y_i)$. Six models are trained side by side on equally many prompts: three on two opposite tasks, $w$ and $-w$ (each model has its own pair), three on a new task in each prompt. Tasks of both kinds have the same mean square. The target of the loss is $w \cdot x$ without its noise, which has the same best predictor and trains faster.
+# **The model** is a small transformer: two layers of the linear attention above, with learned matrices, two heads and a causal mask, each followed by a feed-forward layer. A pair stands twice in the prompt, first as $(x_i, ?)$, where the prediction is read, then as $(x_i, y_i)$. Six models are trained side by side on equally many prompts: three on two opposite tasks, $w$ and $-w$ (each model has its own pair), three on a new task in each prompt. Tasks of both kinds have the same mean square. The target of the loss is $w \cdot x$ without its noise, which has the same best predictor.
 
 # %%
 LAYERS, UNITS, NUM_HEADS = 2, 32, 2
@@ -1446,14 +1576,14 @@ for name in ("few tasks", "a new task each time", "ridge", "dMMSE over the few")
     by_place = (guesses[name] - target).pow(2).mean(1)  # (models, EXAMPLES)
     bands[name] = (range(EXAMPLES), by_place.mean(0).tolist(), by_place.amin(0).tolist(), by_place.amax(0).tolist())
 figure = plots.curve(
-    bands, title="On new tasks, rich pretraining follows ridge, poor pretraining dMMSE",
+    bands, title="New tasks: rich pretraining near ridge, poor near dMMSE",
     xlabel="examples in the prompt", ylabel="mean squared error",
 )  # fmt: skip
 plots.show(figure, alt="Error against the number of examples, bands over three seeds. Ridge falls steadily, and the "
            "models trained on many tasks above it. dMMSE and the models trained on few tasks stay high.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it *recognises*: it finds the known task that fits best, and is wrong on all others, however many examples it sees. After rich pretraining it *learns*: its error falls with each example on tasks it has never met. The table also shows that it does not reach ridge in this short training. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is as poor as can be. Four tasks were tried first, and then the claim did not hold: with `FEW = 4` the models lie between the two estimators. Try it, and read the claim as one about two opposite tasks.
+# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it mostly *recognises*: its predictions are nearer to those of the known tasks, and on all others it stays wrong, however many examples it sees. After rich pretraining it *learns*: on tasks it has never met its error falls as the examples come. The table also shows that neither reaches its estimator in this short training: the one is near ridge, the other nearer to dMMSE than to ridge. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is as poor as can be. Four tasks were tried first, and then the claim did not hold: with `FEW = 4` the models lie between the two estimators. Try it (set `budget = 0.999` first, since at 1 the lesson insists on its claims), and read the claim as one about two opposite tasks.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Bayes with ambiguous examples, and where a task vector lives
@@ -1494,7 +1624,15 @@ def bayes(words: Tensor, values: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# **Two kinds of models**, three of each. In the *free* ones every token sees all tokens before it. In the *narrow* ones a word sees only itself and the separator just before it, so all that it knows of the examples went through that one token. All else is equal: three layers with softmax attention, a relative bias and feed-forward layers.
+# **Two kinds of models**, three of each. In the *free* ones every token sees all tokens before it. In the *narrow* ones a word sees only itself and the separator just before it, so all that it knows of the examples went through that one token:
+#
+# ```
+# prompt                 ;  w3  v1  ;  w7  v0  ;  w2
+# w2 sees, free model    x  x   x   x  x   x   x  x
+# w2 sees, narrow model                        x  x
+# ```
+#
+# The separators and values see all before them in both. All else is equal: three layers with softmax attention, a relative bias and feed-forward layers.
 
 # %%
 DEPTH, STATE_SIZE, BRANCHES, LONGEST = 3, 48, 4, 3 * SHOTS + 2
@@ -1524,7 +1662,7 @@ def new_functioner(generator: torch.Generator) -> dict[str, Tensor]:
 def functioner(weights: dict, ids: Tensor, patch: tuple = ()) -> tuple[Tensor, list[Tensor]]:
     """Log-probabilities (6, rows, words, VALUES) at each word, and the states (6, rows, seq, size) after each layer.
 
-    `patch` is (layer, state): after that layer the last separator gets the state (6, rows, size).
+    `patch` is (layer, place, state): after that layer the token at this place gets the state (6, rows, size).
     """
     models, rows, seq = ids.shape
     hidden = torch.stack([table[row] for table, row in zip(weights["embed"], ids, strict=True)]).flatten(1, 2)
@@ -1539,7 +1677,7 @@ def functioner(weights: dict, ids: Tensor, patch: tuple = ()) -> tuple[Tensor, l
         hidden = hidden + (normed(hidden) @ weights["up"][:, layer]).relu() @ weights["down"][:, layer]
         states.append(hidden.view(models, rows, seq, -1))
         if patch and patch[0] == layer:
-            changed = states[-1].index_copy(2, torch.tensor([seq - 2]), patch[1][:, :, None])
+            changed = states[-1].index_copy(2, torch.tensor([patch[1]]), patch[2][:, :, None])
             hidden = changed.flatten(1, 2)
     logits = (normed(hidden) @ weights["unembed"]).view(models, rows, seq, -1)
     return logits[:, :, 1::3].log_softmax(-1), states
@@ -1587,7 +1725,7 @@ by_shots = {"free, trained": lost[:3], "narrow, trained": lost[3:], "ignores the
 figure = plots.curve(
     {name: (range(SHOTS + 1), nats.mean(0).tolist(), nats.amin(0).tolist(), nats.amax(0).tolist())
      for name, nats in by_shots.items()},
-    title="Trained on ambiguous examples, a model comes close to Bayes' rule",
+    title="Free models come close to Bayes' rule",
     xlabel="examples before the word", ylabel="divergence from Bayes (nats)",
 )  # fmt: skip
 figure.axes[0].set_xticks(range(SHOTS + 1))
@@ -1596,7 +1734,7 @@ plots.show(figure, alt="Divergence from the exact Bayes prediction against the n
            "the examples.")  # fmt: skip
 
 # %% [markdown]
-# **The task vector.** Take the state of the last separator, just before the asked word, and average it over many prompts of the same function. Put it in the place of the separator of a prompt that is only `; w`, for every word. If the separator holds the task, then the answer is that function's value. Compare with no patch, and with the vector of another function.
+# **The task vector.** Take the state of the last separator, just before the asked word, and average it over many prompts of the same function. Put it in the place of the separator of a prompt that is only `; w`, for every word. If the separator holds the task, then the answer is that function's value. Then a harder test: put the vector in a prompt whose examples show *another* function. Which of the two does the model follow? And perhaps the task stands at the word itself. There the state also says which word it is, so in `; w` *add* to it: the mean state of the function's words minus that of words without examples.
 
 # %%
 with torch.no_grad():
@@ -1607,23 +1745,38 @@ with torch.no_grad():
     share = shows / shows.sum(-1, keepdim=True)
     asked = torch.arange(WORDS).repeat(FUNCTIONS)  # every word for every function
     short = torch.stack([torch.full_like(asked, WORDS + VALUES), asked], -1).expand(6, -1, -1)
-    right = tables.flatten(1)  # (6, FUNCTIONS * WORDS)
-    rows = {}
+    right = tables.flatten(1)  # (6, FUNCTIONS * WORDS): the function's value
+    plain, short_states = functioner(functioners, short)
+    target = (shows.argmax(1) + 1) % FUNCTIONS  # (6, rows): another function than a prompt shows
+    wanted = tables.gather(1, target[..., None].expand(-1, -1, WORDS)).gather(-1, long_words[..., -1:])[..., 0]
+    unpatched = functioner(functioners, long_ids)[0][:, :, -1].argmax(-1)
+    rows = {"; w, no patch": (plain[:, :, 0].argmax(-1) == right).float().mean(1),
+            "another's examples, no patch": (unpatched == wanted).float().mean(1)}  # fmt: skip
     for layer in range(DEPTH):
-        vectors = (share @ states[layer][:, :, -2]).repeat_interleave(WORDS, 1)  # (6, FUNCTIONS * WORDS, size)
-        for name, patch in {"own": (layer, vectors), "other": (layer, vectors.roll(WORDS, 1)), "none": ()}.items():
-            answers = functioner(functioners, short, patch)[0][:, :, 0].argmax(-1)
-            rows[layer, name] = (answers == right).float().mean(1)  # (6,)
-names = {"own": "the function's vector", "other": "another function's", "none": "no patch"}
-table = {f"after layer {layer + 1}, {names[kind]}": [f"{part.mean():.0%}" for part in right_share.chunk(2)]
-         for (layer, kind), right_share in rows.items()}  # fmt: skip
-show_table(table, ["free", "narrow"])
-free_gain, narrow_gain = (rows[1, "own"] - rows[1, "none"]).view(2, 3).mean(1)
+        of_task, of_word = (share @ states[layer][:, :, place] for place in (-2, -1))  # (6, FUNCTIONS, size)
+        in_long = of_task.gather(1, target[..., None].expand(-1, -1, STATE_SIZE))
+        of_task, of_word = (vectors.repeat_interleave(WORDS, 1) for vectors in (of_task, of_word))
+        of_word = of_word + short_states[layer][:, :, 1] - short_states[layer][:, :, 1].mean(1, keepdim=True)
+        for name, ids, patch, values in (
+            ("; w, separator", short, (0, of_task), right), ("; w, word", short, (1, of_word), right),
+            ("another's examples, separator", long_ids, (LONGEST - 2, in_long), wanted),
+        ):  # fmt: skip
+            answers = functioner(functioners, ids, (layer, *patch))[0][:, :, -1].argmax(-1)
+            rows[f"{name}, layer {layer + 1}"] = (answers == values).float().mean(1)  # (6,)
+rows = {name: rows[name] for name in sorted(rows)}
+show_table({name: [f"{part.mean():.0%}" for part in row.chunk(2)] for name, row in rows.items()}, ["free", "narrow"])
+most = frequent.amax(-1).mean().item()
+print("answers that are the vector's function's; "
+      f"in ; w the most frequent value of a word would be right in {most:.0%}")  # fmt: skip
+free_gain, narrow_gain = (rows["; w, separator, layer 2"] - rows["; w, no patch"]).view(2, 3).mean(1)
 lesson.claim("in narrow models the task vector of layer 2 answers 15 points more than no patch, mean of seeds",
              narrow_gain, at_least=0.15, control=free_gain, form=".0%")  # fmt: skip
+turned = rows["another's examples, separator, layer 2"].view(2, 3).mean(1)
+lesson.claim("in narrow models the task vector of layer 2 overrules the examples mostly, mean of seeds", turned[1],
+             at_least=0.5, control=rows["another's examples, no patch"].mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The free models come closer to Bayes, and have no task vector: their word reads the examples where they stand, and the separator has nothing to hold. The narrow models have one, after the layer in which the separator has read the examples and before the one in which the word reads the separator. A task vector is thus no necessity of learning in context. It appears where the evidence has to pass through one place.
+# **What you see.** Without a patch the models name the value that most functions give to the word; that is what "no patch" measures. The narrow models have a task vector at the separator, after the layer in which the separator has read the examples and before the one in which the word reads the separator. It even overrules the examples of another function. In the free models such a vector is neither at the separator nor at the word: no mean state does much more than the most frequent value. Their word reads the examples where they stand, and the separator has nothing to hold. The price of the narrow way stands in the figure: it loses more to Bayes than the free one. A task vector is thus no necessity of learning in context. It appears where the evidence has to pass through one place.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Superposition: more features than numbers
@@ -1634,7 +1787,7 @@ lesson.claim("in narrow models the task vector of layer 2 answers 15 points more
 #
 # $$h = W x, \qquad \hat x = \operatorname{ReLU}(W^\top h + b), \qquad \mathcal{L} = \sum_i I_i\, (x_i - \hat x_i)^2$$
 #
-# The importance $I_i = 0.9^i$ says which features count. Without the ReLU the best one can do is known: keep the $m$ most important features, one direction each, as principal component analysis does. With it there is another way. Give *more* than $m$ features a direction, not at right angles. Then two features disturb each other, $W_i \cdot W_j \ne 0$, but only when both are there at once, and the ReLU with a negative bias cuts small disturbances off. So it should pay if features are **sparse**.
+# The importance $I_i = 0.9^i$ says which features count. Without the ReLU the best one can do is known: keep the $m$ most important features, one direction each, as principal component analysis does. With it there is another way. Give *more* than $m$ features a direction, not at right angles. Then two features disturb each other, $W_i \cdot W_j \ne 0$, but only when both are there at once, and the ReLU with a negative bias cuts small disturbances off. Does it pay, and when? If features are **sparse**, such meetings are rare.
 #
 # Feature $i$ alone comes back as $\lVert W_i \rVert^2 x_i$ before bias. Count it as *held* if that is at least half of it.
 
@@ -1652,8 +1805,8 @@ def rebuild(weights: dict, x: Tensor, relu: bool) -> Tensor:
     return raw.relu() if relu else raw
 
 
-def held_features(relu: bool) -> tuple[dict, Tensor]:
-    """Weights of the models, and how many features each holds: (DENSITIES, seeds), trained at once."""
+def held_features(relu: bool) -> tuple[dict, Tensor, Tensor]:
+    """Weights of the models, how many features each holds, and its loss: (DENSITIES, seeds), trained at once."""
     weights = side_by_side(new_toy, SEEDS * len(DENSITIES))
     density = torch.tensor(DENSITIES).repeat_interleave(len(SEEDS))[:, None, None]
     importance, generator = 0.9 ** torch.arange(FEATURES), torch.Generator().manual_seed(7000 + seed)
@@ -1666,31 +1819,39 @@ def held_features(relu: bool) -> tuple[dict, Tensor]:
 
     fit(weights, losses, lesson.scaled(700, 20), rate=1e-2)
     held = weights["matrix"].detach().pow(2).sum(1) >= 0.5  # (models, FEATURES)
-    return weights, held.sum(1).view(len(DENSITIES), len(SEEDS)).float()
+    with torch.no_grad():
+        loss = torch.stack([losses(0) for _ in range(16)]).mean(0)  # on new inputs
+    return weights, *(part.view(len(DENSITIES), len(SEEDS)) for part in (held.sum(1).float(), loss))
 
 
 # %%
-with_relu, held = held_features(relu=True)
-linear, linear_held = held_features(relu=False)
+with_relu, held, loss = held_features(relu=True)
+_, linear_held, linear_loss = held_features(relu=False)
+keep = (0.9 ** torch.arange(FEATURES))[NUMBERS:].sum() / FEATURES  # times the variance of a feature: loss of the others
 with torch.no_grad():
     x = torch.rand(len(SEEDS) * len(DENSITIES), 4, FEATURES, generator=torch.Generator().manual_seed(seed))
     matrix, bias = with_relu["matrix"][0], with_relu["bias"][0, 0]
     library = F.relu(F.linear(F.linear(x[0], matrix), matrix.T, bias))
     difference = (rebuild(with_relu, x, relu=True)[0] - library).abs().max().item()
 lesson.equal("a model of the batch is two tied torch linear layers and a ReLU", difference, within=1e-5)
-table = {f"not zero in {density:.0%}": [", ".join(f"{count:.0f}" for count in counts) for counts in pair]
-         for density, *pair in zip(DENSITIES, held, linear_held, strict=True)}  # fmt: skip
-show_table(table, ["ReLU, three seeds", "linear, three seeds"])
+table = {}
+for i, density in enumerate(DENSITIES):
+    counts = [", ".join(f"{count:.0f}" for count in row) for row in (held[i], linear_held[i])]
+    variance = 1 / 3 - density / 4  # of a feature, over its density
+    table[f"not zero in {density:.0%}"] = [*counts, *(f"{part:.3f}" for part in (loss[i].mean(), linear_loss[i].mean(),
+                                                                                keep * variance))]  # fmt: skip
+show_table(table, ["held, ReLU", "held, linear", "loss, ReLU", "loss, linear", "keep the best five"])
 
 # %%
 figure = plots.curve(
     {name: (DENSITIES, counts.mean(1).tolist(), counts.amin(1).tolist(), counts.amax(1).tolist())
      for name, counts in {"with ReLU": held, "linear": linear_held}.items()},
     title="The rarer the features, the more of them share five numbers", xlabel="how often a feature is there (share)",
-    ylabel="features held, of 20", log_x=True, limits_y=(0, FEATURES), references={"numbers": NUMBERS},
+    ylabel="features held, of 20", log_x=True, limits_y=(0, FEATURES),
 )  # fmt: skip
+figure.axes[0].set_yticks(range(0, FEATURES + 1, NUMBERS))
 plots.show(figure, alt="Features held against how often a feature is there, bands over three seeds. The linear models "
-           "stay on the dashed line of five at each density; with ReLU the line rises from five to more than three "
+           "stay at five at each density; with ReLU the line rises from five to more than three "
            "times as many as features get rare.")  # fmt: skip
 dense_gap = (held[0] - NUMBERS).abs().max()
 lesson.report(
@@ -1698,11 +1859,14 @@ lesson.report(
 )
 sparse = DENSITIES.index(0.05)
 per_number, linear_per_number = held[sparse].min() / NUMBERS, linear_held[sparse].max() / NUMBERS
+ratios = loss.mean(1) / linear_loss.mean(1)
+lesson.claim("where a feature is there in 5 %, the ReLU saves a quarter of the linear loss", 1 - ratios[sparse],
+             at_least=0.25, control=1 - ratios[0], form=".0%")  # fmt: skip
 lesson.claim("each seed holds at least 1.5 features a number where a feature is there in 5 %",
              per_number, at_least=1.5, control=linear_per_number, form=".1f")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Dense features get a number each, give or take one in some seeds, and the less important ones are dropped, with or without ReLU. As they get rarer, only the models with a ReLU hold more, several for each number. So a single number of such a layer stands for several features, and looking at neurons one by one tells little. If real models do this too, then one has to look for *directions*, more of them than there are neurons. That is what the next section tries.
+# **What you see.** When all features are always there, each model holds about five, the most important ones, with or without ReLU. (Their *number* is counted here, and one seed in some runs is off by one.) As features get rarer, only the models with a ReLU hold more, several for each number. And it pays: the loss with ReLU is the smaller one as soon as features are sparse, and the rarer they are the larger is its share of the linear loss that it saves. The linear models do just as well as keeping the best five. This layer has no preferred axes: you may turn its five numbers together, and $W^\top W$ stays as it is. So a single number of it need not stand for anything. If real models keep more features than numbers, too, then one has to look for *directions*, more of them than there are neurons. That is what the next section tries.
 
 # %% [markdown] tags=["further"]
 # ## 13 · A sparse autoencoder, beside its baselines
@@ -1715,41 +1879,47 @@ lesson.claim("each seed holds at least 1.5 features a number where a feature is 
 #
 # $$z = \operatorname{TopK}\big(W_\text{enc}\, x + b\big), \qquad \hat x = W_\text{dec}\, z, \qquad \lVert W_{\text{dec}, j} \rVert = 1$$
 #
-# **What to look for.** Shima's descriptions name towns, trades, animals, dishes and instruments, twenty-four words of each kind. Is there a feature that is on at the last token of a *town*, whichever, and off elsewhere? Take the feature and the threshold that separate best on the training tokens, and measure $F_1$ (the harmonic mean of precision and recall) on tokens of other documents.
+# **What to look for.** Shima's descriptions name towns, trades, animals, dishes and instruments, twenty-four words of each kind. Is there a feature that is on at the last token of a *town*, whichever, and off elsewhere? Take the feature and the threshold that separate best on the training tokens, and measure $F_1$ (the harmonic mean of precision and recall) on tokens of other documents. The same 120 words occur in both. So measure a second time: choose on twelve words of each kind, and test on the *other* twelve.
 #
-# **Baselines** decide what the number means (Heap et al. 2025, Korznikov et al. 2026). The best *neuron*, which means a coordinate of the state, with either sign. A *random dictionary* that was never trained. An SAE whose *decoder is frozen* at random directions, so that only the encoder learns. And a trained SAE on the states of a *random model*.
+# **Baselines** decide what the number means (Heap et al. 2025, Korznikov et al. 2026, Kantamneni et al. 2025).
+#
+# - *Without labels*, like the SAE: the best *neuron*, which means a coordinate of the state, with either sign; the best *principal component*; a *random dictionary* that was never trained; an SAE whose *decoder is frozen* at random directions, so that only the encoder learns; and a trained SAE on the states of a *random model*.
+# - *With labels*, which is what you would try first if you know what to look for: a *look-up*, how often each token ended each kind in training; and one direction per kind, the *difference of the means* of its tokens and all others.
 
 # %%
-world = World()
 KINDS = list(world.values)  # town, trade, animal, dish, instrument
-kind_of = {value: kind for kind in KINDS for value in world.values[kind]}
-NAMED = re.compile(r"\b(" + "|".join(map(re.escape, kind_of)) + r")\b")
+named_words = {word: i for i, word in enumerate(w for kind in KINDS for w in world.values[kind])}
+NAMED = re.compile(r"\b(" + "|".join(map(re.escape, named_words)) + r")\b")
 LAYER = max(1, model.config.num_hidden_layers // 2)
 texts = [world.document(8000 + seed, i, {"description": 1.0}) for i in range(lesson.scaled(settings["documents"], 12))]
 
 
 @torch.no_grad()
 def states_of(network: torch.nn.Module, layer: int) -> tuple[Tensor, Tensor]:
-    """States (tokens, hidden) after a layer, and each token's kind: its place in KINDS if a word ends there, or -1."""
-    states, kinds = [], []
+    """States (tokens, hidden) after a layer, and the word that ends at each token (tokens,): its number, or -1."""
+    states, words = [], []
     for text in texts:
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, return_tensors="pt")
         ends = encoded["offset_mapping"][0, :, 1]  # (tokens,)
         ids = encoded["input_ids"].to(network.device)
         hidden = network.base_model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[layer]
-        kind = torch.full_like(ends, -1)
+        word = torch.full_like(ends, -1)
         for match in NAMED.finditer(text):
-            kind[ends == match.end()] = KINDS.index(kind_of[match[1]])
+            word[ends == match.end()] = named_words[match[1]]
         states.append(hidden[0].float().cpu())
-        kinds.append(kind)
-    return torch.cat(states), torch.cat(kinds)
+        words.append(word)
+    return torch.cat(states), torch.cat(words)
 
 
 # %%
-untrained, _ = load_model(machine, trained=False, seed=seed)
-(trained_states, kinds), (random_states, _) = states_of(model, LAYER), states_of(untrained, LAYER)
+(trained_states, which_word), (random_states, _) = states_of(model, LAYER), states_of(untrained, LAYER)
 embeddings, _ = states_of(model, 0)
+token_ids = torch.cat([torch.tensor(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+per_kind = len(named_words) // len(KINDS)
+kinds = which_word.div(per_kind, rounding_mode="floor")  # (tokens,): place in KINDS, or -1
 CUT = int(0.7 * len(kinds))  # tokens of the first documents train, those of the others test
+early_tokens = torch.arange(len(kinds)) < CUT
+for_choice, for_test = (which_word < 0) | (which_word % 2 == 0), (which_word < 0) | (which_word % 2 == 1)
 
 
 def centred(states: Tensor) -> Tensor:
@@ -1804,12 +1974,20 @@ def all_f1(features: Tensor, truth: Tensor, highest: Tensor) -> Tensor:
     return torch.stack(scores)
 
 
-def best_f1(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Held-out F1 (KINDS,) of the feature and threshold chosen on the training tokens, and which they are."""
-    highest = features[:CUT].amax(0).clamp(min=1e-9)
-    chosen = all_f1(features[:CUT], IS_KIND[:CUT], highest).flatten(0, 1).argmax(0)  # (KINDS,)
-    held_out = all_f1(features[CUT:], IS_KIND[CUT:], highest).flatten(0, 1)
-    return held_out.gather(0, chosen[None])[0], chosen
+def best_f1(features: Tensor, learn: Tensor, test: Tensor) -> Tensor:
+    """F1 (KINDS,) on some tokens of the feature and threshold that are best on others."""
+    highest = features[learn].amax(0).clamp(min=1e-9)
+    chosen = all_f1(features[learn], IS_KIND[learn], highest).flatten(0, 1).argmax(0)  # (KINDS,)
+    place, feature = chosen // features.shape[1], chosen % features.shape[1]
+    on = features[test][:, feature] > THRESHOLDS[place] * highest[feature]  # (tokens, KINDS)
+    truth = IS_KIND[test]
+    return 2 * (on * truth).sum(0) / (on.sum(0) + truth.sum(0)).clamp(min=1)
+
+
+SPLITS = {  # tokens to choose on, tokens to test on
+    "same words": (early_tokens, ~early_tokens),
+    "new words": (early_tokens & for_choice, ~early_tokens & for_test),
+}
 
 
 # %%
@@ -1821,27 +1999,22 @@ plans = {
     "SAE on the embeddings": ("embeddings", SEEDS[:1], SAE_STEPS, False),
     "SAE on a random model": ("random model", SEEDS[:1], SAE_STEPS, False),
 }
-f1, explained = {}, {}
+f1, explained = {}, {}  # f1: name -> one tensor (SPLITS, KINDS) for each seed
 for name, (source, seeds, steps, frozen) in plans.items():
     states, f1[name], explained[name] = sources[source], [], []
     for number in seeds:
         dictionary = new_dictionary(states, number, steps, frozen)
         codes = code(dictionary, states)
-        f1[name].append(best_f1(codes)[0])
+        f1[name].append(torch.stack([best_f1(codes, *split) for split in SPLITS.values()]))
         left = (codes[CUT:] @ dictionary["decoder"] - states[CUT:]).pow(2).sum()
         explained[name].append(1 - (left / (states[CUT:] - states[CUT:].mean(0)).pow(2).sum()).item())
-for name, source in {"neurons": "layer", "neurons of a random model": "random model"}.items():
-    f1[name] = [best_f1(torch.cat([sources[source], -sources[source]], 1))[0]]
-means = {name: torch.stack(rows).mean(1) for name, rows in f1.items()}  # over kinds: (seeds,)
-columns = {name: [*torch.stack(rows).mean(0), means[name].mean()] for name, rows in f1.items()}
-show_table({name: [f"{value:.2f}" for value in values] for name, values in columns.items()}, [*KINDS, "mean"])
 
 # %% [markdown]
-# Before you read the table, check the two measures against scikit-learn, on the last dictionary of the loop.
+# Check the two measures against scikit-learn, on the last dictionary of the loop.
 
 # %%
 highest = codes[:CUT].amax(0).clamp(min=1e-9)
-ours = all_f1(codes[CUT:], IS_KIND[CUT:], highest)[0, :3, 0]
+ours = all_f1(codes[CUT:, :3], IS_KIND[CUT:], highest[:3])[0, :, 0]
 library = [f1_score(IS_KIND[CUT:, 0], codes[CUT:, j] > THRESHOLDS[0] * highest[j], zero_division=0) for j in range(3)]
 difference = (ours - torch.tensor(library)).abs().max().item()
 rebuilt = (codes[CUT:] @ dictionary["decoder"]).numpy()
@@ -1849,29 +2022,72 @@ r2 = r2_score(states[CUT:].numpy(), rebuilt, multioutput="variance_weighted")
 difference = max(difference, abs(r2 - explained[list(plans)[-1]][-1]))
 lesson.equal("F1 and the explained variance are sklearn's", difference, within=1e-4)
 
+# %% [markdown]
+# Now the baselines that train nothing.
+
+
 # %%
-order = sorted(means, key=lambda name: -means[name].mean())
-figure, axes = plots.plt.subplots(figsize=(7, 3.4))
-axes.barh(order[::-1], [means[name].mean().item() for name in order[::-1]], color=plots.COLORS[0])
+def both_signs(features: Tensor) -> list[Tensor]:
+    """F1 (SPLITS, KINDS) of the best feature, as it is or negative."""
+    return [torch.stack([best_f1(torch.cat([features, -features], 1), *split) for split in SPLITS.values()])]
+
+
+def with_labels(states: Tensor | None) -> list[Tensor]:
+    """F1 (SPLITS, KINDS) of a feature per kind: a difference of means or, without states, a look-up of the token."""
+    rows = []
+    for learn, test in SPLITS.values():
+        truth = IS_KIND[learn]
+        if states is None:
+            counts = torch.zeros(len(tokenizer), len(KINDS)).index_add_(0, token_ids[learn], truth)
+            times = torch.bincount(token_ids[learn], minlength=len(tokenizer)).clamp(min=1)
+            features = (counts / times[:, None])[token_ids]
+        else:
+            inside = truth.T @ states[learn] / truth.sum(0)[:, None]  # (KINDS, hidden)
+            outside = (1 - truth).T @ states[learn] / (1 - truth).sum(0)[:, None]
+            features = states @ (inside - outside).T
+        rows.append(best_f1(features, learn, test))
+    return [torch.stack(rows)]
+
+
+components = torch.linalg.svd(sources["layer"][:CUT].T @ sources["layer"][:CUT]).U  # (hidden, hidden)
+f1 |= {"neurons": both_signs(sources["layer"]), "principal components": both_signs(sources["layer"] @ components)}
+f1["neurons of a random model"] = both_signs(sources["random model"])
+f1["labels: look-up of the token"] = with_labels(None)
+f1 |= {f"labels: means, {source}": with_labels(sources[source]) for source in ("embeddings", "layer")}
+same, new = ({name: torch.stack(rows)[:, i] for name, rows in f1.items()} for i in (0, 1))  # (seeds, KINDS)
+means, new_means = ({name: part.mean(1) for name, part in parts.items()} for parts in (same, new))  # (seeds,)
+columns = {name: [*same[name].mean(0), means[name].mean(), new_means[name].mean()] for name in f1}
+header_of_f1 = [*KINDS, "mean", "new words"]
+show_table({name: [f"{value:.2f}" for value in values] for name, values in columns.items()}, header_of_f1)
+
+# %%
+order = sorted((name for name in means if not name.startswith("labels")), key=lambda name: means[name].mean())
+order += [name for name in means if name.startswith("labels")]
+figure, axes = plt.subplots(figsize=(7, 4.4))
+colours_of_bars = [plots.COLORS[1 if name.startswith("labels") else 0] for name in order]
+axes.barh(order, [means[name].mean().item() for name in order], color=colours_of_bars)
 for name in order:
     axes.plot(means[name], [name] * len(means[name]), "o", color=plots.INK, markersize=4)
-axes.set(
-    title="The SAE's best feature for a kind of word beats the baselines'",
-    xlabel="held-out F1, mean over five kinds",
-    xlim=(0, 1),
-)
-plots.show(figure, alt="Bars of held-out F1: the sparse autoencoder is highest; frozen decoder, neurons, random "
-           "dictionary and the SAE on embeddings follow; both bars of a random model are near zero.")  # fmt: skip
+axes.set(title="The SAE beats the baselines without labels", xlabel="held-out F1, mean over five kinds", xlim=(0, 1.02))
+plots.show(figure, alt="Bars of held-out F1. In another colour, with labels: look-up and means are at or near one. "
+           "Without labels the sparse autoencoder is highest; both bars of a random model are near zero.")  # fmt: skip
 for name, shares in explained.items():
     print(f"{name}: explains {sum(shares) / len(shares):.0%} of the variance of held-out states")
-sae, *rest = (means[name].mean() for name in sorted(means, key=lambda name: name != "sparse autoencoder"))
-ahead = sae - max(rest)
-lesson.claim("the SAE's best features beat each of the baselines by 0.1 in F1", ahead, at_least=0.1, form=".2f")
+unlabelled = [name for name in order if not name.startswith("labels") and name != "sparse autoencoder"]
+for what, found in {"": means, " on words that did not choose it": new_means}.items():
+    ahead = found["sparse autoencoder"].mean() - max(found[name].mean() for name in unlabelled)
+    lesson.claim(f"the SAE's best features beat each baseline without labels by 0.1 in F1{what}", ahead, at_least=0.1,
+                 form=".2f")  # fmt: skip
+best_labelled = max(means[name].mean() for name in means if name.startswith("labels"))
+behind = best_labelled - means["sparse autoencoder"].mean()
+lesson.report("F1 of the best baseline with labels beyond the SAE's", behind, form=".2f")
 gain = sum(explained["sparse autoencoder"]) / 3 - sum(explained["frozen decoder"]) / 3
 lesson.report("variance that the SAE explains beyond one with a frozen decoder", gain, form=".0%")
 
 # %% [markdown]
-# **What you see.** Here the SAE passes its checks. Look at the baselines all the same. A dictionary of random directions, which never learned anything, has features about as good as the best neurons, and one with a frozen decoder is a little better than both. An SAE also rebuilds a good part of a *random* model's states, in which no kind can be found: explained variance says nothing about meaning. The embeddings alone do worse than the layer, so the layer adds something to what the tokens say. On large models such baselines came close to trained SAEs, for example 0.87 against 0.90 in a score of interpretability (Korznikov et al. 2026). A score without them is not evidence. And this case was easy: five kinds of words, in fixed phrases, and you knew what to look for.
+# **What you see.** Once you have labels, you need no SAE. A list of last tokens finds the kinds nearly without error, and so does one labelled direction in the *embeddings*, even for words that its labels left out: nothing here needs a deep model. What the SAE adds is that it found such directions *without labels*, better than random directions, neurons and principal components; labels only chose among them. Its features also hold for words that did not choose them. (The SAE itself has read all words; only the choice of the feature has not.) The first thing to try is thus the simple baseline: on large models, too, SAEs did not win consistently against plain probes (Kantamneni et al. 2025).
+#
+# Look at the other baselines as well. A dictionary of random directions, which never learned anything, is about as good as the best neurons. And an SAE rebuilds a good part of a *random* model's states, in which no kind can be found: explained variance says nothing about meaning. On large models random baselines came close to trained SAEs, for example 0.87 against 0.90 in a score of interpretability (Korznikov et al. 2026). A score without them is not evidence.
 
 # %% [markdown] tags=["further"]
 # ## 14 · Grokking: first memorised, then computed
@@ -1931,12 +2147,13 @@ def train_adder(decay: float) -> tuple[dict, list, Tensor]:
 start = side_by_side(new_adder, SEEDS)
 adder, looked_at, grokked = train_adder(decay=1.0)
 _, _, undecayed = train_adder(decay=0.0)
-lines = {"training pairs": grokked[:, 0], "test pairs": grokked[:, 1], "test pairs, no decay": undecayed[:, 1]}
+lines = {"training pairs": grokked[:, 0], "test pairs": grokked[:, 1],
+         "training pairs, no decay": undecayed[:, 0], "test pairs, no decay": undecayed[:, 1]}  # fmt: skip
 figure = plots.curve(
     {name: (looked_at, part.mean(1).tolist(), part.amin(1).tolist(), part.amax(1).tolist())
      for name, part in lines.items()},
     title="Training is done early; with weight decay the test follows late",
-    xlabel="training step", ylabel="pairs summed right", percent=True, log_x=True,
+    xlabel="training step", ylabel="pairs summed right", percent=True, log_x=True, references={"chance": 1 / PRIME},
 )  # fmt: skip
 plots.show(figure, alt="Accuracy against training steps on a logarithmic axis, bands over three seeds. Training pairs "
            "reach 100 percent early. Test pairs stay near zero, then rise to nearly 100 percent; without decay they "
@@ -1953,14 +2170,14 @@ def steps_to(level: float, curve: Tensor) -> float:
 train_done, test_done = steps_to(0.99, grokked[:, 0]), steps_to(0.9, grokked[:, 1])
 print(f"all training pairs right after {train_done} steps; 90 % of the test pairs after {test_done}")
 print("test pairs right at the end:", [f"{share:.0%}" for share in grokked[-1, 1]], "with decay,",
-      [f"{share:.0%}" for share in undecayed[-1, 1]], "without")  # fmt: skip
+      [f"{share:.0%}" for share in undecayed[-1, 1]], f"without; chance is {1 / PRIME:.1%}")  # fmt: skip
 delay = test_done / train_done
 lesson.claim("the test pairs need at least three times the steps of the training pairs", delay, at_least=3, form=".1f")
 lesson.claim("with weight decay the test pairs are right in each seed", grokked[-1, 1].min(), at_least=0.9,
              control=undecayed[-1, 1].max(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What has it learned?** Numbers modulo $p$ lie on a circle. A network can give each number a place on several circles, one for each *frequency* $k$, with coordinates $\cos(2\pi k a / p)$ and $\sin(2\pi k a / p)$, and turn a sum of numbers into a sum of angles (Nanda et al. 2023). So look at the embedding table as a signal along $a$ and take its Fourier transform. Which share of its power lies in its strongest frequencies? And are they what the network computes with? Keep only the ten strongest of the 29 frequencies in the table, then only the 19 others, and for comparison any ten.
+# **What has it learned?** Numbers modulo $p$ lie on a circle. A network can give each number a place on several circles, one for each *frequency* $k$, with coordinates $\cos(2\pi k a / p)$ and $\sin(2\pi k a / p)$. Then a sum of numbers is a sum of angles. So look at the embedding table as a signal along $a$ and take its Fourier transform. Which share of its power lies in its strongest frequencies? And are they what the network computes with? Keep only the ten strongest of the 29 frequencies in the table, then only the 19 others, and for comparison any ten.
 
 # %%
 KEPT = 10
@@ -1991,7 +2208,7 @@ lesson.claim("the ten strongest frequencies alone sum at least half of the test 
              kept["strongest"].mean(), at_least=0.5, control=kept["all others"].mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The network first stores its training pairs, and much later computes sums, with waves: the strongest frequencies alone carry the result, and the others, though there are more of them, carry next to nothing. Ten frequencies at random do partly, since they include some strong ones: the waves back each other up. Without weight decay the test pairs stay wrong over the same number of steps. Once the training pairs are right, the loss hardly pulls any more, and the decay goes on pulling towards small weights; that the solution of waves is the one with small weights is what Nanda et al. argue, and is not measured here.
+# **What you see.** The network first stores its training pairs, and much later computes sums. It does so with waves: the strongest frequencies alone carry the result, and the others, though there are more of them, carry next to nothing. Ten frequencies at random do partly, since they include some strong ones: no single wave is needed. *How* sums of waves become the wave of the sum is not shown here. Two proposals are the *clock*, which multiplies the waves of both numbers (Nanda et al. 2023), and the *pizza*, which needs only their sums (Zhong et al. 2023). This network adds the two embeddings before its ReLU, and that is the setting of the pizza. Without weight decay the test pairs stay wrong over the same number of steps, even more often than by chance. A likely reason: all training pairs that share a number with a test pair have another sum, and these are what the network has stored. Once the training pairs are right, the loss hardly pulls any more, and the decay goes on pulling towards small weights; that the solution of waves is the one with small weights is what Nanda et al. argue, and is not measured here.
 
 # %% [markdown]
 # ## 15 · Exercises
@@ -2099,7 +2316,7 @@ check("13.2", check_joint_edit, joint_edit)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 13.3, open: predict, then measure. All heads of the last layer are induction heads. How many are enough?
+# Exercise 13.3, easy: predict, then measure. All heads of the last layer are induction heads. How many are enough?
 PREDICTION = None  # your guess, before you run anything: share of right answers (0 to 1) with the best single one left
 
 
@@ -2226,8 +2443,10 @@ def check_ordered(ordered_rows, one_layer_now):
     expect_true("each round is the first one again", (rounds == rounds[:, :, :1]).all())
     keys, labels = rounds[:, :, 0, ::2], rounds[:, :, 0, 1::2]
     expect_true("keys come before labels", (keys < KEYS).all() and (labels >= KEYS).all())
-    expect_true("the keys of a row differ", (keys.sort(-1).values.diff(dim=-1) > 0).all())
-    expect_true("rows have different keys and labels", len(rounds[:, :, 0].flatten(0, 1).unique(dim=0)) > 100)
+    for what, tokens in {"keys": keys, "labels": labels}.items():
+        expect_true(f"the {what} of a row differ", (tokens.sort(-1).values.diff(dim=-1) > 0).all())
+        expect_true(f"other rows have other {what}", len(tokens.flatten(0, 1).unique(dim=0)) > 100)
+    expect_true("the label is not the key's number", (labels - KEYS != keys).any())
     _, curve = train_on_mappings(1, 8, lesson.scaled(150, 150), ordered_rows)
     right = curve[-10:].mean().item()
     print(f"one layer, rows in order, after {len(curve)} steps: {right:.0%} of the told labels right")
@@ -2265,12 +2484,13 @@ check("13.5", check_ordered, ordered_rows, one_layer_now)
 
 
 # %% tags=["exercise"]
-# Exercise 13.6, open: add two numbers with waves, without adding them.
+# Exercise 13.6, medium: add two numbers with waves, without adding them.
 def clock_logits(cos_a, sin_a, cos_b, sin_b, cos_c, sin_c) -> Tensor:
     """Logits (pairs, p): for each c the sum over frequencies k of cos(2 pi k (a + b - c) / p).
 
     You get only the cosines and sines of the angles 2 pi k a / p and 2 pi k b / p, each (pairs, frequencies), and those
-    of 2 pi k c / p, each (p, frequencies). That is what an embedding and an unembedding of waves can hold.
+    of 2 pi k c / p, each (p, frequencies). That is what an embedding and an unembedding of waves can hold. Use sums and
+    products only: no inverse functions such as atan2, which would give the angles back.
     """
     raise NotImplementedError
 
@@ -2280,12 +2500,15 @@ def check_clock(clock_logits):
     p, frequencies = 23, torch.tensor([1, 4, 9])
     a, b = (grid.flatten() for grid in torch.meshgrid(torch.arange(p), torch.arange(p), indexing="ij"))
     angles = [2 * math.pi * numbers[:, None] * frequencies / p for numbers in (a, b, torch.arange(p))]
-    found = clock_logits(*(wave for angle in angles for wave in (angle.cos(), angle.sin())))
+    waves = [wave for angle in angles for wave in (angle.cos(), angle.sin())]
+    found = clock_logits(*waves)
     expect_shape("clock_logits(...)", found, (p * p, p))
     apart = a[:, None] + b[:, None] - torch.arange(p)  # (pairs, p)
     expected = (2 * math.pi * apart[..., None] * frequencies / p).cos().sum(-1)
     expect_close("the logits", found, expected, 1e-4)
     expect_true("the largest logit is that of (a + b) mod p", (found.argmax(-1) == (a + b) % p).all())
+    doubled = clock_logits(*(2 * wave for wave in waves[:2]), *waves[2:])  # of sums and products, not of angles
+    expect_close("with the waves of a twice as high, the logits", doubled, 2 * expected, 1e-4)
 
 
 check("13.6", check_clock, clock_logits)
@@ -2314,27 +2537,27 @@ check("13.6", check_clock, clock_logits)
 # %% [markdown]
 # ## Quiz
 #
-# Five questions, two of them on a figure of this lesson. Choose before you unfold the answer.
+# Five questions, two of them on a figure of this lesson: those of sections 3 and 9. Choose before you unfold the answer.
 
 # %% [markdown] tags=["quiz"]
-# **In the figure "No single head is needed, one pair is" the diagonal is light everywhere. What follows from the diagonal alone?**
+# **1. You train another model, draw the figure "No single head is needed, one pair is" for it, and find no dark cell, neither on the diagonal nor beside it. Without all heads of the last layer its answers are wrong, too. What follows?**
 #
-# - A. No head takes part in the answer.
-# - B. For each head, what it does is done elsewhere as well, or is not needed.
-# - C. All heads do the same.
-# - D. The previous-token heads are not needed.
+# - A. The new model has no induction heads, nor previous-token heads.
+# - B. No job that the answer needs is done by one or two heads alone.
+# - C. The search went wrong: some pair of heads must break the answer.
+# - D. Any three heads of the new model can be removed at once.
 #
 # <details><summary>Answer</summary>
 #
-# B. Taking out one part shows only what is needed alone. The dark cell beside the diagonal refutes A and D: there the spare is gone too.
+# B. If three heads do the same job, removing any two changes no answer. A is as wrong as it would have been to conclude from the diagonal in section 3 that the previous-token heads are unimportant. D asks about triples, and no triple was removed.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **A probe on a large model's hidden states names the country of a city in 98 % of the test sentences. The cities of the test sentences are also in the training sentences. What would you measure first?**
+# **2. A probe on a large model's hidden states names the country of a city in 98 % of the test sentences. The cities of the test sentences are also in the training sentences. What would you measure first?**
 #
-# - A. A larger probe.
-# - B. The same with other sentences.
+# - A. The accuracy of a larger probe, such as a network with one hidden layer.
+# - B. The same probe on other sentences about the same cities.
 # - C. The accuracy for countries given to the cities by lot, and for cities that the probe has never seen.
 # - D. The norm of the probe's weights.
 #
@@ -2345,21 +2568,21 @@ check("13.6", check_clock, clock_logits)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **You patch the last position before layer 2 with another run's residual stream, and the answer stays as it was. Which conclusion is safe?**
+# **3. In another model, name states from a question about A's trade, put into the question about B's town, bring A's *trade* as the answer. What does this say that section 4 did not find here?**
 #
-# - A. At this place nothing yet stood that turns the answer into the other run's.
-# - B. The last position is not used for the answer.
-# - C. The model does not know the other answer.
-# - D. Layers 0 and 1 do nothing.
+# - A. What was asked about is already mixed into the states of the name.
+# - B. The patch has broken the model, so nothing follows.
+# - C. The trade stands in the name states, and the town does not.
+# - D. The last position is not used for the answer.
 #
 # <details><summary>Answer</summary>
 #
-# A. The patch asks whether what differs between the runs was at this place at this depth. Later layers fetch it from the name, and then everything is at the last position.
+# A. In section 4 the same patch brought A's town: the states of the name carried only the person, and the question was read later. Here the relation comes along with the patch. C goes too far: the town may stand there as well. In shima's questions that the lesson uses, the words before the name say already what is asked.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **1. In the figure of section 9, the line of the one-layer models stays at the dashed line. What would change that?**
+# **4. In the figure of section 9, the line of the one-layer models stays at the dashed line. What would change that?**
 #
 # - A. Training them ten times longer.
 # - B. Eight more heads in the same layer.
@@ -2373,16 +2596,16 @@ check("13.6", check_clock, clock_logits)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **2. Somebody trains a sparse autoencoder on a model, finds a feature with a high F1 for a concept, and explains 95 % of the variance. What is missing before this says something about the model?**
+# **5. Somebody trains a sparse autoencoder on a model, finds a feature with a high F1 for a concept, and explains 95 % of the variance. What is missing before this says something about the model?**
 #
 # - A. A larger dictionary.
-# - B. The same numbers for a random dictionary, for neurons and for a random model.
-# - C. More training steps.
-# - D. A smaller number of active features.
+# - B. The same numbers for simple baselines and for a random model.
+# - C. More training steps, until the explained variance no longer rises.
+# - D. A smaller number of active features, so that each one means more.
 #
 # <details><summary>Answer</summary>
 #
-# B. Dictionaries of random directions reach a good part of the F1 in section 13, and much of a random model's variance can be explained. What counts is the distance to these baselines.
+# B. In section 13 a look-up of the token is better than the SAE, random directions reach a good part of its F1, and much of a random model's variance can be explained. What counts is the distance to these baselines.
 #
 # </details>
 
@@ -2397,7 +2620,7 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# For models from the hub, `transformers` itself gives what most analyses need: `output_attentions=True` returns the attention of every head (with `attn_implementation="eager"`; the fused kernels don't keep it), `output_hidden_states=True` the states after every layer, and a forward hook reads or changes any state on the way. The cells below find induction heads and read a layer in this way, on the profile's model.
+# For models from the hub, `transformers` itself gives what most analyses need: `output_attentions=True` returns the attention of every head (with `attn_implementation="eager"`; the fused kernels don't keep it), `output_hidden_states=True` the states after every layer, and a forward hook reads or changes any state on the way. The cells below find induction heads and read a layer in this way, on the profile's model. The lists are harder than those of section 2: longer, from the rarer tokens only, and without the words `Repeat:` and `|`. Expect a lower number.
 #
 # | library | what it is good for | note |
 # |---|---|---|
@@ -2416,8 +2639,8 @@ place = torch.arange(period, 2 * period)
 to_next = [layer[..., place, place - period + 1].float().mean((0, 2)).cpu() for layer in attentions]
 scores = torch.stack(to_next)  # (layers, heads)
 best_layer, best_head = divmod(scores.argmax().item(), scores.shape[1])
-print(f"on random tokens, head {best_head} of layer {best_layer + 1} pays most attention to the token that came next "
-      f"last time: {scores.max():.2f}; an even gaze would pay {(1 / (place + 1)).mean():.2f}")  # fmt: skip
+print(f"on random tokens, head {best_layer}.{best_head} pays most attention to the token that came next last time: "
+      f"{scores.max():.2f}; an even gaze would pay {(1 / (place + 1)).mean():.2f}")  # fmt: skip
 lesson.report("attention of the best induction head on random tokens", scores.max().item(), form=".2f")
 
 # %%
@@ -2440,15 +2663,15 @@ lesson.equal("a hook on a block reads what output_hidden_states returns", (kept[
 # ## Read on
 #
 # - Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*: the residual stream as a sum, heads as circuits.
-# - Olsson et al. 2022, *In-context Learning and Induction Heads* (arXiv 2209.11895): how the heads of section 2 were found.
+# - Olsson et al. 2022, *In-context Learning and Induction Heads* (arXiv 2209.11895): how the heads of section 2 were found, and their phase change in small and large models.
 # - Wang et al. 2022, *Interpretability in the Wild* (arXiv 2211.00593): a whole circuit in GPT-2, with backup heads.
-# - Meng et al. 2022, *Locating and Editing Factual Associations in GPT* (arXiv 2202.05262): patching and ROME. Gupta et al. 2024, *Rebuilding ROME* (arXiv 2403.07175): why some edits destroyed the model.
+# - Meng et al. 2022, *Locating and Editing Factual Associations in GPT* (arXiv 2202.05262): patching and ROME. Gupta et al. 2024, *Rebuilding ROME* (arXiv 2403.07175): why some edits destroyed the model. Meng et al. 2023, *Mass-Editing Memory in a Transformer* (arXiv 2210.07229): MEMIT, for exercise 13.2. Hase et al. 2023, *Does Localization Inform Editing?* (arXiv 2301.04213): it hardly does.
 # - nostalgebraist 2020, *interpreting GPT: the logit lens*; Belrose et al. 2023, *Eliciting Latent Predictions from Transformers with the Tuned Lens* (arXiv 2303.08112).
 # - Hewitt and Liang 2019, *Designing and Interpreting Probes with Control Tasks* (arXiv 1909.03368).
-# - Turner et al. 2023, *Steering Language Models With Activation Engineering* (arXiv 2308.10248).
-# - Olsson et al. 2022, *In-context Learning and Induction Heads*, arXiv:2209.11895: the phase change, in small and in large models.
+# - Turner et al. 2023, *Steering Language Models With Activation Engineering* (arXiv 2308.10248); Rimsky et al. 2023, *Steering Llama 2 via Contrastive Activation Addition* (arXiv 2312.06681): differences of means.
+# - Sanford, Hsu and Telgarsky 2024, *One-layer transformers fail to solve the induction heads task* (arXiv 2408.14332).
 # - von Oswald et al. 2023, *Transformers Learn In-Context by Gradient Descent*, arXiv:2212.07677; Raventós et al. 2023, *Pretraining task diversity and the emergence of non-Bayesian in-context learning for regression*, arXiv:2306.15063: where between few and many tasks the change lies.
 # - Hendel et al. 2023, *In-Context Learning Creates Task Vectors*, arXiv:2310.15916; Todd et al. 2023, *Function Vectors in Large Language Models*, arXiv:2310.15213.
 # - Elhage et al. 2022, *Toy Models of Superposition*, arXiv:2209.10652: what the directions look like, and when they jump.
-# - Gao et al. 2024, *Scaling and evaluating sparse autoencoders*, arXiv:2406.04093; Heap et al. 2025, *Sparse Autoencoders Can Interpret Randomly Initialized Transformers*, arXiv:2501.17727; Korznikov et al. 2026, *Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?*, arXiv:2602.14111: read the second and third before you train one.
-# - Power et al. 2022, *Grokking*, arXiv:2201.02177; Nanda et al. 2023, *Progress measures for grokking via mechanistic interpretability*, arXiv:2301.05217.
+# - Gao et al. 2024, *Scaling and evaluating sparse autoencoders*, arXiv:2406.04093; Heap et al. 2025, *Sparse Autoencoders Can Interpret Randomly Initialized Transformers*, arXiv:2501.17727; Korznikov et al. 2026, *Sanity Checks for Sparse Autoencoders: Do SAEs Beat Random Baselines?*, arXiv:2602.14111; Kantamneni et al. 2025, *Are Sparse Autoencoders Useful? A Case Study in Sparse Probing*, arXiv:2502.16681: read the last three before you train one.
+# - Power et al. 2022, *Grokking*, arXiv:2201.02177; Nanda et al. 2023, *Progress measures for grokking via mechanistic interpretability*, arXiv:2301.05217; Zhong et al. 2023, *The Clock and the Pizza*, arXiv:2306.17844.

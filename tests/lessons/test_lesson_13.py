@@ -176,13 +176,21 @@ WRONG = {
         ("torch.arange(PAIRS) % ROW_KEYS", "torch.arange(PAIRS) // ROW_KEYS"),
         ("labels = KEYS + ", "labels = "),
         ("keys = torch.rand(models, rows, KEYS,", "keys = torch.rand(1, 1, KEYS,"),
+        ("keys = torch.rand(models, rows, KEYS, generator=generator).argsort(-1)[..., :ROW_KEYS]",
+         "keys = torch.arange(ROW_KEYS).expand(models, rows, -1)"),
+        ("labels = KEYS + torch.rand(models, rows, KEYS, generator=generator).argsort(-1)[..., :ROW_KEYS]",
+         "labels = KEYS + keys"),
+        ("labels = KEYS + torch.rand(models, rows, KEYS, generator=generator).argsort(-1)[..., :ROW_KEYS]",
+         "labels = KEYS + torch.randint(KEYS, (models, rows, ROW_KEYS), generator=generator)"),
     ],
     "13.6": [
         ("cos_a * cos_b - sin_a * sin_b", "cos_a * cos_b + sin_a * sin_b"),
         ("cos_sum @ cos_c.T + sin_sum @ sin_c.T", "cos_sum @ cos_c.T - sin_sum @ sin_c.T"),
         ("cos_sum @ cos_c.T + sin_sum @ sin_c.T", "cos_sum @ cos_c.T"),
+        ("    return cos_sum", "    angle = torch.atan2(sin_a, cos_a) + torch.atan2(sin_b, cos_b)\n"
+         "    cos_sum, sin_sum = angle.cos(), angle.sin()\n    return cos_sum"),
     ],
-}
+}  # fmt: skip
 
 
 def cell(start: str, names: dict) -> None:
