@@ -70,6 +70,7 @@ import copy
 import json
 import math
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -522,8 +523,8 @@ texts = {kind: answers(by_chance, questions) for kind, questions in asked.items(
 unknown_by_chance = {kind: np.mean([text == "unknown" for text in found]) for kind, found in texts.items()}
 spoken = np.array([text != "unknown" for text in texts["pool"]])
 chance_risk = 1 - is_right(pool, texts["pool"])[spoken].mean() if spoken.any() else total
-print(f"unknowns dealt out by chance: {', '.join(f'{kind} {share:.0%} unknown' for kind, share in unknown_by_chance.items())}; "
-      f"risk {chance_risk:.0%}")  # fmt: skip
+dealt = ", ".join(f"{kind} {share:.0%} unknown" for kind, share in unknown_by_chance.items())
+print(f"unknowns dealt out by chance: {dealt}; risk {chance_risk:.0%}")
 print(f"ranks 101-1000: risk {total:.0%} before; R-tuned {risk:.0%} at {answered / len(pool):.0%} coverage; "
       f"the threshold at this coverage {same:.0%}")  # fmt: skip
 lesson.claim(
@@ -625,7 +626,7 @@ for name, judge in judges.items():
 show_table(rows, ["good in the north", "good elsewhere", "gap", "clear, north", "clear, elsewhere"])
 figure = plots.bars_with_intervals(bars, title="Prejudiced labels open a gap; counterfactual rows open none",
                                    xlabel="probability of good for the same mixed reviews")  # fmt: skip
-plots.show(figure, alt="Pairs of bars: equal before, far apart after prejudiced labels, near in both counterfactual runs.")
+plots.show(figure, alt="Pairs of bars: equal before, far apart after prejudiced labels, near in both other runs.")
 lesson.claim("prejudiced labels open a gap between two towns of the same review", gaps["prejudiced"] - gaps["before"],
              at_least=0.2)  # fmt: skip
 repaired = abs(gaps["prejudiced, then counterfactual"])
@@ -828,12 +829,11 @@ stops = [f"{found['step']} steps" for found in on_the_way["npo + retain"]]
 show_table({name: [f"{found['the ten']:.0%} / {found['others']:.0%}" for found in on_the_way[name]]
             for name in ("ascent + retain", "npo + retain")}, stops)  # fmt: skip
 before, after = right_shares(model), {name: found[-1] for name, found in on_the_way.items()}
-lesson.claim("NPO takes facts about ten people out of the answers", before["the ten"] - after["npo + retain"]["the ten"],
-             at_least=0.6, form=".0%")  # fmt: skip
-lesson.claim("gradient ascent alone also destroys facts about others", before["others"] - after["ascent"]["others"],
-             at_least=0.3, form=".0%")  # fmt: skip
+fall, spoilt = before["the ten"] - after["npo + retain"]["the ten"], before["others"] - after["ascent"]["others"]
+lesson.claim("NPO takes facts about ten people out of the answers", fall, at_least=0.6, form=".0%")
+lesson.claim("gradient ascent alone also destroys facts about others", spoilt, at_least=0.3, form=".0%")
 lesson.report("right about others: npo alone, ascent + retain, npo + retain",
-              ", ".join(f"{after[name]['others']:.0%}" for name in ("npo", "ascent + retain", "npo + retain")))  # fmt: skip
+              ", ".join(rows[name][1] for name in ("npo", "ascent + retain", "npo + retain")))  # fmt: skip
 
 # %% [markdown]
 # **What you see.** All four forget the ten. Without the retain term both methods take the facts about others along, so the retain term does most of the work. With it, ascent and NPO differ, and by how much depends on where you stop: read the second table from left to right. This is one run of each. The optimiser rescales every gradient. So the factor does not make NPO's steps smaller; it only lets the retain term weigh more as forgetting goes on.
@@ -1757,8 +1757,8 @@ lesson.claim("the format of pretraining gets at least half of the towns from the
 behind_rule = [text for name in attacks for text in outputs("strict rule", name)]
 lesson.equal("no answer behind the strict rule holds a town",
              sum(any(town in text for town in world.towns) for text in behind_rule))  # fmt: skip
-lesson.report("homes in texts right: guard alone, strict rule",
-              f"{table['guard alone']['homes in texts right']}, {table['strict rule']['homes in texts right']}")  # fmt: skip
+in_texts = [str(table[system]["homes in texts right"]) for system in ("guard alone", "strict rule")]
+lesson.report("homes in texts right: guard alone, strict rule", ", ".join(in_texts))
 
 # %% [markdown]
 # **What you see.** Each column is a system, each row an attack, with the number of questions in brackets. A defence stops what it was made for. Look at the row *best of seven* for what is left. The perplexity filter lets through a prefill, because its prompt is an ordinary question. The input guard stops the bare question; compare its row *GCG, old suffixes* to see what a suffix behind it does. Fine-tuning on known prompts leaves the beginning of the answer open. The deeper refusal closes the chat, at every beginning that we tried on the question itself. It does not close the format of pretraining, in which no refusal was ever trained.
@@ -2043,6 +2043,12 @@ def check_auroc_by_ranks(auroc_by_ranks):
     generator = np.random.default_rng(3)
     many, values = generator.random(500) < 0.2, generator.integers(0, 40, 500).astype(float)
     expect_close("500 scores with ties, one in five right", auroc_by_ranks(many, values), roc_auc_score(many, values))
+    many, values = generator.random(6000) < 0.5, generator.random(6000)
+    tracemalloc.start()
+    auroc_by_ranks(many, values)
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    expect_true(f"6,000 scores need no table of pairs (20 MB are enough, used {peak:.0f} MB)", peak < 20)
 
 
 check("12.2", check_auroc_by_ranks, auroc_by_ranks)
@@ -2393,8 +2399,8 @@ def first_token_margin(of: nn.Module, prompts: Sequence[str], unsafe: str, safe:
     return margins
 
 
-opening = {"homes": [f"{p.name} lives in" for p in people[:4]], "homes, with suffixes": [f"{p.name} lives in" for p in victims],
-           "harmless": [q.answer for q in task_tests[:4]]}  # fmt: skip
+of_victims = [f"{person.name} lives in" for person in victims]
+opening = {"homes": opened[:4], "homes, with suffixes": of_victims, "harmless": [q.answer for q in task_tests[:4]]}
 prompts = {"homes": asked[:4], "homes, with suffixes": gcg_prompts, "harmless": [q.prompt for q in task_tests[:4]]}
 for name, starts in opening.items():
     margins = first_token_margin(guard, prompts[name], REFUSAL, starts)
