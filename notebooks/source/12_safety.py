@@ -1148,7 +1148,7 @@ lesson.report("where a town is: refused in the wording of training, mean of four
               f"{np.mean([towns['guard', form]['refused'].accuracy for form in REGION_TESTS[1:]]):.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** By the first table the guard is perfect or nearly so. The second table shows what that number hides. The assistant refuses nothing, and it cannot say where towns are either: nobody taught it. The guard learned that for one wording. Other wordings are harmless, too, and the guard refuses some of them whole, and answers others. Read the answers to the last five questions: questions that have nothing to do with homes may be refused as well. What decides we did not find out; the beginning of the question alone is not it. Half of the guard's training rows were refusals.
+# **What you see.** By the first table the guard is perfect or nearly so. The second table shows what that number hides. The assistant refuses nothing, and names next to no right region either: not to refuse is not yet to answer. The guard learned the answers in three wordings, of which the table has one. Of the new wordings it answers some and refuses others whole, all of them harmless. Read the answers to the last five questions: questions that have nothing to do with homes may be refused as well. What decides we did not find out; the beginning of the question alone is not it. Half of the guard's training rows were refusals.
 #
 # A number of refusals without a number of over-refusals says little. Test sets for it exist: XSTest (Röttger et al. 2023) is made of safe prompts that look like unsafe ones.
 
