@@ -305,7 +305,7 @@ lesson.claim("one temperature lowers the calibration error of held-out answers",
 lesson.claim("the temperature that mends it makes the model too sure about strangers", too_sure, at_least=0.08)
 
 # %% [markdown]
-# **What you see.** A temperature below 1 mends the calibration for people who exist. The same temperature makes the model too sure about people who do not. A confidence is calibrated for the kind of questions it was set on, here people who exist. Before you trust it, ask what those questions were. (A $T$ far below 1 is extreme. Large base models need one near 1.)
+# **What you see.** A temperature below 1 mends the calibration for people who exist. The same temperature makes the model too sure about people who do not. A confidence is calibrated for the kind of questions it was set on, here people who exist. Before you trust it, ask what those questions were. (A $T$ so far below 1 is extreme: this model is far too doubtful about people who exist.)
 #
 # **Exams.** Kalai et al. (2025) add a cause from the other end: tests. Most give 1 point for a right answer and 0 both for a wrong one and for silence. Then a guess never costs anything. Let the model sit two exams, once answering everything, once keeping silent below confidence $\frac12$ (with the temperature). Its control keeps silent as often, about questions drawn at random.
 
@@ -838,7 +838,7 @@ lesson.report("right about others: npo alone, ascent + retain, npo + retain",
               ", ".join(rows[name][1] for name in ("npo", "ascent + retain", "npo + retain")))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** All four forget the ten. Without the retain term both methods take the facts about others along, so the retain term does most of the work. With it, ascent and NPO differ, and by how much depends on where you stop: read the second table from left to right. This is one run of each. The optimiser rescales every gradient. So the factor does not make NPO's steps smaller; it only lets the retain term weigh more as forgetting goes on.
+# **What you see.** All four runs take most facts about the ten out of the answers. Without the retain term both methods take the facts about others along, so the retain term does most of the work. With it, ascent and NPO differ, and by how much depends on where you stop: read the second table from left to right. This is one run of each. The optimiser rescales every gradient. So the factor does not make NPO's steps smaller; it only lets the retain term weigh more as forgetting goes on.
 #
 # **Is it gone, or only unsaid?** Test it by *relearning*: train on five of the forgotten facts for a few steps, and ask for the other facts about the ten. In published work much came back this way, and not only after facts of the forgotten kind: Łucki et al. (2024) recovered most of it by fine-tuning on ten *unrelated* examples (see also Hu et al. 2025). So train on five facts about other people, too. The control is a case where nothing is left to come back: five facts about ten *strangers*, made up here, and the question for the others.
 
@@ -1221,9 +1221,9 @@ lesson.report("leaks by a request, by four earlier answers, and by these from th
               f"{by_hand['a request']}, {by_hand['few-shot, 4']}, {unguarded}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Three tricks open the guard. Two do not. Why the request fails we did not test. Few-shot has a control, the line under the table: even the assistant without a guard tells far fewer towns in such a dialogue than it tells without one (section 9). It has never seen a chat of several turns. So little of that failure is the guard's merit. An attack needs an ability to work with. Larger models have it, so a failed attack is no proof of safety.
+# **What you see.** Three tricks open the guard. Two do not. Why the request fails we did not test. Few-shot has a control, the line under the table: even the assistant without a guard tells far fewer towns in such a dialogue than it tells without one (section 9). It has never seen a chat of several turns. So not all of that failure is the guard's merit. An attack needs an ability to work with. Larger models have it, so a failed attack is no proof of safety.
 #
-# **Why so easy?** Refusing is decided in the first words. Compare the guard with the assistant that it was made from, along the *forbidden* answer $y$: at each place take the divergence of their next-token distributions,
+# **Why so easy?** Where in an answer is refusing decided? Compare the guard with the assistant that it was made from, along the *forbidden* answer $y$: at each place take the divergence of their next-token distributions,
 #
 # $$D_t = \mathrm{KL}\big(\pi_\text{guard}(\cdot \mid x, y_{<t}) \,\|\, \pi_\text{assistant}(\cdot \mid x, y_{<t})\big)$$
 
@@ -1262,7 +1262,7 @@ lesson.claim("more than half of the divergence along the forbidden answer is at 
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The names have different lengths, so the answers are lined up by their parts. The largest difference is at the first token: refuse or not. Much of the rest comes before the town, since this guard would rather go on with another fact. Where the town itself is written, guard and assistant are nearly the same model. Prefill uses exactly this. Qi et al. (2024) found in large chat models that most of the difference lies in the first few tokens, and call it shallow alignment.
+# **What you see.** The names have different lengths, so the answers are lined up by their parts. The largest difference is at the first token: refuse or not. Nearly all of the rest comes before the town: behind the name this guard would rather go on with another fact. Where the town itself is written, guard and assistant are nearly the same model. Prefill uses exactly this. Qi et al. (2024) found in large chat models that most of the difference lies in the first few tokens, and call it shallow alignment.
 
 # %% [markdown] tags=["core"]
 # ## 11 · GCG: a suffix found by gradients
@@ -1562,7 +1562,7 @@ lesson.report("harmless tasks in new wordings that the perplexity filter stops, 
               str(stopped["tasks in new wordings"]))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The filter stops suffixes, and no descriptions. The promise of 5 % holds on the questions that it was set on. The third row has the wordings that users bring along, and there the filter stops more than was promised. A threshold is a promise about one source of questions.
+# **What you see.** The filter stops suffixes, and no descriptions. The promise of 5 % holds on the questions that it was set on. The third row has wordings that it was not set on, as users bring them along. Compare its share with the promise. A threshold is a promise about one source of questions.
 #
 # **Two trained defences.** Both start from the guard and take the same number of steps, fewer than the guard did. Half of their rows are the guard's own, so that nothing else is lost. A forbidden beginning is *given*: the loss is taken over the refusal only. Adversarial fine-tuning sees three of the six suffixes. The other three are kept for the test.
 
@@ -1765,7 +1765,7 @@ in_texts = [str(table[system]["homes in texts right"]) for system in ("guard alo
 lesson.report("homes in texts right: guard alone, strict rule", ", ".join(in_texts))
 
 # %% [markdown]
-# **What you see.** Each column is a system, each row an attack, with the number of questions in brackets. A defence stops what it was made for. Look at the row *best of seven* for what is left. The perplexity filter lets through a prefill, because its prompt is an ordinary question. The input guard stops the bare question; compare its row *GCG, old suffixes* to see what a suffix behind it does. Fine-tuning on known prompts leaves the beginning of the answer open. The deeper refusal closes the chat, at every beginning that we tried on the question itself. It does not close the format of pretraining, in which no refusal was ever trained.
+# **What you see.** Each column is a system, each row an attack, with the number of questions in brackets. A defence stops what it was made for. Look at the row *best of seven* for what is left. The perplexity filter lets through a prefill, because its prompt is an ordinary question. The input guard stops the bare question; compare its number at *GCG, old suffixes* to see what a suffix behind it does. Fine-tuning on known prompts leaves the beginning of the answer open, and compare its number at *GCG, old suffixes* with GCG anew above. The deeper refusal closes the chat, at every beginning that we tried on the question itself; see the row *describe, begun* for what is left of it in a description. It does not close the format of pretraining, in which no refusal was ever trained.
 #
 # Only the strict rule lets no town through. That is no finding: it is what the rule says. It cannot be argued with, because it does not read the prompt. The last row shows its price: it also refuses to say what stands in a text that the user gave. With an exception for that case the attacker writes the names of all towns into the prompt. And the rule knows names, not facts: a town that is spelled otherwise passes it (exercise 12.5).
 #
