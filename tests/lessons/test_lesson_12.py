@@ -102,7 +102,8 @@ def test_the_check_of_auroc_by_ranks_finds_a_table_of_pairs() -> None:
         "    above = scores[right][:, None] - scores[~right]\n"
         "    return float(((above > 0) + 0.5 * (above == 0)).mean())\n"
     )
-    prove_check(EXERCISES["12.2"], KNOWN, [pairs])
+    all_at_once = pairs.replace("(above > 0) + 0.5 * (above == 0)", "np.heaviside(above, 0.5)")
+    prove_check(EXERCISES["12.2"], KNOWN, [pairs, all_at_once])
 
 
 def test_auroc_is_one_half_without_pairs_and_turns_around_with_the_scores() -> None:
