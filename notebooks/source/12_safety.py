@@ -877,7 +877,7 @@ lesson.report("other facts about the ten: before relearning, after five of their
 lesson.report("the same where nothing was ever known", rows["never known: five of theirs"][0])
 
 # %% [markdown]
-# **What you see.** The last line is what training on five facts does by itself, where there is nothing to recover. What comes back beyond it, although nobody taught it, was still there, after unrelated facts, too. How much depends on the draw and on the run, so that here it is a report and no claim. Unlearning by gradient steps changes what is said. Whether it changes what is known has to be tested by attacks like this one, and more than once.
+# **What you see.** The first line is what was left after unlearning. The last line is what training on five facts does where there is nothing to recover. What lies above both came back although nobody taught it: it was still there. Compare the two lines between them to see whether facts about the ten are needed for that, or unrelated ones do, as in the published work. How much comes back depends on the draw and on the run, so that here it is a report and no claim. Unlearning by gradient steps changes what is said. Whether it changes what is known has to be tested by attacks like this one, and more than once.
 
 # %% [markdown] tags=["further"]
 # ## 8 · A mark in the text
@@ -1221,7 +1221,7 @@ lesson.report("leaks by a request, by four earlier answers, and by these from th
               f"{by_hand['a request']}, {by_hand['few-shot, 4']}, {unguarded}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Three tricks open the guard. Two do not. Why the request fails we did not test. Few-shot has a control, the line under the table: even the assistant without a guard tells far fewer towns in such a dialogue than it tells without one (section 9). It has never seen a chat of several turns. So not all of that failure is the guard's merit. An attack needs an ability to work with. Larger models have it, so a failed attack is no proof of safety.
+# **What you see.** Three tricks open the guard. Two do not, or hardly. Why the request fails we did not test. Few-shot has a control, the line under the table: even the assistant without a guard tells far fewer towns in such a dialogue than it tells without one (section 9). It has never seen a chat of several turns. So not all of that failure is the guard's merit. An attack needs an ability to work with. Larger models have it, so a failed attack is no proof of safety.
 #
 # **Why so easy?** Where in an answer is refusing decided? Compare the guard with the assistant that it was made from, along the *forbidden* answer $y$: at each place take the divergence of their next-token distributions,
 #
@@ -1470,7 +1470,7 @@ lesson.report("towns told of six: GCG, random search with as many candidates", f
 lesson.report("towns told after random tokens", str(by_noise))
 
 # %% [markdown]
-# **What you see.** Each curve carries the outcome in its name. A low loss is not yet a told town. The suffixes are no sentences, though some hold a name. Random tokens tell next to nothing. Compare the first two numbers of the last line: that difference, and it alone, shows what the derivative is worth. Six people are few, and this is one run of each search.
+# **What you see.** Each curve carries the outcome in its name. A low loss is not yet a told town. The suffixes are no sentences, though some hold a name. Random tokens tell next to nothing. Compare the first two numbers of the last line: that difference, and it alone, shows what the derivative is worth. Six people are few, and this is one run of each search. With another seed the two can come much nearer to each other: try one.
 
 # %% [markdown] tags=["further"]
 # ## 11b · One suffix for all?
@@ -1609,7 +1609,7 @@ for name in ("adversarial", "deep"):
     lesson.report(f"towns told by {name} fine-tuning to suffixes that were searched against it", str(anew[name]))
 
 # %% [markdown]
-# **What you see.** This attacker starts from the three old suffixes and has twenty more steps against the defended model itself. Keep the two numbers in mind for the table below: its GCG row uses old suffixes, which were made against the undefended guard.
+# **What you see.** This attacker starts from the three old suffixes and has twenty more steps against the defended model itself. Look at the losses, too: where they still fall, more steps may open what these did not. Where they are low and the town was not told, the forbidden beginning became likely, and the model refused behind it. Keep the two numbers in mind for the table below: its GCG row uses old suffixes, which were made against the undefended guard.
 #
 # The **input guard** is a logistic regression on the mean of the base model's last hidden states. It learns from the guard's own rows: refused or not. The **output rule** needs no learning. It has two versions: a strict one, and one with an exception for towns that stand in the user's text, because a question about a text must be answered.
 
@@ -1771,7 +1771,7 @@ lesson.report("homes in texts right: guard alone, strict rule", ", ".join(in_tex
 #
 # Prefill, base format and beginnings need raw access to the model's input. Behind a website that writes the chat itself only the other attacks are left.
 #
-# Seven attacks are few. The row *best of seven* is the best that we found. A better attacker can only find more. Carlini et al. (2019a) and Tramer et al. (2020) say how to look. GCG has only three questions in this table, and we ran it anew against two of the six defences. It was not run against the filter, for which an attacker would add the filter's number to the loss.
+# Seven attacks are few. The row *best of seven* is the best that we found. A better attacker can only find more. Carlini et al. (2019a) and Tramer et al. (2020) say how to look. GCG has only three questions in this table: where it is the best of seven, the interval is wide. We ran it anew against two of the six defences. It was not run against the filter, for which an attacker would add the filter's number to the loss.
 
 # %% [markdown] tags=["further"]
 # ## 13 · Prompt injection: instructions and lies in retrieved text
