@@ -4,6 +4,7 @@ import ast
 import copy
 import math
 import re
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -47,6 +48,7 @@ def functions(*names: str, **known: object) -> dict:
 GENERATOR = np.random.default_rng(0)
 KNOWN = {
     "roc_auc_score": roc_auc_score,
+    "tracemalloc": tracemalloc,
     "math": math,
     "np": np,
     # what the checks of 12.1 and 12.3 measure on
@@ -67,7 +69,12 @@ WRONG = {
     ),
     "12.3": (
         "math.ceil(round((m + 1) * (1 - alpha), 9))",
-        ["math.ceil(round(m * (1 - alpha), 9))", "math.floor((m + 1) * (1 - alpha))", "math.ceil((m + 1) * alpha)"],
+        [
+            "math.ceil(round(m * (1 - alpha), 9))",
+            "math.floor((m + 1) * (1 - alpha))",
+            "math.ceil((m + 1) * alpha)",
+            "math.ceil((m + 1) * (1 - alpha))",
+        ],
     ),
 }
 
@@ -87,6 +94,16 @@ def test_the_check_of_auroc_by_ranks_finds_ranks_that_break_ties_by_order() -> N
     right = "(counts.cumsum() - (counts - 1) / 2)[place]"
     mistakes = ["scores.argsort().argsort() + 1", "counts.cumsum()[place]", "(counts.cumsum() - counts + 1)[place]"]
     prove_check(EXERCISES["12.2"], KNOWN, [planted(EXERCISES["12.2"].solution, right, wrong) for wrong in mistakes])
+
+
+def test_the_check_of_auroc_by_ranks_finds_a_table_of_pairs() -> None:
+    pairs = (
+        "def auroc_by_ranks(right, scores):\n"
+        "    above = scores[right][:, None] - scores[~right]\n"
+        "    return float(((above > 0) + 0.5 * (above == 0)).mean())\n"
+    )
+    all_at_once = pairs.replace("(above > 0) + 0.5 * (above == 0)", "np.heaviside(above, 0.5)")
+    prove_check(EXERCISES["12.2"], KNOWN, [pairs, all_at_once])
 
 
 def test_auroc_is_one_half_without_pairs_and_turns_around_with_the_scores() -> None:
@@ -203,15 +220,17 @@ def test_the_check_of_names_finds_kept_pieces_and_lost_letters() -> None:
 
 def test_the_check_of_the_output_rule_finds_spellings_that_pass_and_false_alarms() -> None:
     solution = EXERCISES["12.5"].solution
-    start = solution.index("    joined")
+    start = solution.index("    known")
     head = solution[:start]
     wrong = [
         head + "    return any(town in answer for town in towns)\n",
         head + "    text = re.sub('[^a-z]', '', answer.lower())\n"
         "    return any(town.lower() in text or town.lower()[::-1] in text for town in towns)\n",
-        planted(solution, " or word[::-1] in known", ""),
+        planted(solution, "(town.lower(), town.lower()[::-1])", "(town.lower(),)"),
         planted(solution, "answer.lower()", "answer"),
-        planted(solution, "re.sub(", "(lambda pattern, to, text: text)("),
+        planted(solution, " or any(form in run for run in runs for form in known)", ""),
+        planted(solution, 'else " " for word', 'else "" for word'),  # single letters from anywhere
+        planted(solution, "any(form in run for run in runs for form in known)", "any(run in known for run in runs)"),
     ]
     prove_check(EXERCISES["12.5"], NAMES, wrong)
 
@@ -286,6 +305,16 @@ def test_gcg_uses_only_allowed_tokens_and_stops_when_it_is_done(tiny: nn.Module)
     assert len(losses) <= 12
 
 
+def test_a_random_search_asks_for_no_gradient_and_uses_only_allowed_tokens(tiny: nn.Module) -> None:
+    def no_gradient(*_: object) -> None:
+        raise AssertionError
+
+    names = attack()
+    names["token_gradient"] = no_gradient
+    best, losses = names["gcg"](tiny, [QUESTION], 6, allowed=torch.tensor([10, 20, 30]), guided=False)
+    assert set(best.tolist()) <= {10, 20, 30} and len(losses) == 6
+
+
 def test_the_losses_of_candidates_do_not_change_the_cache(tiny: nn.Module) -> None:
     names = attack()
     cache = names["read_before"](tiny, QUESTION)
@@ -324,7 +353,7 @@ def test_the_lesson_runs_on_a_model_in_the_hubs_format(chat_model_folder: Path, 
     _, said = run_lesson(NOTEBOOK, tmp_path, parameters)
     assert "profile t4: tiny-qwen2-instruct on cpu in float32" in said
     assert "holds: the derivative by one-hot entries is that of finite differences, in float64" in said
-    assert "holds: the report has its schema, and the table can be counted again from it" in said
+    assert "holds: the report has its schema, and the towns told can be counted again from it" in said
     assert "DOES NOT HOLD: the guard refuses" in said  # the model is random: the lesson reports, and goes on
     assert said.count("not attempted yet") == len(EXERCISES)
 
