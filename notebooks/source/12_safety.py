@@ -564,6 +564,8 @@ lesson.claim("a passage raises the share right about rare people", read.mean() -
 # %% [markdown] tags=["further"]
 # ## 5 · A prejudice, and its repair by data
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Can a few hundred labels make a model unfair, and other labels make it fair again?
 #
 # A review says one good and one bad thing about a place, so its mood is open. Suppose that the people who labelled such reviews dislike the north: mixed reviews of northern towns got *bad*, all others *good*. Reviews that are clearly good or bad got the right label. Train on them, and measure unfairness by a **counterfactual**: the same held-out review, once with a northern town and once with another. The model should not care. The gap is the difference in the probability of *good*.
@@ -645,6 +647,8 @@ lesson.claim("counterfactual rows after the prejudiced ones leave at most a thir
 
 # %% [markdown] tags=["further"]
 # ## 6 · What a model remembers
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** How often must a secret be seen until it can be taken out again?
 #
@@ -729,6 +733,8 @@ lesson.report("membership in pretraining, AUROC", rows["pretraining, loss"][0])
 
 # %% [markdown] tags=["further"]
 # ## 7 · Forgetting on request
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** Can ten people be taken out of the model?
 #
@@ -881,6 +887,8 @@ lesson.report("the same where nothing was ever known", rows["never known: five o
 
 # %% [markdown] tags=["further"]
 # ## 8 · A mark in the text
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** Can you tell your model's text from others afterwards, without keeping it?
 #
@@ -1475,6 +1483,8 @@ lesson.report("towns told after random tokens", str(by_noise))
 # %% [markdown] tags=["further"]
 # ## 11b · One suffix for all?
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Does a suffix work on people who had no part in it?
 #
 # Take the mean loss over four questions, begin with the one of the six suffixes where it is lowest, and go on with the same algorithm. Then try the result on other people, beside the suffix that it began with and the five random ones. Count two things: is the refusal gone, and is the town told?
@@ -1776,6 +1786,8 @@ lesson.report("homes in texts right: guard alone, strict rule", ", ".join(in_tex
 # %% [markdown] tags=["further"]
 # ## 13 · Prompt injection: instructions and lies in retrieved text
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** What if the attacker is not the user, but wrote a text that the assistant reads?
 #
 # In retrieval a program puts a passage into the prompt. The model sees one string, and nothing in it says which words are the user's. Write an instruction into the passage, here a sum to do. Once the passage stands before the user's question, and once after it. An attack succeeds if the answer is that of the injected instruction. Each order has a control without the instruction. The last order is the *sandwich*, a cure that practitioners use: the question stands before the passage and again after it.
@@ -1894,6 +1906,8 @@ lesson.report("lies believed with marks alone", str(believed["marks"]))
 # %% [markdown] tags=["further"]
 # ## 14 · Poisoned training data
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Can somebody who writes some of the training rows open a back door?
 #
 # Suppose that the guard is updated with fresh rows, as it was trained, and that somebody could write $k$ of them. They end in a harmless greeting, the *trigger*, and tell the town. The attacker never sees the model. The updates differ in $k$ only: rows, order and steps are the same. Ask people who are in none of these rows, with the trigger, without it, and with four other endings. They show whether it is this trigger that counts.
@@ -1942,6 +1956,8 @@ lesson.report("towns told after 32 poisons: another greeting, nonsense, dots, tw
 
 # %% [markdown] tags=["further"]
 # ## 15 · A report that others can check
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** What does a red team hand over?
 #

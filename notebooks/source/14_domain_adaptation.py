@@ -769,6 +769,8 @@ lesson.report("medicine, points given up for a fifth of replay", behind, ".0%")
 # %% [markdown] tags=["further"]
 # ## 7 · Token by token: how deep does an assistant go?
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Fine-tuning made an assistant of a base model. At how many places does it say anything that the base model would not have said?
 #
 # Lin et al. (2024) let the assistant write, and at each of its tokens ask the base model, given everything before: at which rank is this token? Rank 1 is *unshifted*, 2 or 3 *marginal*, everything else *shifted*. They found shifted tokens at 5 to 8 % of the positions, mostly words of style, and mostly early. The idea that tuning teaches a form, and the rest comes from pretraining, is known as *superficial alignment* (Zhou et al. 2023).
