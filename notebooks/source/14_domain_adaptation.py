@@ -360,23 +360,39 @@ lesson.claim("with the page found for it, the base model says at least 60 % of t
 # %% [markdown]
 # The control is the page of the neighbour: what the answers follow is the page. But look at the other rows. The search has found every page, and the answer stands on it. So it is the *reader* that fails. A seat is a town, a word that this model has often answered with. Herbs, signs, doses and products are words that it has never answered with.
 #
-# Is it the words, or is it the unfamiliar questions? Take the passages about people that it reads without a mistake, with their familiar questions, and put a herb into the place of the word that is asked for. Nothing else changes.
+# Is it the words, or is it the unfamiliar questions? Take the passages about people that it reads without a mistake, with their familiar questions, and put another word into the place of the one that is asked for: another of the same kind, one of another kind that the model also knows (a town where an instrument is asked for), and a herb.
 
 # %%
 herbs = sorted({entity.facts["herb"] for entity in world.domains["medicine"]})
-swapped = []
-for number, question in enumerate(GENERAL["reading"]):
-    herb = herbs[(number + seed) % len(herbs)]
-    passage = re.sub(rf"\b{re.escape(question.answer)}\b", herb, question.prompt)
-    swapped.append(replace(question, prompt=passage, answer=herb))
-read, read_swapped = (share(right(base, questions)) for questions in (GENERAL["reading"], swapped))
-print(swapped[0].prompt, answers(base, swapped[:1])[0], f"   (right: {swapped[0].answer})")
-print(f"as they are {read}, with a herb in the place of the answer {read_swapped}")
+kind_of = {value: kind for kind, values in world.values.items() for value in values}
+
+
+def swapped(question: Question, word: str) -> Question:
+    """The question with another word in the place of its answer."""
+    passage = re.sub(rf"\b{re.escape(question.answer)}\b", word, question.prompt)
+    return replace(question, prompt=passage, answer=word)
+
+
+generator, versions = random.Random(f"swaps/{seed}"), {"as they are": GENERAL["reading"]}
+versions |= {name: [] for name in ("another word of its kind", "a known word of another kind", "a herb")}
+for question in GENERAL["reading"]:
+    own = kind_of[question.answer]
+    same = [word for word in world.values[own] if word not in question.prompt]
+    other = [word for word, kind in kind_of.items() if kind != own and word not in question.prompt]
+    for name, choices in zip(list(versions)[1:], (same, other, herbs), strict=True):
+        versions[name].append(swapped(question, generator.choice(choices)))
+read = {name: share(right(base, questions)) for name, questions in versions.items()}
+show_table({name: [str(found)] for name, found in read.items()}, ["passages read"])
+said = answers(base, versions["a herb"])
+kinds_said = np.mean([kind_of.get(text) == kind_of[q.answer] for text, q in zip(said, GENERAL["reading"], strict=True)])
+print(versions["a herb"][0].prompt, said[0], f"   (right: {versions['a herb'][0].answer})")
+print(f"answers that are a known word of the asked kind, though a herb stands there: {kinds_said:.0%}")
+unread = {name: read["as they are"].accuracy - found.accuracy for name, found in read.items()}
 lesson.claim("with a herb in the place of the word that is asked for, at least 50 points fewer passages are read",
-             read.accuracy - read_swapped.accuracy, at_least=0.5, form=".0%")  # fmt: skip
+             unread["a herb"], at_least=0.5, control=unread["another word of its kind"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# It is the words. This reader has learned to find *which of its words* stands in the passage, and not to copy any word. A model that has read more of the world copies new words; on a GPU, the same cells measure that of a hub model. The rule holds for both: **test the reader on the words of the field before you build the search.** Two other things are easy here. The names are rare words, so the search cannot miss (lesson 02 has searches that do), and the facts are stated one by one.
+# It is the kind of the word first, and whether it is known second. After *Which instrument* this model says an instrument, whatever stands in the passage. Another instrument is always read, a known word of another kind seldom, a herb hardly ever. So it has learned to find *which of its words of the asked kind* stands in the passage, and not to copy any word. A model that has read more of the world copies new words; on a GPU, the same cells measure that of a hub model. The rule holds for both: **test the reader on the words of the field before you build the search.** Two other things are easy here. The names are rare words, so the search cannot miss (lesson 02 has searches that do), and the facts are stated one by one.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Tell it: continued pretraining
@@ -392,7 +408,7 @@ lesson.claim("with a herb in the place of the word that is asked for, at least 5
 # - *questions on others*: half of the documents as before, and half about 12 other illnesses, each with questions on it and their answers;
 # - *with questions*: eight wordings, and after each text the questions on it with their answers. Cheng et al. (2024) make such reading exercises of raw text.
 #
-# What is not equal: where questions take up tokens, each fact of the exam is told less often.
+# What is not equal: where questions, or others, take up tokens, each fact of the exam is told less often. The table after the training counts how often.
 
 # %%
 MEDICINE = DOMAIN_RELATIONS["medicine"]
@@ -497,13 +513,29 @@ def sentences(entities: Sequence) -> list[Question]:
 
 
 to_complete = some(random.Random(seed).sample(sentences(TOLD["medicine"]), 6 * len(TOLD["medicine"])))
-models, hits, completed = {}, {}, {}
+print("to complete:", to_complete[0].prompt, "->", to_complete[0].answer)
+
+
+def packed_times(version: str, tokens: float) -> int:
+    """How many documents on an illness of the exam stand in so many tokens of a version."""
+    names, count = {entity.name for entity in TOLD["medicine"]}, 0
+    for text in field_text(version):
+        tokens -= len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+        if tokens < 0:
+            return count
+        count += any(name in text for name in names)
+    return count
+
+
+models, hits, completed, told = {}, {}, {}, {}
 for version in VERSIONS:
     models[version], history = read_on(version, replay=0.2)
     hits[version] = right(models[version], exams["medicine"])
     completed[version] = right(models[version], to_complete)
-    print(f"{version:>19}: {sum(history.tokens):,} tokens, loss {history.losses[0]:.2f} -> "
-          f"{np.mean(history.losses[-5:]):.2f}; sentences {share(completed[version])}, "
+    documents = packed_times(version, STEPS * ROWS * SEQ * 0.8)
+    told[version] = documents / len(TOLD["medicine"])
+    print(f"{version:>19}: {sum(history.tokens):,} tokens, each fact told {told[version]:.0f} times, loss "
+          f"{history.losses[0]:.2f} -> {np.mean(history.losses[-5:]):.2f}; sentences {share(completed[version])}, "
           f"questions {share(hits[version])}")  # fmt: skip
     lesson.report(f"medicine, continued pretraining, {version}", str(share(hits[version])))
 
@@ -511,8 +543,9 @@ for version in VERSIONS:
 figure = plots.bars_with_intervals(
     {version: {"completes a sentence": share(completed[version]), "answers a question": share(hits[version])}
      for version in VERSIONS},
-    title="Questions find only facts that were asked before",
+    title="Here questions find only facts that were asked in training",
     xlabel="right in medicine, unseen wordings",
+    references={"best constant": best_constant(to_complete).accuracy},
 )  # fmt: skip
 plots.show(figure, alt="For each version of the text two bars: sentences completed, and questions answered.")
 on_untold = share(right(models["with questions"], untold))
@@ -523,12 +556,13 @@ lesson.claim("after reading texts with questions, at least half of the questions
              reached["with questions"], at_least=0.5, control=on_untold.accuracy, form=".0%")  # fmt: skip
 lesson.report("sentences completed, eight wordings more than one",
               stored["eight wordings"] - stored["one wording"], ".0%")  # fmt: skip
-for version in ("eight wordings", "questions on others"):
-    lesson.claim(f"at equal tokens, questions on the same facts are worth at least 30 points more than {version}",
-                 reached["with questions"] - reached[version], at_least=0.3, form=".0%")  # fmt: skip
+lesson.claim("at equal tokens, questions on the same facts are worth at least 30 points more than eight wordings",
+             reached["with questions"] - reached["eight wordings"], at_least=0.3, form=".0%")  # fmt: skip
+lesson.report("questions on the same facts, more than questions on others (facts told less often)",
+              reached["with questions"] - reached["questions on others"], ".0%")  # fmt: skip
 
 # %% [markdown]
-# The control of the first claim are the illnesses of which no text tells, asked of the same model. Eight wordings let more sentences be completed than one, in wordings that neither text has. How many more depends much on the run, so it is a report here and not a claim; Ovadia et al. (2024) and Allen-Zhu & Li (2023) find the same direction.
+# The control of the first claim are the illnesses of which no text tells, asked of the same model. Eight wordings let more sentences be completed than one, in wordings that neither text has. How many more depends much on the run, so it is a report here and not a claim; Ovadia et al. (2024) and Allen-Zhu & Li (2023) find the same direction for answers to questions.
 #
 # **Which mistakes?** An answer can be right, another fact of the same illness, a fact of another illness of the right kind, or something else.
 
@@ -554,9 +588,9 @@ for version, model_read in models.items():
 show_table({version: [count[kind] for kind in kinds] for version, count in counted.items()}, kinds)
 
 # %% [markdown]
-# After statements alone, every question is answered with a word of the kinds that the model answered with before: the same habit as in section 2. The facts are there, as the sentences show, and a question does not reach them. With questions on the same facts the answers are of medicine, and a frequent mistake is another fact of the same illness: it finds the illness, and misses what is asked. With questions on *others* its answers begin to look like medicine, and the facts that were only told still do not come out: it stays below the floor. Allen-Zhu & Li (2023) describe such facts: stored, and not to be extracted. There, questions on half of the people were enough for the facts about the other half; here there are a dozen illnesses and few steps, and they were not.
+# After statements alone, every question is answered with a word of the kinds that the model answered with before: the same habit as in section 2. With eight wordings the sentences stand clearly above the best constant: these facts are stored, and a question does not reach them. With one wording, or with questions on others, hardly more sentences are completed than the constant gets, so those runs say little about what is stored. With questions on the same facts the answers are of medicine, and a frequent mistake is another fact of the same illness: it finds the illness, and misses what is asked. With questions on *others* its answers begin to look like medicine and stay below the floor; but its facts were told less than half as often, so asking and telling are mixed in this row. Allen-Zhu & Li (2023) describe facts that are stored and not to be extracted; there, questions on half of the people were enough for the other half.
 #
-# So it was not reading that taught the model to answer, it was being asked. Keep that in mind for the next section: is it then not simpler to train on questions alone?
+# At these token counts, only facts that were asked in training were answered; whether telling them more often would do was not tested. Keep that in mind for the next section: is it then not simpler to train on questions alone?
 
 # %% [markdown] tags=["core"]
 # ## 4 · Ask it: what fine-tuning teaches
@@ -617,17 +651,19 @@ figure = plots.curve(series, title="Fine-tuning learns the facts of its rows, an
                      xlabel=f"step of {batch_size} rows", ylabel="right answers", percent=True)  # fmt: skip
 plots.show(figure, alt="Known facts stay high; unknown rows climb over the steps; illnesses in no row stay low.")
 hits["SFT"] = right(tuned, exams["medicine"])
+four_forms = some(exam("medicine", TOLD["medicine"], "training_questions", 4))
+hits["SFT, four wordings"] = right(tuned_on(four_forms + known)[0], exams["medicine"])
 by_rows = looks[-1]["unknown, trained"] - looks[-1]["unknown, not trained"]
 lesson.claim("fine-tuning puts the facts of its rows into the model: 40 points more than for facts in no row", by_rows,
              at_least=0.4, form=".0%")  # fmt: skip
 halfway_there = next((found["step"] for found in looks if found["unknown, trained"] >= 0.5), math.nan)
 print(f"half of the unknown rows are right from step {halfway_there} on; all facts in unseen wordings: "
-      f"{share(hits['SFT'])}")  # fmt: skip
+      f"{share(hits['SFT'])}, and after rows in four wordings {share(hits['SFT, four wordings'])}")  # fmt: skip
 lesson.report("share of the steps after which half of the unknown rows are learned", halfway_there / steps, ".0%")
 lesson.report("medicine, SFT, asked in unseen wordings", str(share(hits["SFT"])))
 
 # %% [markdown]
-# The known rows are right from the first look; the unknown ones have to be learned, row by row. Fine-tuning does teach facts, then: those of its rows and no others, and when they are asked in other words, far fewer of them come out. The line of the illnesses in no row stays near the bottom. Nothing was learned there but what an answer looks like.
+# The known rows are right from the first look; the unknown ones have to be learned, row by row. Fine-tuning does teach facts, then: those of its rows and no others. Asked in other words, fewer of them come out; rows in four wordings, at the same steps, are the fair comparison with the last version of section 3, and the line above has both. The line of the illnesses in no row stays near the bottom. Nothing was learned there but what an answer looks like.
 #
 # **Does learning unknown facts do harm?** Gekhman et al. (2024) report that examples with new knowledge are learned more slowly, and that a model which has learned them errs more often about what it knew. The control is the same run with known facts in place of the unknown ones: the same number of steps and rows.
 
@@ -640,7 +676,7 @@ lesson.report("known facts lost: after rows with new facts, less after rows with
               without_new.accuracy - with_new.accuracy, ".0%")  # fmt: skip
 
 # %% [markdown]
-# Compare the last two numbers, with their intervals. In this run the rows with new facts do no more harm than rows with old ones: the finding is not repeated. It is not refuted either. Here half of the rows were old facts, which is replay by another name, the training was short, and 48 questions do not show a harm of a few points (section 8). To look further, train longer and leave out the known rows.
+# Compare the last two numbers, with their intervals. In this run the rows with new facts do no more harm than rows with old ones; if anything less, and the control's rows on other people may do harm of their own. The finding is not repeated. It is not refuted either. Here half of the rows were old facts, which is replay by another name, the training was short, and 48 questions do not show a harm of a few points (section 8). To look further, train longer and leave out the known rows.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Which one, and when?
@@ -664,19 +700,24 @@ medicine, trained_on = exams["medicine"], STEPS * ROWS * SEQ
 plain, shown = tokens_of(medicine), tokens_of([with_examples(q) for q in medicine])
 with_page = tokens_of([looked_up(q) for q in medicine])
 costs = {"no help": (0, plain), "four examples": (0, shown), "RAG": (0, with_page),
-         **dict.fromkeys(VERSIONS, (trained_on, plain)), "SFT": (chat_tokens, plain),
+         **dict.fromkeys(VERSIONS, (trained_on, plain)),
+         **dict.fromkeys(("SFT", "SFT, four wordings"), (chat_tokens, plain)),
          "with questions, RAG": (trained_on, with_page)}  # fmt: skip
 hits |= {"no help": right(base, medicine), "four examples": examples["medicine"], "RAG": retrieved["medicine"]}
 hits["with questions, RAG"] = right(models["with questions"], [looked_up(q) for q in medicine])
 show_table({name: [f"{trained:,}", f"{each:.0f}", share(hits[name])] for name, (trained, each) in costs.items()},
            ["training tokens", "tokens a question", "right in medicine"])  # fmt: skip
+pages_of = [next(page for page in library if str(q.about["name"]) in page) for q in untold]
+with_pages = [replace(q, prompt=f"{text}\n{q.prompt}") for q, text in zip(untold, pages_of, strict=True)]
+print(f"untold illnesses, each question after its page: {share(right(models['with questions'], with_pages))}, without "
+      f"the page {on_untold}")  # fmt: skip
 extra = with_page - plain
 meet = 3 * trained_on / extra
 print(f"a page costs {extra:.0f} tokens more a question: training and RAG cost the same at {meet:,.0f} questions")
 lesson.report("questions at which continued pretraining and RAG cost the same", meet, ",.0f")
 
 # %% tags=["headline"]
-order = ["no help", "four examples", "RAG", *VERSIONS, "SFT", "with questions, RAG"]
+order = ["no help", "four examples", "RAG", *VERSIONS, "SFT", "SFT, four wordings", "with questions, RAG"]
 figure = plots.bars_with_intervals(
     {name: share(hits[name]) for name in order}, title="One exam for all: what each way of adapting gives",
     xlabel="right answers in medicine, unseen wordings", references={"best constant": floor["medicine"].accuracy},
@@ -696,11 +737,11 @@ plots.show(
 )
 
 # %% [markdown]
-# At equal cost, the rows above the floor are those whose facts were *asked* in training. Giving the page to the model that read on adds nothing: it still does not read. The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
+# At equal cost, the rows above the floor are those whose facts were *asked* in training. Did the model that read on learn to read pages as well? The last rows and the line on untold illnesses say: pages of facts that it knows and of facts that it does not. (A practitioner would train the reader on pages with questions: Zhang et al. 2024, *RAFT*, arXiv:2403.10131. That row is missing here.) The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
 #
-# The arithmetic leaves out what often decides. A page can be corrected today, and be shown to the user as the source; weights cannot. If the facts change every month, the training is paid every month (exercise 14.3). And whoever needs *no search index at the bedside* may still want the facts in the weights.
+# The arithmetic leaves out what often decides. A page can be corrected today, and be shown to the user as the source; weights cannot. If the facts change every month, the training is paid every month (exercise 14.3). Without a network there is no look-up; then the facts must be in the weights.
 #
-# **How it went elsewhere.** *Prompt.* Nori et al. (2023) let GPT-4 without any medical training beat the best specialist models on MedQA by prompting alone: 27 % fewer errors, and more than 90 % right for the first time. *Train.* Kawakami et al. (2025) continued the pretraining of Qwen2.5-72B on Japanese medical text and then optimised its reasoning by preferences: on the Japanese medical licensing examinations of 2018 to 2022 it reaches 431.2 points on average, Qwen2.5-72B 398.4 and GPT-4o 430.4. Hirano & Imajo (2024) found continued pretraining of a Japanese model of about 10 billion parameters of help on financial benchmarks. *From scratch.* Bloomberg trained 50 billion parameters on a corpus of 363 billion tokens of finance and 345 billion of general text (Wu et al. 2023); Cheng et al. (2024) report that their continued pretraining of a model of 7 billion competes with it. *Look up.* Ovadia et al. (2024) found RAG ahead of continued pretraining, for old knowledge and for new, and many wordings of a fact of help. There is no winner; there is a measurement to make.
+# **How it went elsewhere.** *Prompt.* Nori et al. (2023) let GPT-4 without any medical training beat the best specialist models on MedQA by prompting alone: 27 % fewer errors, and more than 90 % right for the first time. *Train.* Kawakami et al. (2025) continued the pretraining of Qwen2.5-72B on Japanese medical text and then optimised its reasoning by preferences: on the Japanese medical licensing examinations of 2018 to 2022 its model card gives it 431.2 points on average, Qwen2.5-72B 398.4 and GPT-4o 430.4. (Is a lead of 0.8 points one? Section 8.) Hirano & Imajo (2024) found continued pretraining of a Japanese model of about 10 billion parameters of help on financial benchmarks. *From scratch.* Bloomberg trained 50 billion parameters on a corpus of 363 billion tokens of finance and 345 billion of general text (Wu et al. 2023); Cheng et al. (2024) report that their continued pretraining of a model of 7 billion competes with it. *Look up.* Ovadia et al. (2024) found RAG ahead of continued pretraining, for old knowledge and for new, and many wordings of a fact of help. There is no winner; there is a measurement to make.
 
 # %% [markdown] tags=["core"]
 # ## 6 · What was lost: forgetting, replay, interpolation
@@ -764,7 +805,7 @@ behind = points["no replay"][1] - points["replay 20 %"][1]
 lesson.report("medicine, points given up for a fifth of replay", behind, ".0%")
 
 # %% [markdown]
-# Reading only medicine, the model no longer knows people, does not read and does not add; only the mapping of labels survives. A fifth of replay saves most of what it says about people and of its reading, and least of the sums. Weights between before and after cost no training, and no step back keeps both: three quarters of the way keep most of the medicine and return a part of the rest, half of the way returns most of the rest and loses most of the medicine. Replay was the better remedy here, and it was free as well: the number of tokens is the same.
+# Reading only medicine, the model no longer knows people, does not read and does not add; only the mapping of labels survives. A fifth of replay saves most of what it says about people and of its reading, and least of the sums. Weights between before and after cost no training, and no step back keeps both: three quarters of the way keep most of the medicine and return a part of the rest, half of the way returns most of the rest and loses most of the medicine. A fifth of replay costs some points of medicine, as the report says, and no tokens. All points lie on the frontier, or near it: which one is best depends on what a general point is worth to you.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Token by token: how deep does an assistant go?
@@ -823,7 +864,7 @@ lesson.claim("the first three tokens are shifted at least 20 points more often t
              shifted(words, 0, 3) - shifted(words, 5, 60), at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# Two sentences about this measurement. It says *superficial* in a precise sense: given the beginning of an answer, the base model continues it as the assistant would, at most places. And it says nothing about the beginning itself, which is where the assistant decides to answer at all, and in which form. The two curves differ at the first tokens: part of what looks like tuning there is only that the base model has never seen the marks of a chat. Section 4 adds the other side: what is in no training row, neither pretraining nor tuning can bring out.
+# It says *superficial* in a precise sense: given the beginning of an answer, the base model continues it as the assistant would, at most places. And it says nothing about the beginning itself, which is where the assistant decides to answer at all, and in which form. The two curves differ at the first tokens: part of what looks like tuning there is only that the base model has never seen the marks of a chat. Lin et al. found far fewer shifted tokens, 5 to 8 %; our assistant answers half of its tasks with a single word in a form of its own, and only the long replies reach the later places of the figure. Section 4 showed the limit: facts in no training row stayed near the bottom.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Is it better, or was it luck?
@@ -897,7 +938,7 @@ lesson.claim("with 200 questions on similar systems, pairing raises the power by
              gains["similar systems"], at_least=0.2, control=gains["unrelated systems"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# A true gain of five points is found by few exams of 50 questions, whatever the test. Pairing helps where two systems agree on most questions, and does not where they do not: the control is the gain for unrelated systems. Two consequences. Compare an adaptation with *its own* base, on the same questions, and keep every answer. And compute the size of the exam before it is held (exercise 14.4); an exam of 96 questions, like ours, separates only large differences. Which rows of the table before would you now call equal?
+# A true gain of five points is found by few exams of 50 questions, whatever the test. Pairing helps where two systems agree on most questions, and does not where they do not: the control is the gain for unrelated systems. Two consequences. Compare an adaptation with *its own* base, on the same questions, and keep every answer. And compute the size of the exam before it is held (exercise 14.4); an exam of 96 questions, like ours, separates only large differences. The test is over questions. It knows nothing of another training seed, and over seeds the rows of section 5 change more than that: on three seeds *with questions* minus *SFT* was 11, 46 and 46 points. And a large $p$ does not say *equal*, it says *not separated*.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Does it know when it is wrong?
@@ -961,6 +1002,7 @@ confidence = {"as it is": plain_confidence, "scaled": scaled_confidence}  # of t
 
 # %%
 from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_auc_score
 
 
 def bins_of(confidence: np.ndarray, is_right: np.ndarray, number: int = 10) -> list[tuple[float, float, int]]:
@@ -994,7 +1036,7 @@ lesson.claim("one temperature, chosen on other questions, lowers the calibration
              errors["as it is"] - errors["scaled"], at_least=0.05)  # fmt: skip
 
 # %% [markdown]
-# A temperature below 1 says that the base model is right more often than it believes: it is too unsure, which is the less common fault. The model that read on has hardly anything to correct, and is right less often. So calibration is not quality; it only says how far a confidence can be taken at its word.
+# A temperature below 1 says that the base model is right more often than it believes: it is too unsure, which is the less common fault. The model that read on is too sure by some points, and one temperature takes back only a part: the fit raises the probability of the *right* answers, which this model mostly does not give. So a temperature repairs one kind of fault, and calibration is not quality; it only says how far a confidence can be taken at its word.
 #
 # **Answer less, err less.** Let the system pass on what it is least sure of. *Coverage* is the share that it answers.
 
@@ -1004,10 +1046,10 @@ coverage = np.arange(1, len(ranked) + 1) / len(ranked)
 kept_right = ranked.cumsum() / np.arange(1, len(ranked) + 1)
 shuffled = np.random.default_rng(seed).permutation(ranked)
 by_chance = shuffled.cumsum() / np.arange(1, len(ranked) + 1)
-figure = plots.curve({"by confidence": (coverage[9:], kept_right[9:]), "by chance": (coverage[9:], by_chance[9:])},
+figure = plots.curve({"by confidence": (coverage[9:], kept_right[9:])}, references={"of all": ranked.mean()},
                      title="The surest answers are right far more often", xlabel="share of questions answered",
                      ylabel="right among these", percent=True)  # fmt: skip
-plots.show(figure, alt="Right answers over coverage: by confidence the line falls from high; by chance it is flat.")
+plots.show(figure, alt="Right answers over coverage: by confidence the line falls from high to the share of all.")
 half = len(ranked) // 2
 lesson.claim("passing on the least sure half raises the share of right answers by at least 15 points",
              kept_right[half - 1] - ranked.mean(), at_least=0.15,
@@ -1029,9 +1071,13 @@ right_in = {name: np.array([text == q.answer for text, q in zip(given, ward, str
 show_table({f"{name}, {group}": [share(right_in[name][where].tolist()), f"{sure_of[name][where].mean():.0%}"]
             for name in ("with questions", "SFT") for group, where in asked_in.items()},
            ["right", "mean confidence"])  # fmt: skip
+for name in ("with questions", "SFT"):
+    is_told = np.arange(len(ward)) < len(medicine)
+    print(f"{name}: area under the ROC curve of the confidence, told against not told: "
+          f"{roc_auc_score(is_told, sure_of[name]):.2f} (0.5 is chance)")  # fmt: skip
 
 # %% [markdown]
-# Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Compare the two rows of each system: where they hardly differ, no threshold on the confidence can tell knowledge from a guess.
+# Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Two means may hide a lot, so look at the area under the curve: near one half, no threshold can tell knowledge from a guess.
 #
 # **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it. A question that is *passed on* costs something too: somebody must look it up. Here it costs 1; an answer that is no sign, herb or dose at all costs the same, because anyone sees it.
 
@@ -1054,6 +1100,10 @@ def harm(question: Question, text: str) -> float:
 
 choose = np.arange(len(ward)) % 4 < 2  # every other fact, with both of its wordings
 rows, harm_of = {}, {}
+for name, pick in {"least harmful constants": min, "random values": np.mean}.items():
+    of_kinds = [pick([np.mean([harm(q, value) for q in ward if q.about["relation"] == kind])
+                      for value in READABLE[kind]]) for kind in MEDICINE]  # fmt: skip
+    rows[name] = ["-", f"{100 * np.mean(of_kinds):.0f}", "-", "100%"]
 for name, given in replies_of.items():
     harms, sure = np.array([harm(*pair) for pair in zip(ward, given, strict=True)]), sure_of[name]
     limits = np.append(np.unique(sure[choose]), 2.0)
@@ -1068,7 +1118,7 @@ lesson.claim("the model that was asked about others only does at least a fifth m
              harm_of["questions on others"][0], at_least=1.2, control=harm_of["questions on others"][1])  # fmt: skip
 
 # %% [markdown]
-# Read the table from the top. The model that was only told answers nothing right, and does no harm beyond that of passing everything on (100): anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than if it had never been switched on, because it has learned to sound like medicine. Ranked by right answers it would be the better of the two. Hold fine-tuning, too, against the hundred of passing everything on. A threshold on the confidence, chosen on other facts, takes back most of the harm of the model that was asked about others, by answering almost nothing; where the confidence says more, it lets more through. It is chosen on few questions, so do not expect a gain in every row.
+# The first two rows are floors: whoever says the least harmful constant of each kind, or any value of the right kind. Passing on every question costs 100, by definition; so does the model that was only told, since anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than doing nothing: its wrong answers are real herbs and doses, so nobody sees that they are wrong. Ranked by right answers it would be better than the first. Compare the other systems with 100, too. With passing, by a threshold chosen on other facts, only a system below 100 is worth being switched on, and by how much is in the table. The threshold rests on few questions, so do not expect a gain in every row.
 #
 # The costs are ours, and another table of costs gives another order. That is why they are written down first.
 
@@ -1096,7 +1146,7 @@ def check_equal_size_error(equal_size_error):
                  equal_size_error(sure, hit, 2), (abs(0.15 - 0.5) + abs(0.925 - 0.5)) / 2)  # fmt: skip
     expect_close("the same in 4 bins", equal_size_error(sure, hit, 4), (0.1 + 0.8 + 0.1 + 0.95) / 4)
     expect_close("too sure here, too unsure there, 3 answers in 2 bins",
-                 equal_size_error([0.1, 0.3, 0.8], [True, True, False], 2), (2 * 0.8 + 0.8) / 3)  # fmt: skip
+                 equal_size_error([0.1, 0.3, 0.6], [True, True, False], 2), (2 * 0.8 + 0.6) / 3)  # fmt: skip
     crowded = [0.91, 0.92, 0.93, 0.94]
     expect_close("all answers nearly as sure", equal_size_error(crowded, [True, True, False, False], 2),
                  (0.085 + 0.935) / 2)  # fmt: skip
@@ -1413,24 +1463,27 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Start with the exam, then the cheapest thing: prompt, then retrieval, then training. For continued pretraining `trl` takes raw text as it is; the loss is the one you checked in section 3.
+# Start with the exam, then the cheapest thing: prompt, then retrieval, then training. For continued pretraining `trl` takes a column `text`; the loss is the one you checked in section 3. Each file is one document, and `wrapped` cuts long ones into rows, where the default would cut their ends off.
 #
 # ```python
 # from datasets import concatenate_datasets, load_dataset
 # from peft import LoraConfig
 # from trl import SFTConfig, SFTTrainer
 #
-# field = load_dataset("text", data_files="field/*.txt", split="train")
+# field = load_dataset("text", data_files="field/*.txt", split="train", sample_by="document")
 # old = load_dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train[:1%]").select_columns(["text"])
 # trainer = SFTTrainer(
 #     "Qwen/Qwen2.5-0.5B",
-#     SFTConfig("build/field", packing=True, max_length=2048, learning_rate=2e-4, warmup_steps=50, report_to="none"),
+#     SFTConfig("build/field", packing=True, packing_strategy="wrapped", max_length=2048, learning_rate=2e-4,
+#               warmup_steps=50, report_to="none"),
 #     train_dataset=concatenate_datasets([field, old]).shuffle(seed=0),
-#     peft_config=LoraConfig(r=64, target_modules="all-linear"),
+#     peft_config=LoraConfig(r=64, lora_alpha=128, target_modules="all-linear"),
 # )
+# trainer.train()
+# trainer.save_model()
 # ```
 #
-# Choose how much of `old` by tokens, not by documents. Measure before and after, with the same harness: `lm_eval --model hf --model_args pretrained=build/field --tasks mmlu,gsm8k`, and your own exam beside it, whose wordings are in no training text. `--log_samples` keeps each answer, which the paired test needs.
+# Choose how much of `old` by tokens, not by documents. Measure before and after, with the same harness: `lm_eval --model hf --model_args pretrained=Qwen/Qwen2.5-0.5B,peft=build/field --tasks mmlu,gsm8k`, and your own exam beside it, whose wordings are in no training text. `--log_samples` keeps each answer, which the paired test needs.
 #
 # | here | a real field |
 # |---|---|

@@ -35,6 +35,7 @@ WRONG = {
         ("np.argsort(sure, kind=\"stable\")", "np.arange(len(sure))"),
         ("len(part) * abs", "abs"),
         ("sum(gaps) / len(sure)", "max(gaps)"),
+        ("sum(gaps) / len(sure)", "np.mean([abs(sure[p].mean() - hit[p].mean()) for p in parts if len(p)])"),
     ],
     "14.2": [
         ("total += len(document)", "total += 1"),
