@@ -33,6 +33,7 @@ class Job:
     output: Path
     started: float = field(default_factory=time.monotonic)
     children: set[psutil.Process] = field(default_factory=set)  # every process ever seen below the worker
+    resident: int = 0  # bytes, the most that they held together, what they share counted for each
 
 
 def start(
@@ -76,14 +77,13 @@ def start(
 
 def sample_memory(job: Job) -> None:
     """Look at the processes below the worker, and remember them and the most memory they held together."""
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
         job.children.update(children := psutil.Process(job.worker.pid).children(recursive=True))
-        resident = 0
-        for child in children:
-            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                memory = child.memory_full_info()
-                resident += getattr(memory, "pss", memory.rss)  # Linux counts what several share only once
-        job.row.gib = max(job.row.gib, resident / 2**30)
+        resident = sum(child.memory_info().rss for child in children)
+        if resident > job.resident:  # what several processes share is counted once, where Linux says so: that is slow
+            job.resident = resident
+            memory = [child.memory_full_info() for child in children]
+            job.row.gib = max(job.row.gib, sum(getattr(each, "pss", each.rss) for each in memory) / 2**30)
 
 
 def stop(job: Job) -> None:
