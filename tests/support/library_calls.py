@@ -20,6 +20,7 @@ from pathlib import Path
 
 import peft
 import transformers
+from datasets.packaged_modules.text.text import TextConfig
 from IPython.core.inputtransformer2 import TransformerManager
 from torch import nn
 
@@ -47,6 +48,7 @@ BEHIND: dict[str, tuple[list[Callable], list[str]]] = {
     "AutoConfig.from_pretrained": ([transformers.PreTrainedConfig.from_pretrained], ["trust_remote_code"]),
     "AutoConfig.for_model": ([transformers.LlamaConfig, transformers.MixtralConfig, transformers.Qwen3MoeConfig], []),
     "TokenizersBackend": ([], ["tokenizer_object", "eos_token", "pad_token", "extra_special_tokens"]),
+    "load_dataset": ([TextConfig], []),
     "GenerationMixin.generate": ([transformers.GenerationConfig], ["attention_mask"]),
     "GenerationConfig": ([], list(vars(transformers.GenerationConfig()))),
 }
