@@ -1316,7 +1316,8 @@ def one_process() -> list[Tensor]:
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest difference of two lists of tensors, as a share of the largest number."""
-    difference = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs, strict=True)
+    difference = max(((a - b).abs().max().item() for a, b in pairs if a.numel()), default=0.0)  # an expert may idle
     return difference / max(tensor.abs().max().item() for tensor in theirs)
 
 
@@ -2222,7 +2223,8 @@ for clip, each in damage.items():
 places = [STEPS // 3, STEPS // 2, STEPS * 2 // 3]
 print("norm of the gradient at the broken batches", [f"{bad.norms[place]:.0f}" for place in places],
       f"and usually {np.median(bad.norms):.1f} (one clipped run)")  # fmt: skip
-parts = [1 - clipped / plain for plain, clipped in zip(damage[math.inf], damage[1.0], strict=True)]
+parts = [1 - clipped / plain if plain else math.nan
+         for plain, clipped in zip(damage[math.inf], damage[1.0], strict=True)]  # fmt: skip
 print("part of the damage that clipping saves:", ", ".join(f"{part:.0%}" for part in parts))
 saved = np.mean(damage[math.inf]) - np.mean(damage[1.0])
 lesson.claim("clipping saves part of what broken batches cost, in nats", saved, at_least=0.05)
