@@ -1316,9 +1316,10 @@ def one_process() -> list[Tensor]:
 
 def largest(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest difference of two lists of tensors, as a share of the largest number."""
-    pairs = zip(ours, theirs, strict=True)
-    difference = max(((a - b).abs().max().item() for a, b in pairs if a.numel()), default=0.0)  # an expert may idle
-    return difference / max(tensor.abs().max().item() for tensor in theirs)
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.numel()]  # an expert that no row chose has none
+    if not pairs:
+        return 0.0
+    return max((a - b).abs().max().item() for a, b in pairs) / max(b.abs().max().item() for _, b in pairs)
 
 
 # %% [markdown]
