@@ -14,9 +14,6 @@ LEDGER = read_ledger()
 EXCEPTIONS = read_exceptions(LEDGER)
 # These await their revision, or the rest of their seeds.
 FEW_SEEDS = (*WITHOUT_CORE_AND_QUIZ, "11_advanced_pretraining", "13_analysis_and_theory", "14_domain_adaptation")
-    *WITHOUT_CORE_AND_QUIZ,
-    *(name for name in LEDGER if name[:2] in ("11", "12", "13", "14")),
-)  # these await their revision, or their other seeds
 NOTEBOOKS = {path.stem: path for path in select_notebooks()}
 
 
