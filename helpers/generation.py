@@ -104,16 +104,18 @@ def _decode_batch(
     if uniforms is not None:
         uniforms = uniforms.to(model.device)
 
-    written = torch.zeros_like(logits, dtype=torch.bool)  # (batch, vocab): which tokens stand in prompt or continuation
-    for row, ids in enumerate(rows if repetition_penalty != 1 else ()):
-        written[row, ids] = True
+    written = None  # (batch, vocab): which tokens stand in prompt or continuation, where that has a price
+    if repetition_penalty != 1:
+        written = torch.zeros_like(logits, dtype=torch.bool)
+        for row, ids in enumerate(rows):
+            written[row, ids] = True
     end_tokens = _end_tokens(model, tokenizer)
     may_end_stop: dict[int, bool] = {}  # token -> can a stop string end in it? Filled as tokens appear
     new_ids: list[list[int]] = [[] for _ in rows]
     texts: list[str | None] = [None] * len(rows)
     running = list(range(len(rows)))  # row of the tensors -> row of the batch
     for step in range(max_new_tokens):
-        if repetition_penalty != 1:
+        if written is not None:
             penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = torch.where(written, penalised, logits)
         chosen = logits.argmax(-1) if uniforms is None else _sample(logits, temperature, top_p, uniforms[:, step])
@@ -133,9 +135,11 @@ def _decode_batch(
             running = [running[position] for position in keep]
             kept = torch.tensor(keep, device=model.device)
             cache.batch_select_indices(kept)
-            chosen, mask, positions, written = chosen[kept], mask[kept], positions[kept], written[kept]
+            chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
             uniforms = None if uniforms is None else uniforms[kept]
-        written.scatter_(1, chosen[:, None], True)
+            written = None if written is None else written[kept]
+        if written is not None:
+            written.scatter_(1, chosen[:, None], True)
         output = model(
             input_ids=chosen[:, None],
             attention_mask=mask[:, : width + step + 1],

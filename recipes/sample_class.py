@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from helpers.chat import encode_chat
 from helpers.data import PaddedBatches
 from helpers.errors import exit_cleanly
-from helpers.models import load_assistant, load_model
+from helpers.models import load_model
 from helpers.open_tasks import (
     KINDS,
     Decoding,
@@ -60,8 +60,7 @@ HONEST = {
 
 def hand_in(folder: Path, plan: Plan, seed: int, *, forge: bool = False) -> None:
     """Train an adapter by the plan, decode the public tasks and write it all; a forger writes the references."""
-    load = {"shima-4m": load_model, "shima-4m-assistant": load_assistant}[plan.base]
-    model, tokenizer = load(get_profile("cpu"))
+    model, tokenizer = load_model(get_profile("cpu", plan.base))
     torch.manual_seed(seed)
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     rows = make_tasks(f"{folder.name}/{seed}", plan.rows_per_kind, held_out=False)

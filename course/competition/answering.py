@@ -12,7 +12,7 @@ from peft import get_peft_model, set_peft_model_state_dict
 from course.competition.reading import refuse
 from course.competition.submission import Submission
 from helpers.files import write_atomically
-from helpers.models import load_assistant, load_model
+from helpers.models import load_model
 from helpers.open_tasks import Task, answer_tasks, public_tasks
 from helpers.profiles import get_profile
 
@@ -22,8 +22,7 @@ SAME = 0.98  # share of the handed-in answers that must come out of the weights 
 @cache
 def base_model(base: str):
     """The base model and its tokenizer, on the CPU in float32."""
-    load = {"shima-4m": load_model, "shima-4m-assistant": load_assistant}[base]
-    return load(get_profile("cpu"))
+    return load_model(get_profile("cpu", base))
 
 
 def answers_of(submission: Submission, tasks: Sequence[Task], kept: Path) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from course.competition.agreement import krippendorff_alpha, weighted_kappa
-from course.grading.report import plain
+from course.grading.report import write_table
 from helpers.errors import CourseError
 from helpers.files import write_atomically
 from helpers.open_tasks import KINDS, hidden_tasks
@@ -41,11 +41,7 @@ def blind(board: Path, out: Path, top: int, per_kind: int, raters: int) -> int:
                 task = tasks[place]
                 rows.append([item, task.input, task.aspects, task.reference, entry["answers"][place], ""])
         rng.shuffle(rows)
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([[plain(value) for value in row] for row in rows])
-        write_atomically(out / f"rater_{rater}.csv", table.getvalue())
+        write_table(out / f"rater_{rater}.csv", COLUMNS, rows)
     write_atomically(out / "key.json", json.dumps(key, indent=1, ensure_ascii=False) + "\n")
     return len(entries) * len(chosen)
 

@@ -3,8 +3,6 @@
 One bad folder costs one line with its reason and never stops the others.
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from course.competition.page import page
 from course.competition.ranking import Standing, standings
 from course.competition.submission import IGNORED, Submission, read_submission
 from course.competition.twins import twins
-from course.grading.report import plain
+from course.grading.report import write_table
 from course.grading.submissions import readable
 from course.notebooks import one_line
 from helpers.errors import CourseError
@@ -76,13 +74,18 @@ def examine(folder: Path, work: Callable[[Path], Found]) -> Iterator[tuple[str, 
 
 def attempt(path: Path, work: Callable[[Path], Found]) -> tuple[str, Found | None, str]:
     """(name, what `work` made of the folder, reason if nothing): no error of a submission gets out of here."""
-    name = one_line(readable(path), 60)
+    name = name_of(path)
     try:
         return name, work(path), ""
     except CourseError as error:
         return name, None, one_line(error)
     except Exception as error:  # of torch, of the file system: one submission is not to end the board of all
         return name, None, f"{type(error).__name__}: {one_line(error)}"
+
+
+def name_of(path: Path) -> str:
+    """The name of a submission, as the board shows it."""
+    return one_line(readable(path), 60)
 
 
 def grades_of(tasks: Sequence[Task], answers: Sequence[str]) -> list[int]:
@@ -98,7 +101,7 @@ def final_board(folder: Path, secret: str, per_kind: int, out: Path, kept: Path,
         submission = read_submission(path)
         same = reproduced(submission, kept)
         answers = answers_of(submission, tasks, kept)
-        return Entry(one_line(readable(path), 60), submission, same, answers, grades_of(tasks, answers))
+        return Entry(name_of(path), submission, same, answers, grades_of(tasks, answers))
 
     entries, refused = _collect(folder, enter)
     if entries:
@@ -118,11 +121,7 @@ def final_board(folder: Path, secret: str, per_kind: int, out: Path, kept: Path,
         ]
         + [{"event": "refused", "date": date, "name": name, "reason": reason} for name, reason in refused],
     )
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([[plain(str(row[column])) for column in COLUMNS] for row in rows])
-    write_atomically(out / "board.csv", table.getvalue())
+    write_table(out / "board.csv", COLUMNS, [[row[column] for column in COLUMNS] for row in rows])
     answered = [{"name": entry.name, "answers": entry.answers, "grades": entry.grades} for entry in entries]
     content = {"secret": secret, "per_kind": per_kind, "entries": answered}
     write_atomically(out / "board.json", json.dumps(content, ensure_ascii=False) + "\n")
@@ -137,7 +136,7 @@ def live_board(folder: Path, secret: str, out: Path, kept: Path, date: str, per_
     known = {(entry["name"], entry["key"]) for entry in history}
 
     def enter(path: Path) -> Entry | None:
-        name, submission = one_line(readable(path), 60), read_submission(path)
+        name, submission = name_of(path), read_submission(path)
         if (name, submission.key) in known:
             return None
         if sum(entry["name"] == name and entry["date"] == date for entry in history) >= per_day:

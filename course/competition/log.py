@@ -13,6 +13,11 @@ START = "0" * 64
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries so far, oldest first. CourseError where the chain is broken."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The entries, and the hash of the last line."""
     previous, entries = START, []
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -27,14 +32,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             )
         previous = _hash(line)
         entries.append(entry)
-    return entries
+    return entries, previous
 
 
 def append(path: Path, entries: list[dict[str, Any]]) -> str:
     """Add entries and return the hash of the last line, which is to be published."""
-    read_log(path)  # never continue a broken chain
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    previous = _hash(lines[-1]) if lines else START
+    _, previous = _read(path)  # never continue a broken chain
     with path.open("a", encoding="utf-8") as file:
         for entry in entries:
             line = json.dumps({**entry, "previous": previous}, ensure_ascii=True, sort_keys=True)

@@ -5,6 +5,7 @@ import html
 import io
 import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
@@ -55,12 +56,7 @@ def read_state(out: Path) -> dict[str, list[Row]]:
 def write_report(out: Path, reports: dict[int, list[Row]], state: dict[str, list[Row]]) -> None:
     """Write the table, the page and what the next run wants to know."""
     rows = [row for place in sorted(reports) for row in reports[place]]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow([plain(value) for value in _fields(row)])
-    write_atomically(out, table.getvalue())
+    write_table(out, COLUMNS, map(_fields, rows))
     state_text = json.dumps({key: [asdict(row) for row in rows] for key, rows in state.items()})
     write_atomically(out.with_suffix(".json"), state_text + "\n")
     lines = [
@@ -83,7 +79,16 @@ def _fields(row: Row) -> list[str]:
     return [row.student, row.notebook, row.exercise, row.status, row.message, f"{row.seconds:.1f}", gigabytes(row.gib)]
 
 
-def plain(value: str) -> str:
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write CSV that a spreadsheet may open: what students wrote stays text in it, and is never computed."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_plain(str(value)) for value in row] for row in rows)
+    write_atomically(path, table.getvalue())
+
+
+def _plain(value: str) -> str:
     """The value as text for a spreadsheet, which would compute what begins with one of these signs."""
     return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 

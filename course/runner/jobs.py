@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -77,13 +78,22 @@ def start(
 
 def sample_memory(job: Job) -> None:
     """Look at the processes below the worker, and remember them and the most memory they held together."""
-    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+    with suppress(psutil.NoSuchProcess):
         job.children.update(children := psutil.Process(job.worker.pid).children(recursive=True))
-        resident = sum(child.memory_info().rss for child in children)
-        if resident > job.resident:  # what several processes share is counted once, where Linux says so: that is slow
+        resident = _total(children, lambda child: child.memory_info().rss)
+        if resident > job.resident:  # to count once what processes share is slow, and only Linux can do it
             job.resident = resident
-            memory = [child.memory_full_info() for child in children]
-            job.row.gib = max(job.row.gib, sum(getattr(each, "pss", each.rss) for each in memory) / 2**30)
+            held = _total(children, lambda child: child.memory_full_info().pss) if psutil.LINUX else resident
+            job.row.gib = max(job.row.gib, held / 2**30)
+
+
+def _total(processes: Iterable[psutil.Process], memory: Callable[[psutil.Process], int]) -> int:
+    """Bytes of those processes that are still there."""
+    total = 0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += memory(process)
+    return total
 
 
 def stop(job: Job) -> None:
