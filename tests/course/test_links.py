@@ -24,9 +24,9 @@ OTHER = "ada-l/LLM_course.2"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The course without its data in a folder of its own, with its first and last notebooks and their twins."""
+    """The course without its models in a folder of its own, with its first and last notebooks and their twins."""
     folder = tmp_path_factory.mktemp("links") / "original"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("build", "runs", "data", ".*", "__pycache__"))
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("build", "runs", "*.safetensors", ".*", "__pycache__"))
     for path in select_notebooks(folder / "notebooks")[1:-1]:
         path.unlink()
         twin(path).unlink(missing_ok=True)

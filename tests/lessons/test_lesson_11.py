@@ -233,7 +233,11 @@ def test_all_ways_to_share_out_the_work_also_hold_on_four_processes(tmp_path: Pa
     for way, each in found.items():
         assert len(each) == 4, way
         for row in each:
-            assert row["to one process"] < 1e-12 and row["to torch"] < 1e-12, way
+            assert row["to one process"] < 1e-12, way
+            if way in ("context_parallel", "expert_parallel"):  # torch has no way of its own for these
+                assert "to torch" not in row, way
+            else:
+                assert row["to torch"] < 1e-12, way
             assert row["bytes sent"] == row["bytes by formula"], way
 
 
