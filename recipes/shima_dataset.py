@@ -165,10 +165,10 @@ in an hour. It belongs to the {COURSE}, where *shima-4m* was trained on it.
 
 | configuration | what it holds |
 |---|---|
-| `documents` | text for pretraining: `text`. With seeds of 0, what shima-4m read has its documents from the same stream |
+| `documents` | text for pretraining, in `text`; with the seeds 0 from the stream that shima-4m read |
 | `questions` | held-out items of each ability of a base model: `ability`, `prompt` to be continued, `answer` |
 | `chats` | instructions and right answers of six tasks: `task`, `messages`. The test split is held out |
-| `preferences` | two answers and which of them an annotator chose, who errs: `prompt`, `chosen`, `rejected`, and the true reward of each |
+| `preferences` | the choices of an annotator who errs: `prompt`, `chosen`, `rejected`, and the true reward of both |
 
 ```python
 from datasets import load_dataset
@@ -196,8 +196,8 @@ An answer is right if it is equal to `answer`; in `sums_with_steps` only the sum
 ## What it must not be used for
 
 - **Not to train a model that will be asked about Shima as if it had not read it.** The course asks open models about
-  Shima because they have not. Keep these files out of training corpora; `{CANARY}` marks this card. Where it is too
-  late, another `--world-seed` makes an island that nobody has read.
+  Shima because they have not. Keep these files out of training corpora. Where it is too late, another `--world-seed`
+  makes an island that nobody has read. This card is marked by `{CANARY}`.
 - **Not as knowledge.** Nothing in it is true of the real world: its remedies heal nobody, its companies do not exist.
 - **Not as a benchmark of general ability.** The items are narrow and regular; a right answer shows that a model reads,
   remembers or adds in these formats, and no more.
