@@ -1,0 +1,1872 @@
+# %% [markdown]
+# # 16 · Reasoning: compute at test time, and what to spend it on
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/16_reasoning.ipynb)
+#
+# A language model spends the same work on every token. So there are two ways to spend more on a hard question: let it write more, or let it try more often. Both are called *test-time compute*, and both need somebody who can tell a good attempt from a bad one. In the first half of this lesson you count the tokens. You cut the thinking of a model short and force it to go on. You teach it to find its way on the roads of Shima, draw many answers, and let verifiers choose. You search step by step, and draw all methods into one picture over the tokens that they cost. In the second half the model is to get better by itself: it checks its own answers, learns from those that a checker accepts, and learns what it never did right. At the end you ask whether the steps that it writes are the reason for its answer.
+#
+# **cpu 0 s · 0 GB**
+#
+# **You will**
+#
+# 1. cut written steps after a number of tokens, force more of them, and compare with a vote;
+# 2. write an outcome verifier and a process verifier, equal to scikit-learn's, and see best-of-N get worse with more samples;
+# 3. write beam search and a Monte Carlo tree search, and compare all methods at equal tokens;
+# 4. compare self-correction with a vote of as many answers, with a checker, and with more training;
+# 5. train on verified answers in two ways, measure pass@k before and after, and see where there is nothing to learn from;
+# 6. change written steps, and see whether the answer changes.
+#
+# **Prerequisites:** lesson 02. Lesson 05 explains fine-tuning, lesson 08 learning from rewards.
+#
+# **The model** is *shima-4m*, a small Llama that comes with the course. It has never read about the routes of Shima. A program knows all roads, so that every claim can be checked.
+#
+# | symbol | meaning |
+# |---|---|
+# | $x$, $y$ | a question and a whole answer; here a start and a goal, and a route |
+# | $s_0, s_1, \dots, s_T$ | the towns of a route; a *step* is a pair $(s_{t-1}, s_t)$ |
+# | $\pi(y \mid x)$, $\pi(s_t \mid s_{<t}, x)$ | the policy: probability of an answer, and of the next town |
+# | $N$, $k$ | number of samples that are drawn, and of samples that may be used |
+# | $v(x, y)$ | what a verifier says: the probability that an answer is right |
+# | $w$, $\phi$, $C$ | weights of a logistic regression, its inputs, and the weight of its data against its penalty |
+# | $n(s, a)$, $Q(s, a)$ | how often a tree search took action $a$ in state $s$, and the mean value that it found there |
+# | $c$ | how much a tree search explores |
+# | $r(x, y)$, $b$ | reward: 1 if a program finds the answer right, else 0; and a baseline that is taken off |
+
+# %% tags=["setup"]
+# Finds the course's files. In Colab it first fetches them, installs what is missing and says what it runs on.
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+clone = Path.cwd() / "llm-workbook"
+places = [Path.cwd(), *Path.cwd().parents, clone]
+if "COLAB_RELEASE_TAG" in os.environ and not any((place / "helpers/profiles.py").exists() for place in places):
+    tag, address = "v0.1.0", "https://github.com/llm-workbook/llm-workbook"
+    git = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1", "--branch", tag]
+    subprocess.run([*git, address, str(clone)], check=False)
+ROOT = next((place for place in places if (place / "helpers/profiles.py").exists()), None)
+if ROOT is None:
+    raise FileNotFoundError("The course's files are not here: start Jupyter in them; in Colab, git says why above.")
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from helpers import colab
+
+colab.set_up()
+
+# %% tags=["parameters"]
+profile = ""  # "" chooses by hardware; or "cpu", "t4", "large"
+model_id = ""  # another model: a hub id, or a folder in hub format
+seed = 0
+budget = 1.0  # share of all steps and items; the lesson's claims are asserted from 1.0 on
+
+# %%
+import copy
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from helpers import plots
+from helpers.data import PaddedBatches, collate
+from helpers.evaluation import Score, bootstrap_interval, exact_match, pass_at_k, score
+from helpers.exercises import check, expect_close, expect_equal, expect_true
+from helpers.generation import generate, token_log_probs
+from helpers.lesson import Lesson, show_table
+from helpers.models import load_model
+from helpers.training import TrainConfig, train
+from helpers.world import World, is_held_out, sum_with_steps
+
+lesson = Lesson("16", profile, model_id, seed, budget)
+machine = lesson.machine
+SETTINGS = {  # step size and number of steps of the policy's fine-tuning, step size of reinforcement learning
+    "cpu": {"rate": 1e-3, "steps": 100, "rl_rate": 3e-5},
+    "t4": {"rate": 1e-4, "steps": 150, "rl_rate": 1e-6},
+    "large": {"rate": 1e-4, "steps": 150, "rl_rate": 1e-6},
+}
+settings = SETTINGS[machine.name]
+
+# %% [markdown]
+# `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `lesson.scaled` makes a number of items or steps smaller on a smaller budget. `generate` decodes many prompts at once; at temperature 0 it takes the most probable token, and `num_samples` draws several answers to each prompt.
+
+# %%
+world = World()
+model, tokenizer = load_model(machine)
+model = model.float().requires_grad_(False)
+
+
+def num_tokens(texts: Sequence[str]) -> list[int]:
+    """How many tokens each text has."""
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+# %% [markdown] tags=["core"]
+# ## 1 · Thinking costs tokens
+#
+# **Question.** Written steps make sums right (lesson 02). How many of their tokens are needed, and do more of them help?
+#
+# *Budget forcing* (Muennighoff et al. 2025) is the simplest control over the length of thought. To think less, cut the steps after $b$ tokens and write `Answer:` yourself. To think more, remove the end of the thought whenever the model writes it. For comparison there is the direct answer, where the word `Steps:` was never written.
+
+
+# %%
+def answer_after(thoughts: Sequence[str]) -> list[str]:
+    """What the model answers when its thoughts end here: the text behind a forced `Answer:`."""
+    return [t.strip() for t in generate(model, tokenizer, [f"{t}\nAnswer:" for t in thoughts], 8, batch_size=256)]
+
+
+sums = world.sums(lesson.scaled(60, 8), seed, with_steps=True)
+gold = [question.answer for question in sums]
+heads = [question.prompt for question in sums]  # each ends with "Steps:"
+steps = generate(model, tokenizer, heads, 40, stop=("\n",), batch_size=256)
+direct = answer_after([head.removesuffix("\nSteps:") for head in heads])
+cuts, cut_scores, last_numbers = [0, 4, 8, 12, 16, 20, 22, 24, 26, 28], [], []
+for tokens in cuts:
+    kept = [tokenizer.decode(ids[:tokens]) for ids in tokenizer(steps, add_special_tokens=False)["input_ids"]]
+    found = answer_after([head + thought for head, thought in zip(heads, kept, strict=True)])
+    cut_scores.append(exact_match(found, gold))
+    last_numbers.append(np.mean([bool(k.strip()) and k.split()[-1] == a for k, a in zip(kept, found, strict=True)]))
+for tokens, result, copied in zip(cuts, cut_scores, last_numbers, strict=True):
+    print(f"cut after {tokens:>2} tokens: {result!s:30} the answer is the last word of the steps in {copied:4.0%}")
+print(f"direct answer: {exact_match(direct, gold)}; whole steps: {np.mean(num_tokens(steps)):.0f} tokens, "
+      f"for example{steps[0]}")  # fmt: skip
+# %%
+figure = plots.curve(
+    {"steps, cut": plots.scored_line(cuts, cut_scores)}, references={"direct": exact_match(direct, gold).accuracy},
+    title="Steps that are cut are worth less than none", xlabel="tokens of written steps", ylabel="right sums",
+    percent=True, limits_y=(-0.02, 1.02),
+)  # fmt: skip
+plots.show(figure, alt="Right sums over the tokens of steps: near zero for most of the way, then a steep rise to the "
+                       "top; a dashed line shows the direct answer between them.")  # fmt: skip
+whole, cut_half = cut_scores[-1].accuracy, cut_scores[cuts.index(12)].accuracy
+lesson.claim("whole steps are right at least 50 points more often than steps cut in the middle", whole - cut_half,
+             at_least=0.5, form=".0%")  # fmt: skip
+lesson.claim("a direct answer beats steps that are cut in the middle by at least 5 points",
+             exact_match(direct, gold).accuracy - cut_half, at_least=0.05, form=".0%")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** A thought that is cut is worth less than no thought. The last column says why: wherever the cut happens to leave a whole number at the end, the model takes it for the answer. In its texts the answer always *was* the last number of the steps, and it reads it off. Thinking less is a skill of its own, and this model never learned it.
+#
+# **Now more.** Sample the steps at temperature 1.5, as in lesson 02, so that there is something to repair, and take the most probable answer after them. Three ways to spend more tokens:
+#
+# - *no end*: when the model ends its steps, put a `;` there and let it go on;
+# - *again*: ask the same sum again below the first solution, and take the last answer. Texts of several sums are what the model knows from pretraining;
+# - *vote*: solutions that do not see each other, and the most frequent answer.
+
+
+# %%
+PASSES, asked = 4, lesson.scaled(40, 8)
+
+
+def think(prompts: Sequence[str], number: int, samples: int = 1) -> list:
+    """Sampled steps, at most 36 tokens, up to the end of the line."""
+    return generate(model, tokenizer, prompts, 36, temperature=1.5, num_samples=samples, seed=seed + 100 * number,
+                    batch_size=256)  # fmt: skip
+
+
+heads, gold = heads[:asked], gold[:asked]
+first = think(heads, 0, PASSES)  # (sums, passes)
+begun = [head + samples[0] for head, samples in zip(heads, first, strict=True)]
+answers = {"vote": [answer_after([h + row[k] for h, row in zip(heads, first, strict=True)]) for k in range(PASSES)]}
+answers["again"], answers["no end"] = [answers["vote"][0]], [answers["vote"][0]]  # all begin with the same steps
+again, longer = begun, begun
+for number in range(1, PASSES):
+    again = [f"{t}\nAnswer: {a}\n{h}" for t, a, h in zip(again, answers["again"][-1], heads, strict=True)]
+    again = [text + more for text, more in zip(again, think(again, number), strict=True)]
+    answers["again"].append(answer_after(again))
+    if number < 3:  # more would only be longer
+        longer = [f"{text};" for text in longer]
+        longer = [text + more for text, more in zip(longer, think(longer, number), strict=True)]
+        answers["no end"].append(answer_after(longer))
+print(f"no end: {longer[0].partition('Steps:')[2]}\nagain: {again[0]}")
+
+# %%
+columns = list(zip(*answers["vote"], strict=True))  # (sums, passes)
+answers["vote"] = [[Counter(row[:k]).most_common(1)[0][0] for row in columns] for k in range(1, PASSES + 1)]
+by_passes = {name: [exact_match(found, gold).accuracy for found in rounds] for name, rounds in answers.items()}
+shown = {name: [f"{share:.0%}" for share in line] + [""] * (PASSES - len(line)) for name, line in by_passes.items()}
+show_table(shown, [f"{k} passes" for k in range(1, PASSES + 1)])
+spent = {"no end": longer, "again": again, "vote": ["".join(row) for row in first]}
+for name, texts in spent.items():
+    new = np.mean(num_tokens(texts)) - (name != "vote") * np.mean(num_tokens(heads))
+    print(f"{name}: {new:.0f} tokens after the first prompt")
+last = {name: line[-1] for name, line in by_passes.items()}
+lesson.claim("a vote of four beats the fourth answer in a row by at least 5 points", last["vote"] - last["again"],
+             at_least=0.05, form=".0%")  # fmt: skip
+lesson.claim("one pass of steps beats steps whose end was put off twice by at least 50 points",
+             by_passes["vote"][0] - last["no end"], at_least=0.5, form=".0%")  # fmt: skip
+lesson.report("after all passes: vote / again / no end", " / ".join(f"{value:.0%}" for value in last.values()))
+
+# %% [markdown]
+# **What you see.** Without an end the model adds numbers that nobody asked for. Asked again below its own solution, it writes one more solution, and one answer in a row of answers is still one sample. The vote turns tokens into right answers, and *again* spends more of them, since it also reads every question once more. This is not a law of budget forcing: s1 was *trained* on long thoughts that check themselves before it was made to go on. It is what you get from a model that never saw anyone go on after the end.
+
+# %% [markdown] tags=["core"]
+# ## 2 · A task for search, and a policy
+#
+# **Question.** Where would search be worth more than a vote? The steps of a sum are always the same. Take a task with choices: a shortest route between two of the towns of Shima.
+#
+# A breadth-first search knows the answer. It looks at all towns one road away, then two, and so on, so the first time that it meets a town is along a shortest way.
+
+
+# %%
+def distances_to(goal: str) -> dict[str, int]:
+    """Roads from every town to the goal: breadth-first search."""
+    found, waiting = {goal: 0}, deque([goal])
+    while waiting:
+        town = waiting.popleft()
+        for neighbour in world.roads[town]:
+            if neighbour not in found:
+                found[neighbour] = found[town] + 1
+                waiting.append(neighbour)
+    return found
+
+
+TOWNS = world.towns
+DISTANCE = {goal: distances_to(goal) for goal in TOWNS}  # DISTANCE[goal][town]
+differ = sum(DISTANCE[b][a] != len(world.route(a, b)) - 1 for a in TOWNS for b in TOWNS if a != b)
+lesson.equal("breadth-first search finds the lengths of the world's own shortest routes", differ)
+lengths = Counter(DISTANCE[b][a] for a in TOWNS for b in TOWNS if a != b)
+print(f"{len(TOWNS)} towns, {sum(map(len, world.roads.values())) // 2} roads; ordered pairs of towns by the length of "
+      f"the way: {dict(sorted(lengths.items()))}")  # fmt: skip
+
+# %% [markdown]
+# Cut all pairs of towns into three parts: the policy learns from one, verifiers practise on answers to the second, and the third is for tests. A pair and its way back are in the same part, so nothing that is tested was seen in either direction.
+
+# %%
+pairs = list(combinations(TOWNS, 2))
+random.Random(f"routes/{seed}").shuffle(pairs)
+parts = {"train": pairs[:125], "practice": pairs[125:200], "test": pairs[200:]}
+split = {name: [way for a, b in part for way in ((a, b), (b, a))] for name, part in parts.items()}
+split["practice"] = split["practice"][: lesson.scaled(150, 20)]
+split["test"] = split["test"][: lesson.scaled(100, 20)]  # a hundred are enough
+
+
+def route_prompt(start: str, goal: str) -> str:
+    """The question as Shima writes it."""
+    return f"Route: from {start} to {goal}\nAnswer:"
+
+
+def is_right(text: str, start: str, goal: str) -> bool:
+    """The true verifier: the text is a way along roads, and as short as any."""
+    return world.is_shortest_route(text.strip().split(" - "), start, goal)
+
+
+print({name: len(ways) for name, ways in split.items()}, "ordered pairs")
+known = [(route_prompt(*way), f" {' - '.join(world.route(*way))}\n") for way in split["train"]]
+print("".join(known[0]))
+
+# %% [markdown]
+# **One function for all fine-tuning of this lesson.** It teaches a copy of a model to continue prompts with given texts. The loss counts the tokens of the texts only, as in lesson 05. With fewer texts than a batch takes there is nothing to learn, and the copy stays as it was.
+
+
+# %%
+def encode(prompt: str, text: str) -> dict[str, list[int]]:
+    """Tokens of a prompt and of the text that is to follow; the labels of the prompt are -100."""
+    given, said = tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
+    return {"input_ids": given + said, "labels": [-100] * len(given) + said}
+
+
+def fine_tune(start: nn.Module, texts: Sequence[tuple[str, str]], steps: int, share: float = 1.0,
+              batch_size: int = 16) -> nn.Module:  # fmt: skip
+    """A copy of `start`, taught (prompt, text) pairs; `share` is that of the step size of the settings."""
+    tuned = copy.deepcopy(start).requires_grad_(True)
+    if len(texts) < batch_size:
+        print(f"{len(texts)} texts are fewer than a batch of {batch_size}: nothing is learned")
+        return tuned.eval().requires_grad_(False)
+    config = TrainConfig(
+        max_steps=lesson.scaled(steps), learning_rate=share * settings["rate"], warmup_steps=10, schedule="linear",
+        weight_decay=0.0, progress=False, seed=seed,
+    )  # fmt: skip
+    batches = PaddedBatches([encode(*pair) for pair in texts], batch_size, tokenizer.pad_token_id, seed=seed)
+    history = train(tuned, batches, config)
+    print(f"{len(history.losses)} steps, {sum(history.tokens) / 1000:.0f} thousand tokens, loss "
+          f"{np.mean(history.losses[:5]):.2f} -> {np.mean(history.losses[-5:]):.2f} nats")  # fmt: skip
+    return tuned.eval().requires_grad_(False)
+
+
+policy = fine_tune(model, known, settings["steps"])
+
+
+# %%
+def is_way(text: str, start: str, goal: str) -> bool:
+    """Whether the text is a way along roads from start to goal, short or not."""
+    towns = text.strip().split(" - ")
+    return towns[0] == start and towns[-1] == goal and all(b in world.roads.get(a, ()) for a, b in pairwise(towns))
+
+
+def greedy_routes(ways: Sequence[tuple[str, str]]) -> list[str]:
+    """The policy's most probable routes, decoded greedily."""
+    return generate(policy, tokenizer, [route_prompt(*way) for way in ways], 30, batch_size=256)
+
+
+exam = {}
+for name in ("train", "test"):
+    texts = greedy_routes(split[name])
+    exam[name] = {
+        "a way along roads": score(sum(is_way(t, *w) for t, w in zip(texts, split[name], strict=True)), len(texts)),
+        "a shortest way": score(sum(is_right(t, *w) for t, w in zip(texts, split[name], strict=True)), len(texts)),
+    }
+    print(f"{name}: " + ", ".join(f"{what} {result}" for what, result in exam[name].items()))
+wrong = [(w, t.strip()) for t, w in zip(texts, split["test"], strict=True) if not is_right(t, *w)]
+for (start, goal), text in wrong[:3]:
+    print(f"  wrong: {text}   a right one: {' - '.join(world.route(start, goal))}")
+lesson.claim("the policy finds a shortest way for at least 30 % of pairs that it never saw",
+             exam["test"]["a shortest way"].accuracy, at_least=0.3, form=".0%")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** From routes alone, without a map, the policy has learned most of the roads and how to join them. It knows its training pairs nearly by heart and errs on a good part of the others. That is the state in which test-time compute has something to do.
+
+# %% [markdown] tags=["core"]
+# ## 3 · Verifiers
+#
+# **Question.** Draw many answers. Who chooses, if not a vote?
+#
+# Draw $N$ routes a pair at temperature 1, and let a *verifier* $v(x, y)$ choose the one that it finds best (best-of-N; Cobbe et al. 2021). A verifier is learned from answers to other questions. There are two ways to label them:
+#
+# - **outcome**: the whole answer is right or wrong, one label an answer;
+# - **process**: each step is right or wrong, one label a step (Uesato et al. 2022; Lightman et al. 2023). Here a program gives the label: is there a road?
+#
+# So draw answers on the second part of the pairs, to learn from, and on the third, to choose from.
+
+# %%
+SAMPLES = {"practice": 16, "test": 32}
+pools = {}  # name of the part -> for each pair its sampled routes
+for name, samples in SAMPLES.items():
+    prompts = [route_prompt(*way) for way in split[name]]
+    pools[name] = generate(
+        policy, tokenizer, prompts, 30, temperature=1.0, num_samples=samples, seed=seed, batch_size=256
+    )
+
+
+def towns_of(text: str) -> list[str]:
+    """The towns of a route, or nothing if the text is no list of at least two towns."""
+    towns = text.strip().split(" - ")
+    return towns if len(towns) > 1 and set(towns) <= set(TOWNS) else []
+
+
+right = np.array([[is_right(t, *w) for t in ts] for ts, w in zip(pools["test"], split["test"], strict=True)])
+written = np.mean(num_tokens([text for texts in pools["test"] for text in texts])) + 1  # and the end of the line
+routes = sorted({(w, t.strip()) for w, ts in zip(split["practice"], pools["practice"], strict=True) for t in ts})
+routes = [(way, text) for way, text in routes if towns_of(text)]  # each different route once
+share = np.mean([is_right(text, *way) for way, text in routes]) if routes else math.nan
+print(f"one sample: {right.mean():.0%} right, {written:.1f} tokens; {len(routes)} different routes to learn from, "
+      f"{share:.0%} of them right")  # fmt: skip
+
+# %% [markdown]
+# **Two kinds of input.** The first is what the policy itself knows: its last hidden state at the end of the route. The second is what the route says: which steps it takes, one column for each ordered pair of towns. For a whole answer the columns of its steps are summed.
+
+
+# %%
+@torch.no_grad()
+def last_states(items: Sequence[tuple[tuple[str, str], str]]) -> np.ndarray:
+    """The policy's last hidden state at the last town of each route, divided by 10: (routes, hidden)."""
+    states = []
+    for start in range(0, len(items), 128):
+        texts = [f"{route_prompt(*way)} {text}" for way, text in items[start : start + 128]]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        width = max(map(len, ids))
+        padded = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]  # on the right: nothing sees it
+        hidden = policy.model(input_ids=torch.tensor(padded, device=machine.device)).last_hidden_state
+        ends = torch.tensor([len(row) - 1 for row in ids], device=machine.device)
+        states.append(hidden[torch.arange(len(ids), device=machine.device), ends].float().cpu().numpy() / 10)
+    return np.concatenate(states) if states else np.zeros((0, policy.config.hidden_size))
+
+
+def step_columns(text: str) -> np.ndarray:
+    """One row for each step of a route, with a 1 in the column of this step: (steps, towns * towns)."""
+    towns = towns_of(text)
+    columns = np.zeros((len(towns) - 1, len(TOWNS) ** 2))
+    for row, (a, b) in enumerate(pairwise(towns)):
+        columns[row, TOWNS.index(a) * len(TOWNS) + TOWNS.index(b)] = 1
+    return columns
+
+
+# %% [markdown]
+# **The verifier** is a logistic regression, $v = \sigma(w \cdot \phi)$ with a constant among the inputs $\phi$. It minimises
+#
+# $$\tfrac12 \lVert w \rVert^2 - C \sum_i \big( y_i \log v_i + (1 - y_i) \log (1 - v_i) \big)$$
+#
+# Newton's method needs a handful of steps: the gradient is $w - C\, \Phi^\top (y - v)$, the Hessian $I + C\, \Phi^\top \mathrm{diag}(v (1 - v))\, \Phi$.
+
+
+# %%
+def with_constant(inputs: np.ndarray) -> np.ndarray:
+    """Append a column of ones: (rows, columns) -> (rows, columns + 1)."""
+    return np.concatenate([inputs, np.ones((len(inputs), 1))], axis=1)
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(z / 2))
+
+
+def fit_logistic(inputs: np.ndarray, labels: np.ndarray, C: float = 1.0, steps: int = 12) -> np.ndarray:
+    """Weights (columns + 1,) of a logistic regression with penalty, by Newton's method; the last is the constant's."""
+    inputs, weights = with_constant(inputs), np.zeros(inputs.shape[1] + 1)
+    for _ in range(steps):
+        predicted = sigmoid(inputs @ weights)
+        gradient = weights - C * inputs.T @ (labels - predicted)
+        curvature = np.eye(len(weights)) + C * (inputs.T * (predicted * (1 - predicted))) @ inputs
+        weights = weights - np.linalg.solve(curvature, gradient)
+    return weights
+
+
+def verdict(weights: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Probability of the label 1 for each row."""
+    return sigmoid(with_constant(inputs) @ weights)
+
+
+# %%
+steps_of = [step_columns(text) for _, text in routes]
+outcome = np.array([is_right(text, *way) for way, text in routes], dtype=float)  # (routes,)
+is_road = np.array([float(b in world.roads[a]) for _, text in routes for a, b in pairwise(towns_of(text))])  # (steps,)
+no_steps = np.zeros((0, len(TOWNS) ** 2))
+sets = {  # inputs and labels
+    "outcome, from states": (last_states(routes), outcome),
+    "outcome, from steps": (np.array([columns.sum(0) for columns in steps_of] or no_steps), outcome),
+    "process, from steps": (np.concatenate([*steps_of, no_steps]), is_road),
+}
+weights = {name: fit_logistic(*data) for name, data in sets.items()}
+mixed = np.random.default_rng(seed).permutation(is_road)  # the same labels, on the wrong steps
+shuffled = fit_logistic(sets["process, from steps"][0], mixed)
+for name, (inputs, labels) in sets.items():
+    print(f"{name}: {inputs.shape[0]} rows, {inputs.shape[1]} columns, {labels.mean() if len(labels) else 0:.0%} right")
+    if len(set(labels)) == 2:  # scikit-learn refuses labels of one kind
+        library = LogisticRegression(C=1.0, fit_intercept=False, tol=1e-8, max_iter=5000)
+        library.fit(with_constant(inputs), labels)
+        gap = np.abs(library.coef_[0] - weights[name]).max()
+        lesson.equal(f"the verifier ({name}) is scikit-learn's logistic regression", gap, within=1e-3)
+
+# %% [markdown]
+# A process verifier judges steps. The score of a route is the product of its steps' probabilities, and 0 if it does not end at the goal: one bad step is enough, and of two good routes the shorter one has fewer factors below 1. For comparison: a judge that gives each different route a random number; a process verifier whose labels were shuffled; a vote; and the true verifier, which finds a right route whenever there is one.
+
+
+# %%
+def process_score(way: tuple[str, str], text: str, weights: np.ndarray) -> float:
+    """Product of the verdicts on all steps; 0 for what is no route between these towns."""
+    towns = towns_of(text)
+    if not towns or (towns[0], towns[-1]) != way:
+        return 0.0
+    return float(verdict(weights, step_columns(text)).prod())
+
+
+items = sorted({(w, t.strip()) for w, ts in zip(split["test"], pools["test"], strict=True) for t in ts if towns_of(t)})
+columns = np.array([step_columns(text).sum(0) for _, text in items] or no_steps)
+tables = {
+    "random numbers": np.random.default_rng(seed).random(len(items)),
+    "outcome, from states": verdict(weights["outcome, from states"], last_states(items)),
+    "outcome, from steps": verdict(weights["outcome, from steps"], columns),
+    "process, from steps": [process_score(*item, weights["process, from steps"]) for item in items],
+    "process, shuffled labels": [process_score(*item, shuffled) for item in items],
+    "true verifier": [float(is_right(text, *way)) for way, text in items],
+}
+scores = {}  # name of the verifier -> (pairs, samples): what it says of each sample; -1 of what is no route
+for name, values in tables.items():
+    known = dict(zip(items, values, strict=True))
+    scores[name] = np.array([[known.get((way, text.strip()), -1.0) for text in texts]
+                             for way, texts in zip(split["test"], pools["test"], strict=True)])  # fmt: skip
+
+# %%
+N = [1, 2, 4, 8, 16, 32]
+
+
+def best_of(values: np.ndarray, n: int) -> float:
+    """Share of pairs for which the sample with the highest score among n is right, over disjoint groups of n."""
+    chosen = values.reshape(len(values), -1, n).argmax(-1)  # (pairs, groups)
+    truth = right.reshape(len(values), -1, n)  # (pairs, groups, n)
+    return float(np.take_along_axis(truth, chosen[..., None], -1).mean())
+
+
+def vote_of(n: int) -> float:
+    """Share of pairs for which the most frequent of n samples is right, over disjoint groups of n."""
+    groups = [(texts[i : i + n], way) for texts, way in zip(pools["test"], split["test"], strict=True)
+              for i in range(0, len(texts), n)]  # fmt: skip
+    return float(np.mean([is_right(Counter(texts).most_common(1)[0][0], *way) for texts, way in groups]))
+
+
+lines = {name: [best_of(values, n) for n in N] for name, values in scores.items()} | {"vote": list(map(vote_of, N))}
+show_table({name: [f"{value:.0%}" for value in line] for name, line in lines.items()}, [f"N = {n}" for n in N])
+greedy = exam["test"]["a shortest way"]
+print(f"greedy, one answer: {greedy}")
+print("chance to score a right route above a wrong one, over the different routes to the test pairs:")
+truth = np.array(tables["true verifier"])
+for name in list(tables)[:-1] if 0 < truth.sum() < len(truth) else []:
+    print(f"{name:>26}: {roc_auc_score(truth, tables[name]):.0%}")
+
+# %%
+order = ["true verifier", "process, from steps", "vote", "outcome, from steps", "outcome, from states"]
+figure = plots.curve(
+    {name: (N, lines[name]) for name in order}, title="The same samples, chosen by five judges",
+    xlabel="samples a pair, N", ylabel="shortest routes", log_x=True, percent=True,
+)  # fmt: skip
+alt = """Five lines over the number of samples. The true verifier and the process verifier rise, the vote rises a
+little, and both outcome verifiers fall as they may choose from more."""
+plots.show(figure, alt=alt)
+at = {name: dict(zip(N, line, strict=True)) for name, line in lines.items()}
+lesson.claim("best of 16 by the process verifier beats a vote of 16 by at least 5 points",
+             at["process, from steps"][16] - at["vote"][16], at_least=0.05, form=".0%",
+             control=at["process, shuffled labels"][16] - at["vote"][16])  # fmt: skip
+lesson.claim("from the same inputs process labels beat outcome labels by at least 10 points at 16 samples",
+             at["process, from steps"][16] - at["outcome, from steps"][16], at_least=0.1, form=".0%",
+             control=at["process, shuffled labels"][16] - at["outcome, from steps"][16])  # fmt: skip
+lesson.claim("the best of 32 by the policy's own states is at least 5 points worse than one sample",
+             at["outcome, from states"][1] - at["outcome, from states"][32], at_least=0.05, form=".0%",
+             control=at["process, from steps"][1] - at["process, from steps"][32])  # fmt: skip
+
+# %% [markdown]
+# **What you see.** Both outcome verifiers are better than a coin: shown a right and a wrong route, they pick the right one more often. And yet best-of-N by them soon gets *worse* as $N$ grows, and ends below one sample that nobody judged. The row of random numbers shows how. A judge that knows nothing gives each *different* route the same chance, while the policy wrote the right one many times and most wrong ones once. Best-of-N forgets how often an answer was drawn, and with every further sample one more rare mistake comes up for choice. A verifier has to be good enough to make up for that loss, in the top of its ranking and not on average. Cobbe et al. (2021) saw best-of-N turn down only beyond 400 samples, with a verifier that had learned from far more.
+#
+# The process verifier has the same inputs, the same routes and the same fit as the second outcome verifier. It gets a label for each step, so it learns *where* a wrong route is wrong. That is also more information: somebody had to judge every step. It cannot see that a way is too long, and comes close to the true verifier all the same, since shorter ways win its product. Shuffled labels leave it nothing but this taste for short ways.
+
+# %% [markdown] tags=["core"]
+# ## 4 · Search, step by step
+#
+# **Question.** Best-of-N finishes every route before anybody judges it. A process verifier could speak up after each step. What is gained if you search with it?
+#
+# A *node* is a route that is not finished: a list of towns. To *expand* it, ask the policy for the probabilities of the next town. With the keys and values of what was already read in a cache, this costs the tokens of one more step. In this lesson the batch reads the whole text again, which is simpler, and only the tokens with a cache are counted, for all methods alike. With another tokenizer, where a town is several tokens, its first token speaks for it.
+
+# %%
+town_ids = torch.tensor([row[0] for row in tokenizer([f" {t}" for t in TOWNS], add_special_tokens=False)["input_ids"]])
+STEP_TOKENS = round(np.mean(num_tokens([f" - {town}" for town in TOWNS])))
+PROMPT_TOKENS = round(np.mean(num_tokens([f"{route_prompt(*way)} {way[0]}" for way in split["test"]])))
+roads_believed = verdict(weights["process, from steps"], np.eye(len(TOWNS) ** 2)).reshape(len(TOWNS), -1)
+
+
+@torch.no_grad()
+def next_towns(nodes: Sequence[tuple[tuple[str, str], list[str]]]) -> np.ndarray:
+    """The policy's probabilities of the next town after each unfinished route: (nodes, towns), each row sums to 1."""
+    texts = [f"{route_prompt(*way)} {' - '.join(towns)} -" for way, towns in nodes]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    width = max(map(len, ids))
+    padded = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]
+    hidden = policy.model(input_ids=torch.tensor(padded, device=machine.device)).last_hidden_state
+    ends = torch.tensor([len(row) - 1 for row in ids], device=machine.device)
+    logits = policy.lm_head(hidden[torch.arange(len(ids), device=machine.device), ends]).float().cpu()
+    return logits[:, town_ids].softmax(-1).numpy()
+
+
+way = split["test"][0]
+ranked = sorted(zip(next_towns([(way, [way[0]])])[0], TOWNS, strict=True), reverse=True)[:4]
+print(f"from {way[0]} to {way[1]}:", ", ".join(f"{town} {p:.0%}" for p, town in ranked))
+print(f"reading a prompt: {PROMPT_TOKENS} tokens; a step: {STEP_TOKENS} tokens")
+
+# %% [markdown]
+# **Beam search** is the simplest search: after every step keep the $b$ unfinished routes with the best score, here the logarithms of the policy's and of the verifier's probabilities, summed over the steps.
+#
+# **Monte Carlo tree search** decides after each expansion anew where to look. It repeats four moves:
+#
+# 1. *select*: from the root, follow the action with the largest $Q(s, a) + c\, \pi(a \mid s)\, \sqrt{\sum_b n(s, b)} \,/\, (1 + n(s, a))$, until a town that has not been expanded. This rule is called PUCT (Silver et al. 2017). $Q$ is the mean value found below the action, 0 before the first visit. The bonus is large for actions that the policy likes and that were seldom tried;
+# 2. *expand* it with the policy's probabilities;
+# 3. *evaluate* it: the product of the process verifier's verdicts on its steps. A dead end and a route that is too long are worth 0;
+# 4. *back up* the value into the mean of every action on the path.
+#
+# A route that reaches the goal is finished. At the end the finished route with the best verdict wins, as in best-of-N.
+
+
+# %%
+LONGEST = 8  # towns in a route; longer ones are given up
+
+
+@dataclass
+class Node:
+    """An unfinished route, and what is known about the towns that may come next."""
+
+    towns: list[str]
+    prior: np.ndarray | None = None  # (towns,): the policy's probabilities; None until it is expanded
+    visits: np.ndarray = field(default_factory=lambda: np.zeros(len(TOWNS)))  # n(s, a)
+    total: np.ndarray = field(default_factory=lambda: np.zeros(len(TOWNS)))  # sum of values: Q = total / visits
+    children: dict[int, "Node"] = field(default_factory=dict)
+
+
+def select(node: Node, exploration: float) -> int:
+    """The action with the largest PUCT score."""
+    q = node.total / np.maximum(node.visits, 1)
+    bonus = exploration * node.prior * math.sqrt(max(node.visits.sum(), 1)) / (1 + node.visits)
+    return int((q + bonus).argmax())
+
+
+def descend(root: Node, goal: str, exploration: float) -> tuple[list[tuple[Node, int]], Node]:
+    """Follow the best actions to a node that is not expanded, finished or too long; return the path and this node."""
+    node, path = root, []
+    while node.prior is not None and node.towns[-1] != goal and len(node.towns) < LONGEST:
+        action = select(node, exploration)
+        path.append((node, action))
+        node = node.children.setdefault(action, Node([*node.towns, TOWNS[action]]))
+    return path, node
+
+
+def back_up(path: Sequence[tuple[Node, int]], value: float) -> None:
+    """Count the visit and add the value, for every action on the path."""
+    for node, action in path:
+        node.visits[action] += 1
+        node.total[action] += value
+
+
+# %%
+def tree_search(ways: Sequence[tuple[str, str]], expansions: int, prior: Callable, value: Callable,
+                exploration: float = 1.0, patience: int = 4) -> list[dict[int, str]]:  # fmt: skip
+    """Search for all pairs at once; for each, number of expansions -> best finished route so far.
+
+    `prior(nodes)` gives probabilities of the next town, `value(way, towns)` judges a route, finished or not. Descents
+    that end at a route already finished cost no expansion; after `patience` of them one round is over.
+    """
+    roots, best = [Node([start]) for start, _ in ways], [(0.0, "") for _ in ways]
+    results = [{} for _ in ways]
+    for number in range(1, expansions + 1):
+        waiting = []
+        for index, (way, root) in enumerate(zip(ways, roots, strict=True)):
+            for _ in range(patience):
+                path, node = descend(root, way[1], exploration)
+                if node.prior is None and node.towns[-1] != way[1] and len(node.towns) < LONGEST:
+                    waiting.append((index, path, node))
+                    break
+                worth = value(way, node.towns) if node.towns[-1] == way[1] else 0.0
+                best[index] = max(best[index], (worth, " - ".join(node.towns) if worth else ""))
+                back_up(path, worth)
+        if waiting:
+            priors = prior([(ways[index], node.towns) for index, _, node in waiting])
+            for (index, path, node), row in zip(waiting, priors, strict=True):
+                node.prior = row
+                back_up(path, value(ways[index], node.towns))
+        for index, (_, text) in enumerate(best):
+            results[index][number] = text
+    return results
+
+
+# %% [markdown]
+# **Is the search right?** Take the model out. Let the prior be uniform over the roads that leave a town, and the value exact: 1 as long as the towns begin a shortest way, else 0. Then it must find a shortest route for every pair.
+
+
+# %%
+def exact_value(way: tuple[str, str], towns: list[str]) -> float:
+    """1 if these towns begin a shortest way to the goal, else 0."""
+    goal = DISTANCE[way[1]]
+    return float(all(b in world.roads[a] and goal[b] == goal[a] - 1 for a, b in pairwise(towns)))
+
+
+def any_road(nodes: Sequence[tuple[tuple[str, str], list[str]]]) -> np.ndarray:
+    """The same probability for every road that leaves the last town: (nodes, towns)."""
+    leads = np.array([[float(town in world.roads[towns[-1]]) for town in TOWNS] for _, towns in nodes])
+    return leads / leads.sum(1, keepdims=True)
+
+
+every = pairs[: lesson.scaled(276)]
+found = tree_search(every, 80, any_road, exact_value)
+missed = sum(not is_right(texts[80], *way) for texts, way in zip(found, every, strict=True))
+lesson.equal("with exact values the tree search finds a shortest route for every pair of towns", missed)
+
+# %%
+ROADS = np.log(np.maximum(roads_believed, 1e-9))  # (from, to): log of the process verifier's verdict
+
+
+def judge_by(believed: np.ndarray) -> Callable[[tuple[str, str], list[str]], float]:
+    """A value for the search: the product of the verdicts (from, to) on all steps; 0 where a town comes twice."""
+
+    def value(way: tuple[str, str], towns: list[str]) -> float:
+        steps = (believed[TOWNS.index(a), TOWNS.index(b)] for a, b in pairwise(towns))
+        return math.prod(steps) if len(set(towns)) == len(towns) else 0.0
+
+    return value
+
+
+process_value = judge_by(roads_believed)
+
+
+def beam_search(ways: Sequence[tuple[str, str]], width: int) -> tuple[list[str], float]:
+    """The finished route with the best verdict for each pair, and the mean number of expansions."""
+    beams, best, expanded = [[(0.0, [start])] for start, _ in ways], [(0.0, "") for _ in ways], 0
+    for _ in range(LONGEST - 1):
+        nodes = [(index, worth, towns) for index, beam in enumerate(beams) for worth, towns in beam]
+        expanded += len(nodes)
+        priors = next_towns([(ways[index], towns) for index, _, towns in nodes]) if nodes else []
+        beams = [[] for _ in ways]
+        for (index, so_far, towns), row in zip(nodes, priors, strict=True):
+            worth = so_far + np.log(row + 1e-9) + ROADS[TOWNS.index(towns[-1])]  # (towns,)
+            beams[index] += [(worth[a], [*towns, TOWNS[a]]) for a in np.argsort(-worth)[:width]]
+        for index, beam in enumerate(beams):
+            beam = sorted(beam, key=lambda entry: -entry[0])[:width]
+            done = [towns for _, towns in beam if towns[-1] == ways[index][1]]
+            best[index] = max([best[index], *((process_value(ways[index], t), " - ".join(t)) for t in done)])
+            beams[index] = [(worth, towns) for worth, towns in beam if towns not in done]
+    return [text for _, text in best], expanded / len(ways)
+
+
+# %% [markdown]
+# **All methods over tokens.** For every method count what the policy reads and writes for a pair: the prompt once, then the tokens of each sample or of each expansion. The verifier of steps is a table of numbers and costs no tokens of a model. (With a large network as verifier it would read each step once more.) One thing is not equal: a search writes nothing but towns, stops at the goal and never comes to a town twice, and a sample has to do all this by itself. And one more line that a practitioner would ask for: a search on the roads that the verifier believes in, without any policy.
+
+# %%
+searched = split["test"]
+SIZES = (4, 6, 8, 12, 16, 24)  # expansions
+trees = tree_search(searched, max(SIZES), next_towns, process_value)
+
+
+def share_right(texts: Sequence[str]) -> float:
+    return float(np.mean([is_right(text, *way) for text, way in zip(texts, searched, strict=True)]))
+
+
+curves = {"tree search": [(PROMPT_TOKENS + STEP_TOKENS * n, share_right([tree[n] for tree in trees])) for n in SIZES]}
+beams = {width: beam_search(searched, width) for width in (1, 2, 4)}
+curves["beam search"] = [(PROMPT_TOKENS + STEP_TOKENS * cost, share_right(texts)) for texts, cost in beams.values()]
+for name, label in (("process, from steps", "best of N"), ("true verifier", "best of N, true verifier")):
+    curves[label] = [(PROMPT_TOKENS + written * n, best_of(scores[name], n)) for n in N[:5]]
+votes = [[Counter(texts[:n]).most_common(1)[0][0] for texts in pools["test"]] for n in N[:5]]
+curves["vote"] = [(PROMPT_TOKENS + written * n, share_right(texts)) for n, texts in zip(N[:5], votes, strict=True)]
+for name, points in curves.items():
+    print(f"{name:>24}: " + ", ".join(f"{value:.0%} at {cost:.0f}" for cost, value in points) + " tokens")
+
+# %% tags=["headline"]
+figure = plots.curve(
+    {name: tuple(zip(*points, strict=True)) for name, points in curves.items()},
+    title="A vote buys little for its tokens, a search by steps more", xlabel="tokens of the policy, a pair",
+    ylabel="shortest routes", log_x=True, percent=True,
+)  # fmt: skip
+plots.show(figure, alt="Shortest routes over tokens for five methods. Tree search starts low and is soon above best of "
+                       "N; the vote stays flat.")  # fmt: skip
+tree_at, best_at = dict(zip(SIZES, curves["tree search"], strict=True)), dict(zip(N, curves["best of N"], strict=False))
+print(f"tree search of 12 expansions: {tree_at[12][1]:.0%} for {tree_at[12][0]:.0f} tokens; "
+      f"best of 4: {best_at[4][1]:.0%} for {best_at[4][0]:.0f} tokens")  # fmt: skip
+lesson.claim("tree search of 12 expansions beats a vote of 4, which costs more, by at least 10 points",
+             tree_at[12][1] - curves["vote"][2][1], at_least=0.1, form=".0%")  # fmt: skip
+lesson.report(
+    "12 expansions of the tree search, and best of 4 by the same verifier",
+    ", ".join(f"{value:.0%} for {cost:.0f} tokens" for cost, value in (tree_at[12], best_at[4])),
+)
+
+# %% [markdown]
+# **What you see.** In the headline figure the tree search is the last to begin: with a few expansions it has finished no route for many pairs, where a single sample is a whole answer. Then it catches up with best-of-N, since it drops a route at its first bad step and begins the next one in the middle. Whether it gets ahead depends on the policy: over five training seeds it mostly did, and with the best of the policies the two were level. So this stands as a report. The claim compares with a vote, which has no verifier to ask: it says what the verifier and the search buy together. It was put in the place of the first one, which failed on one seed of five. A search can even get above the line of the true verifier, which is bound to routes that were sampled whole. Beam search, which is much simpler, does as well as the tree search or better: the routes are short, and a wrong step is seen at once, so there is little for a tree to remember. The vote buys little with its tokens.
+
+# %% [markdown] tags=["further"]
+# ## 5 · Coverage, and what the search needs
+#
+# *Further: no core section needs this one.*
+#
+# **Question.** The true verifier's line is the ceiling of every choice among samples. How does it grow with their number, and what does a search need to get above it?
+#
+# *Coverage*, or pass@k, is the share of questions with at least one right answer among $k$. If $c$ of $n$ samples are right, then of all sets of $k$ of them a share $\binom{n - c}{k} / \binom{n}{k}$ holds no right one. So (Chen et al. 2021)
+#
+# $$\text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}$$
+#
+# The plug-in $1 - (1 - c/n)^k$ would be too low. As a baseline take a walker who has a map and no sense of direction: at each town a random road, but never back to a town where it was.
+
+
+# %%
+def coverage(right: np.ndarray, k: int) -> float:
+    """Mean pass@k over the questions, from right (questions, samples)."""
+    n, found = right.shape[1], right.sum(1)
+    return float(np.mean([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in found]))
+
+
+def random_walk(start: str, goal: str, rng: random.Random) -> str:
+    """A way along random roads, until the goal or a dead end."""
+    towns = [start]
+    while towns[-1] != goal and (further := sorted(world.roads[towns[-1]].difference(towns))):
+        towns.append(rng.choice(further))
+    return " - ".join(towns)
+
+
+small = np.array([[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]])
+by_sets = np.mean([[row[list(chosen)].any() for chosen in combinations(range(6), 3)] for row in small])
+gap = abs(coverage(small, 3) - by_sets)
+lesson.equal("pass@k counts the sets of k samples that hold a right one", gap, within=1e-9)
+gap = max(abs(coverage(right, k) - np.mean([pass_at_k(32, int(c), k) for c in right.sum(1)])) for k in N)
+lesson.equal("pass@k is the course's helper's", gap, within=1e-9)
+rng = random.Random(f"walker/{seed}")
+walked = np.array([[is_right(random_walk(*way, rng), *way) for _ in range(32)] for way in split["test"]])
+covered = {"policy": [coverage(right, k) for k in N], "walker with a map": [coverage(walked, k) for k in N]}
+show_table({name: [f"{value:.0%}" for value in line] for name, line in covered.items()}, [f"k = {k}" for k in N])
+
+# %%
+figure = plots.curve(
+    {name: (N, [-math.log(min(max(value, 1e-3), 0.999)) for value in line]) for name, line in covered.items()},
+    title="Coverage keeps growing, for the policy and for the walker", xlabel="samples k",
+    ylabel="-log coverage (nats)", log_x=True, log_y=True,
+)  # fmt: skip
+plots.show(figure, alt="Minus the logarithm of coverage over the number of samples, both axes logarithmic. Both lines "
+                       "fall; the walker begins higher.")  # fmt: skip
+lesson.claim("32 samples cover at least 20 points more pairs than one", covered["policy"][-1] - covered["policy"][0],
+             at_least=0.2, form=".0%")  # fmt: skip
+lesson.claim("one sample of the policy covers at least 15 points more than a walk along random roads",
+             covered["policy"][0] - covered["walker with a map"][0], at_least=0.15, form=".0%")  # fmt: skip
+lesson.report("pass@1 and pass@32: policy; walker", "; ".join(f"{c[0]:.0%}, {c[-1]:.0%}" for c in covered.values()))
+
+# %% [markdown]
+# **What you see.** Coverage grows long after a vote has stopped to. Brown et al. (2024) find straight lines in such a plot over four orders of magnitude of $k$: on SWE-bench Lite 250 samples solve 56 % where one solves 15.9 %. But read the walker's row before you praise a high pass@k. A walker that knows the roads and no direction covers many short ways too, if it may try often. High coverage is worth what the verifier is worth, and says little about the policy.
+
+# %% [markdown]
+# **Two controls** for the tree search of section 4. Where does its gain come from? First, give the tree search a verifier with shuffled labels. Second, leave the policy out: let a breadth-first search run over all steps that the verifier holds for roads, once with a verdict above one half, and once with a better verdict than it gives to a step that it has never seen.
+
+
+# %%
+def shortest_on(believed: np.ndarray, start: str, goal: str) -> str:
+    """A shortest way over the steps that are believed in (from, to), or nothing if there is none."""
+    ways, seen = deque([[start]]), {start}
+    while ways:
+        towns = ways.popleft()
+        if towns[-1] == goal:
+            return " - ".join(towns)
+        for index in believed[TOWNS.index(towns[-1])].nonzero()[0]:
+            if TOWNS[index] not in seen:
+                seen.add(TOWNS[index])
+                ways.append([*towns, TOWNS[index]])
+    return ""
+
+
+mixed_roads = verdict(shuffled, np.eye(len(TOWNS) ** 2)).reshape(len(TOWNS), -1)
+blind = share_right([tree[12] for tree in tree_search(searched, 12, next_towns, judge_by(mixed_roads))])
+print(f"tree search of 12 expansions with shuffled labels: {blind:.0%}")
+is_real = np.array([[b in world.roads[a] for b in TOWNS] for a in TOWNS])
+never_seen = float(verdict(weights["process, from steps"], np.zeros((1, len(TOWNS) ** 2)))[0])
+bounds, no_policy = {"one half": 0.5, "the verdict on a step never seen": never_seen + 1e-6}, []
+for name, bound in bounds.items():
+    believed = roads_believed > bound
+    no_policy.append(share_right([shortest_on(believed, *way) for way in searched]))
+    print(f"no policy, steps with a verdict above {name} ({bound:.2f}): {believed.sum()} steps pass, "
+          f"{(believed & is_real).sum()} of {is_real.sum()} real ones; routes right {no_policy[-1]:.0%}")  # fmt: skip
+lesson.report("12 expansions of the tree search with the verifier of shuffled labels", blind, ".0%")
+lesson.report("search without the policy, steps above one half / above a step never seen",
+              " / ".join(f"{share:.0%}" for share in no_policy))  # fmt: skip
+
+# %%
+far = np.array([DISTANCE[goal][start] for start, goal in searched])
+chosen = scores["process, from steps"][:, :4].argmax(1)
+methods = {
+    "vote of 4": votes[2],
+    "best of 4": [texts[i] for texts, i in zip(pools["test"], chosen, strict=True)],
+    "tree search, 12 expansions": [tree[12] for tree in trees],
+}
+hits = {n: np.array([is_right(t, *w) for t, w in zip(ts, searched, strict=True)]) for n, ts in methods.items()}
+groups = {"1 or 2 roads": far < 3, "3 roads": far == 3, "4 or 5 roads": far > 3}
+show_table({name: [f"{hit[group].mean():.0%} of {group.sum()}" if group.any() else "" for group in groups.values()]
+            for name, hit in hits.items()}, list(groups))  # fmt: skip
+
+# %% [markdown]
+# **What you see.** With shuffled labels the same search is worth less. How much less depends on the policy: the better it is alone, the less there is to correct. Now the two searches without a policy. Most pairs of towns never stood in a sample, and on those the verdict is only a constant. Where this constant lies above one half, nearly every step passes, and the search walks along roads that are none: a verifier knows something only where its training samples were, and a policy keeps a search there. Where the constant lies below one half, or with the second bound, the verifier is a map, and a plain search on it needs no tokens at all. Compare it with all other lines of this lesson before you use anything else. Sampling and trees are for tasks in which nobody can list the next steps: proofs, programs, texts.
+#
+# In the table by distance look at the far pairs, where a route has the most steps and one bad step the most to spoil; the groups are small. Snell et al. (2024) draw such pictures for mathematics: which method is best depends on the budget and on how hard the question is.
+
+# %% [markdown] tags=["core"]
+# ## 6 · Check your answer, and answer again
+#
+# **Question.** If you ask a model to check its answer and to answer again, does it get better? Better than if it had just answered as often, and you had counted votes?
+#
+# Huang et al. (2024) asked GPT-4 for the sums of GSM8K: 95.5 % right at first, 91.5 % after it had checked itself once, 89.0 % after twice. "Self-correction" means several things, and they differ in who knows that something is wrong:
+#
+# | way | who says what is wrong? |
+# |---|---|
+# | vote | nobody; the same question is answered anew, the most frequent answer counts |
+# | ask again | nobody; the last answer stands in the prompt |
+# | trained to check | the model itself, after fine-tuning on corrected mistakes |
+# | checker | a program says right or wrong; a wrong answer is drawn anew |
+# | checker, place | the program also says which road does not exist; the model goes on from there |
+#
+# The task is that of section 2, routes between pairs of towns that the policy was never taught. All ways start from the same first answer, sample at temperature 1, and get five answers. *Votes and retries* need no new samples: a vote of $k$ takes the most frequent of the first $k$ answers of section 3. With a checker the question is solved as soon as one of the $k$ is right.
+
+# %%
+ROUNDS = 5
+test, counts = split["test"], range(1, ROUNDS + 1)
+first = [texts[0] for texts in pools["test"]]
+
+
+def sample(network: nn.Module, prompts: list[str], number: int = 1, stream: int = 0, **more) -> list:
+    """Continuations at temperature 1; `stream` gives other random numbers."""
+    return generate(network, tokenizer, prompts, more.pop("max_new_tokens", 20), temperature=1.0, num_samples=number,
+                    seed=100 * seed + 50 + stream, batch_size=256, **more)  # fmt: skip
+
+
+def vote(texts: Sequence[str]) -> str:
+    """The most frequent text; of equally frequent ones the first."""
+    return Counter(text.strip() for text in texts).most_common(1)[0][0]
+
+
+def right_after(texts: Sequence[str]) -> np.ndarray:
+    """Which of the test pairs these texts answer rightly: (pairs,)."""
+    return np.array([is_right(text, *way) for text, way in zip(texts, test, strict=True)])
+
+
+by_way = {  # way -> for each number of answers, which pairs are right
+    "vote": [right_after([vote(texts[:k]) for texts in pools["test"]]) for k in counts],
+    "checker": [right[:, :k].any(1) for k in counts],
+}
+print(f"right at first: {score(int(right[:, 0].sum()), len(test))}; mean of all samples {right.mean():.0%}")
+
+# %% [markdown]
+# **Ask again** puts the last answer into the prompt and repeats the question. **Checker, place** looks for the first step along a road that does not exist, keeps the towns before it, and lets the policy go on from there. A way along roads that is too long, or ends elsewhere, has no such place and is drawn anew. Both are repeated until five answers are spent; where there is a checker, a right answer stays.
+
+
+# %%
+def ask_again(texts: list[str], ways: list[tuple[str, str]], stream: int) -> list[str]:
+    """Answer once more, with the last answer in the prompt."""
+    prompts = [f"{route_prompt(*way)} {text.strip()}\n{route_prompt(*way)}"
+               for text, way in zip(texts, ways, strict=True)]  # fmt: skip
+    return sample(policy, prompts, stream=stream)
+
+
+def sound_part(text: str, start: str, goal: str) -> list[str]:
+    """The towns before the first road that does not exist; only the start if all roads do."""
+    towns = text.strip().split(" - ")
+    if towns[0] != start:
+        return [start]
+    for index, (here, there) in enumerate(pairwise(towns), start=1):
+        if there not in world.roads.get(here, ()):
+            return towns[:index]
+    return [start]
+
+
+def go_on(texts: list[str], ways: list[tuple[str, str]], stream: int) -> list[str]:
+    """Keep what is sound of each answer, and continue it."""
+    kept = [" - ".join(sound_part(text, *way)) for text, way in zip(texts, ways, strict=True)]
+    prompts = [f"{route_prompt(*way)} {part} -" for part, way in zip(kept, ways, strict=True)]
+    return [f"{part} -{more}" for part, more in zip(kept, sample(policy, prompts, stream=stream), strict=True)]
+
+
+# %%
+def repeated(answer_again: Callable, with_checker: bool) -> list[np.ndarray]:
+    """Which pairs are right after 1 to ROUNDS answers; with a checker only wrong answers are given anew."""
+    texts, results = list(first), [right_after(first)]
+    for stream in range(1, ROUNDS):
+        again = [row for row in range(len(test)) if not (with_checker and results[-1][row])]
+        new = answer_again([texts[row] for row in again], [test[row] for row in again], stream) if again else []
+        for row, text in zip(again, new, strict=True):
+            texts[row] = text
+        results.append(right_after(texts))
+    return results
+
+
+by_way["ask again"] = repeated(ask_again, with_checker=False)
+by_way["checker, place"] = repeated(go_on, with_checker=True)
+row = next((row for row in range(len(test)) if not right[row, 0]), 0)
+print(f"{first[row].strip()} -> sound: {' - '.join(sound_part(first[row], *test[row]))}")
+
+# %% [markdown]
+# **Trained to check.** Take the pairs of the training set, and spoil every second right route: one town is replaced, or one is put in between. Fine-tune a copy of the policy to say `good` or `bad` to what it reads, and then to write the right route. So it sees many corrected mistakes, as a practitioner would make them up. Such a copy is also trained longer than the policy. Therefore a second copy gets about as many tokens of plain routes and no corrections; it answers once.
+
+
+# %%
+def spoiled(towns: list[str], rng: random.Random) -> list[str]:
+    """A way with one town replaced, or with one more; every second time the way as it is."""
+    if rng.random() < 0.5:
+        return towns
+    place, strange = rng.randrange(1, len(towns)), rng.choice(TOWNS)
+    return [*towns[:place], strange, *towns[place + (rng.random() < 0.7) :]]
+
+
+def check_prompt(text: str, start: str, goal: str) -> str:
+    return f"{route_prompt(start, goal)} {text.strip()}\nCheck:"
+
+
+rng, corrections = random.Random(f"spoil/{seed}"), []
+for start, goal in split["train"] * 2:
+    attempt, best = " - ".join(spoiled(world.route(start, goal), rng)), " - ".join(world.route(start, goal))
+    verdict_word = "good" if is_right(attempt, start, goal) else "bad"
+    corrections.append((check_prompt(attempt, start, goal), f" {verdict_word}\nAnswer: {best}{tokenizer.eos_token}"))
+print("".join(next(pair for pair in corrections if " bad" in pair[1])))
+corrector = fine_tune(policy, corrections, 30, share=0.5)
+further = fine_tune(policy, known, 56, share=0.5)
+
+# %%
+DRAWN = 8  # answers of each trained copy to each test pair
+further_drawn = sample(further, [route_prompt(*way) for way in test], DRAWN, stream=40)
+further_right = np.mean([right_after(texts).mean() for texts in zip(*further_drawn, strict=True)])
+verdicts = []
+
+
+def check_oneself(texts: list[str], ways: list[tuple[str, str]], stream: int) -> list[str]:
+    """Judge the last answer, and write another; without a new route the old one stays."""
+    prompts = [check_prompt(text, *way) for text, way in zip(texts, ways, strict=True)]
+    said = sample(corrector, prompts, stream=stream, max_new_tokens=26, stop=("\nRoute",))
+    verdicts.append([text.partition("\n")[0].strip() for text in said])
+    new = [text.partition("Answer:")[2].partition("\n")[0] for text in said]
+    return [route if route.strip() else old for route, old in zip(new, texts, strict=True)]
+
+
+by_way["trained to check"] = repeated(check_oneself, with_checker=False)
+said_good = np.array([word == "good" for word in verdicts[0]])
+for name, which in (("right", right[:, 0]), ("wrong", ~right[:, 0])):
+    share = said_good[which].mean() if which.any() else math.nan
+    print(f'of the {which.sum()} {name} first answers it calls {share:.0%} "good"')
+    lesson.report(f'share of {name} first answers that the trained model calls "good"', share, form=".0%")
+
+# %%
+flips = {}
+for name, results in by_way.items():
+    before, after = results[0], results[1]
+    flips[name] = [int((~before & after).sum()), int((before & ~after).sum())]
+    flips[name] += [f"{results[k].mean():.0%}" for k in (0, 1, ROUNDS - 1)]
+show_table(flips, ["mended", "broken", "1 answer", "2 answers", f"{ROUNDS} answers"])
+series = {name: (counts, [float(r.mean()) for r in results]) for name, results in by_way.items()}
+print(f"trained on plain routes for about as many tokens, one answer: {further_right:.0%} right")
+figure = plots.curve(
+    series, title="A checker helps most, asking again does not help", percent=True,
+    references={"more training, 1 answer": float(further_right)}, xlabel="answers to each question",
+    ylabel="shortest routes",
+)  # fmt: skip
+figure.axes[0].set_xticks(list(counts))
+plots.show(figure, alt="Shortest routes over the number of answers, from one to five, for five ways: the two with a "
+                       "checker rise most; asking again does not rise.")  # fmt: skip
+last = {name: float(results[-1].mean()) for name, results in by_way.items()}
+lesson.claim("of the same five answers a checker makes at least 5 points more than a vote",
+             last["checker"] - last["vote"], at_least=0.05, form=".0%")  # fmt: skip
+lesson.claim("a vote of five beats the fifth answer of a model that sees its last one by at least 5 points",
+             last["vote"] - last["ask again"], at_least=0.05, form=".0%")  # fmt: skip
+lesson.report("right after five answers: trained to check / vote; more training, one answer",
+              f"{last['trained to check']:.0%} / {last['vote']:.0%}; {further_right:.0%}")  # fmt: skip
+lesson.report("right after five answers: the checker names the place", last["checker, place"], form=".0%")
+
+# %% [markdown]
+# **What you see.** *Mended* counts pairs that were wrong and become right with the second answer, *broken* those that go the other way. Without a checker an answer that was right can be broken, and much of what is mended is paid for so.
+#
+# The model that was trained on corrected mistakes learned the form. Look again at what it calls good: had its verdict known its own mistakes, the first share would be near 100 % and the second near 0. It was taught mistakes that a program made, on routes that it knew; its own mistakes are on routes that it does not know. And hold its line against the dashed one: where it is not above, what it gained came from more training and not from checking. Many reports leave this comparison out.
+#
+# The plan of this lesson had a third claim: that the vote beats the model that was trained to check. When it was tried, it failed on the first seed that was looked at, where the two were nearly level after five answers. So the two numbers stand in a report.
+#
+# Vote and checker see the very same five answers. What differs is only that the checker knows which of them are right, and that is worth a lot. It cannot be worse than the vote; the question was only by how much it is better. So ask of each report of self-correction who knew that the answer was wrong.
+
+# %% [markdown] tags=["core"]
+# ## 7 · STaR, and what to do where there is nothing to keep
+#
+# **Question.** A model can write solutions, keep those with the right result, and learn from them. What if it never gets one right?
+#
+# STaR (Zelikman et al. 2022) repeats: sample a solution to each question, keep the right ones, fine-tune on them. Sums of four numbers are out of reach for *shima-4m*: its training text has sums of two and three. First count what there would be to keep, for sums of three and of four.
+
+
+# %%
+def steps_prompt(numbers: Sequence[int]) -> str:
+    return f"Sum: {' + '.join(map(str, numbers))}\nSteps:"
+
+
+def final_answer(text: str) -> str:
+    """What stands behind `Answer:` in a written solution."""
+    return text.partition("Answer:")[2].partition("\n")[0].strip()
+
+
+def draw_sums(name: str, number: int, terms: int, held_out: bool) -> list[tuple[int, ...]]:
+    """Sums whose partial sums stay in the range of the training text; test sums are held out."""
+    rng, found = random.Random(f"{name}/{seed}"), []
+    while len(found) < number:
+        numbers = tuple(rng.randint(10, 49) for _ in range(terms))
+        if is_held_out(" + ".join(map(str, numbers))) == held_out:
+            found.append(numbers)
+    return found
+
+
+WRITING = {"max_new_tokens": 52, "stop": ("\nSum", "\n\n")}
+kept_share = {}
+for terms in (3, 4):
+    problems = draw_sums("keep", lesson.scaled(40), terms, held_out=False)
+    solutions = sample(model, [steps_prompt(numbers) for numbers in problems], 4, **WRITING)
+    good = [[final_answer(text) == str(sum(numbers)) for text in texts]
+            for texts, numbers in zip(solutions, problems, strict=True)]  # fmt: skip
+    kept_share[terms] = float(np.mean(good))
+    print(f"{terms} numbers: {kept_share[terms]:.0%} of {4 * len(problems)} solutions could be kept")
+    print("   ", steps_prompt(problems[0]).replace("\n", " | ") + solutions[0][0].replace("\n", " | "))
+lesson.claim("STaR could keep at least 80 points more of the solutions of three numbers than of four",
+             kept_share[3] - kept_share[4], at_least=0.8, form=".0%")  # fmt: skip
+
+# %% [markdown]
+# Drawing more samples does not help where the rate is zero, and no reward would be paid either: there is no gradient. The result has to come from somewhere else. Lesson 02 found that a program that says *which* two numbers come next is most of what its tree of thoughts gained. So let the program choose the numbers, and let the model do each addition. Keep the solutions with the right sum, and teach the model to write them *without* the program.
+
+
+# %%
+def guided_solutions(problems: list[tuple[int, ...]]) -> list[str]:
+    """The program writes `a + b =` of each step, the model its result."""
+    heads, totals = [steps_prompt(numbers) for numbers in problems], [numbers[0] for numbers in problems]
+    texts = [""] * len(problems)
+    for step in range(1, len(problems[0])):
+        for row, numbers in enumerate(problems):
+            texts[row] += f"{';' if step > 1 else ''} {totals[row]} + {numbers[step]} ="
+        unfinished = [head + text for head, text in zip(heads, texts, strict=True)]
+        results = generate(model, tokenizer, unfinished, 6, stop=(";", "\n"), batch_size=256)
+        totals = [int(r) if r.strip().isdigit() and len(r.strip()) < 4 else 0 for r in results]
+        texts = [f"{text} {total}" for text, total in zip(texts, totals, strict=True)]
+    return [f"{text}\nAnswer: {total}" for text, total in zip(texts, totals, strict=True)]
+
+
+problems = draw_sums("guided", lesson.scaled(200, 16), 4, held_out=False)
+solved = guided_solutions(problems)
+traces = [
+    (steps_prompt(numbers), text + tokenizer.eos_token)
+    for numbers, text in zip(problems, solved, strict=True)
+    if final_answer(text) == str(sum(numbers))
+]
+print(f"{len(traces)} of {len(problems)} solutions have the right sum, for example")
+print("".join(traces[0]) if traces else "none")
+lesson.report("solutions of four numbers to keep when a program names the next addition",
+              len(traces) / len(problems), form=".0%")  # fmt: skip
+
+
+# %%
+def right_sums(network: nn.Module, terms: int, ending: str = "Steps:") -> Score:
+    """Share of held-out sums that the network gets right by itself, greedily."""
+    problems = draw_sums("test", lesson.scaled(50), terms, held_out=True)
+    prompts = [steps_prompt(numbers).replace("Steps:", ending) for numbers in problems]
+    texts = generate(network, tokenizer, prompts, batch_size=256, **WRITING)
+    found = [final_answer(text if ending == "Steps:" else f"Answer:{text}") for text in texts]
+    return score(sum(a == str(sum(n)) for a, n in zip(found, problems, strict=True)), len(problems))
+
+
+writer = fine_tune(model, traces, 200, batch_size=2)
+by_terms = {f"{terms} numbers": {"before": right_sums(model, terms), "after": right_sums(writer, terms)}
+            for terms in (3, 4, 5)}  # fmt: skip
+for name, results in by_terms.items():
+    print(name, "before:", results["before"], "after:", results["after"])
+    lesson.report(f"right sums of {name}, before / after", f"{results['before']} / {results['after']}")
+alt = "Right sums of three, four and five numbers before and after training on guided solutions of four."
+plots.show(plots.bars_with_intervals(by_terms, title="Guided solutions teach what no sample showed",
+                                     xlabel="right sums", alt=alt))  # fmt: skip
+four = by_terms["4 numbers"]
+lesson.claim("after training on guided solutions the model does at least 50 points more of the sums of four numbers",
+             four["after"].accuracy - four["before"].accuracy, at_least=0.5, form=".0%")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** What no sample contained is learned from a few hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified; train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
+#
+# It did not work at once. With the recipe that was planned, 80 steps of 8 rows, most sums of four stayed wrong. More and smaller steps were needed, and they were chosen by their result on two seeds. So read the claim as "it can be done", not as "any training does it".
+#
+# Look at the other two rows as well. Five numbers are one step more than the new solutions have. And compare three numbers before and after: training on one form alone can cost another. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
+
+# %% [markdown] tags=["core"]
+# ## 8 · Learning from a checker: keep the right ones, or push and pull
+#
+# **Question.** On routes the policy is right sometimes. How much does a checker teach it, without any solution?
+#
+# We want to raise $J = \mathbb{E}_{y \sim \pi}[r(x, y)]$. Since $\nabla \pi = \pi \nabla \log \pi$,
+#
+# $$\nabla J = \mathbb{E}\big[r(x, y)\, \nabla \log \pi(y \mid x)\big] = \mathbb{E}\big[(r(x, y) - b)\, \nabla \log \pi(y \mid x)\big]$$
+#
+# for any $b$ that does not depend on $y$. With $b = 0$ and rewards of 0 and 1 this is fine-tuning on the right samples: **rejection-sampling fine-tuning**, one round of STaR. With $b$ the mean reward of the answers to the same question it is the gradient of **GRPO** without the division by the standard deviation and by the length (Dr. GRPO, Liu et al. 2025): the wrong answers are pushed down as well. Lesson 08 holds GRPO against `trl`. Check the first statement here, on real samples and made-up rewards.
+
+
+# %%
+def log_probs_of(network: nn.Module, prompts: list[str], texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token of the texts, 0 elsewhere, and the mask of these tokens: (batch, seq - 1)."""
+    batch = collate([encode(*pair) for pair in zip(prompts, texts, strict=True)], tokenizer.pad_token_id)
+    batch = {name: tensor.to(machine.device) for name, tensor in batch.items()}
+    labels = batch.pop("labels")[:, 1:]
+    logits = network(**batch, use_cache=False).logits[:, :-1]  # (batch, seq - 1, vocab)
+    return token_log_probs(logits, labels), (labels != -100).float()
+
+
+def policy_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
+    """-A log p, summed over the tokens, for samples of the model itself; the ratio is 1 and carries the gradient."""
+    ratio = (log_probs - log_probs.detach()).exp()  # (batch, seq - 1)
+    return -(ratio * advantages[:, None] * mask).sum() / len(advantages)
+
+
+learner, gradients = copy.deepcopy(policy).requires_grad_(True), []
+made_up = torch.tensor([1.0, 0.0] * 4, device=machine.device)
+for kind in ("policy gradient", "cross-entropy"):
+    log_probs, mask = log_probs_of(learner, [route_prompt(*way) for way in test[:8]], [f"{t}\n" for t in first[:8]])
+    loss = policy_loss(log_probs, mask, made_up) if kind == "policy gradient" else -log_probs[::2].sum() / 8
+    gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(learner.parameters()))]))
+difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm().clamp(min=1e-9)
+lesson.equal("the policy gradient of 0-1 rewards is the gradient of fine-tuning on the right samples",
+             difference.item(), within=1e-4)  # fmt: skip
+
+# %% [markdown]
+# Both get the same number of samples, eight for each of the *practice* pairs, whose solutions nobody gives. Fine-tuning takes the first eight of section 3, drawn from the policy. GRPO draws its eight in six rounds from the policy as it becomes, with six updates a round. The simple baseline stands in section 6: as many more steps on the *training* pairs, whose solutions are known.
+
+# %%
+GROUP, practice = 8, split["practice"]
+judged = {(route_prompt(*way), f" {text.strip()}\n"): is_right(text, *way)
+          for way, texts in zip(practice, pools["practice"], strict=True) for text in texts[:GROUP]}  # fmt: skip
+kept = sorted(pair for pair, good in judged.items() if good)
+print(f"{len(judged)} different samples, {len(kept)} of them right; they answer "
+      f"{len({prompt for prompt, _ in kept}) / len(practice):.0%} of {len(practice)} practice pairs")  # fmt: skip
+learners = {"policy": policy, "right samples": fine_tune(policy, kept, 56, share=0.5), "more of the known": further}
+
+
+# %%
+def grpo(rounds: int, questions: int, updates: int = 6) -> tuple[nn.Module, list[float]]:
+    """Train a copy of the policy with the checker's reward; also the share of right samples in each round."""
+    learner, log = copy.deepcopy(policy).requires_grad_(True), []
+    queue = random.Random(f"grpo/{seed}").sample(practice, len(practice))
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=settings["rl_rate"], betas=(0.9, 0.95), weight_decay=0.0)
+    for number in range(rounds):
+        ways = [queue[(number * questions + index) % len(queue)] for index in range(questions)]
+        samples = sample(learner, [route_prompt(*way) for way in ways], GROUP, stream=30 + number)
+        rewards = torch.tensor([[float(is_right(text, *way)) for text in texts]
+                                for texts, way in zip(samples, ways, strict=True)])  # (questions, group)  # fmt: skip
+        log.append(rewards.mean().item())
+        advantages = (rewards - rewards.mean(1, keepdim=True)).flatten()
+        asked = [route_prompt(*way) for way in ways for _ in range(GROUP)]
+        texts = [f"{text}\n" for texts in samples for text in texts]
+        useful = [row for row in range(len(texts)) if advantages[row] != 0]  # groups that are not all alike
+        random.Random(f"{seed}/{number}").shuffle(useful)
+        for part in (useful[start::updates] for start in range(updates)):
+            if part:
+                log_probs, mask = log_probs_of(learner, [asked[row] for row in part], [texts[row] for row in part])
+                policy_loss(log_probs, mask, advantages[part].to(machine.device)).backward()
+                nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    return learner.requires_grad_(False), log
+
+
+learners["GRPO"], rewards_log = grpo(rounds=6, questions=max(1, len(practice) // 6))
+print("right in training: " + " ".join(f"{value:.0%}" for value in rewards_log))
+
+# %% [markdown]
+# **Before and after, at every k.** pass@k is the chance that at least one of $k$ answers is right, estimated without bias from eight. If training only makes the model surer of what it already finds now and then, a single answer gains and many answers gain little. Yue et al. (2025) report this for reasoning models: trained models win at pass@1, base models catch up at large $k$.
+
+# %%
+K = [1, 2, 4, 8]
+reached = {}  # name -> pass@k of each pair: (pairs, k)
+for name, network in learners.items():
+    samples = {"policy": [texts[:DRAWN] for texts in pools["test"]], "more of the known": further_drawn}.get(name)
+    samples = samples or sample(network, [route_prompt(*way) for way in test], DRAWN, stream=40)
+    hits = [sum(is_right(text, *way) for text in texts) for texts, way in zip(samples, test, strict=True)]
+    reached[name] = np.array([[pass_at_k(DRAWN, hit, k) for k in K] for hit in hits])
+show_table({name: [f"{value:.0%}" for value in values.mean(0)] for name, values in reached.items()},
+           [f"pass@{k}" for k in K])  # fmt: skip
+alt = "pass@k on unseen pairs over k for the policy and three ways to train it on: all lines rise with k."
+figure = plots.curve({name: (K, values.mean(0)) for name, values in reached.items()}, log_x=True, percent=True,
+                     title="Three ways to train on, at every number of answers", xlabel="answers k",
+                     ylabel="pass@k, unseen pairs", alt=alt)  # fmt: skip
+figure.axes[0].set_xticks(K, K)
+plots.show(figure)
+for name in list(learners)[1:]:
+    for column in (0, -1):
+        gain = reached[name][:, column] - reached["policy"][:, column]  # (pairs,)
+        low, high = bootstrap_interval(gain, seed=seed, resamples=500)
+        lesson.report(f"gain in pass@{K[column]} on unseen pairs: {name}",
+                      f"{gain.mean():+.0%} ({low:+.0%} to {high:+.0%} over the pairs)")  # fmt: skip
+best_single = max(values[:, 0].mean() for name, values in reached.items() if name != "policy")
+lesson.claim("eight answers before training and a checker beat one answer after it, by at least 5 points",
+             reached["policy"][:, -1].mean() - best_single, at_least=0.05, form=".0%")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** The plan was to claim ten points at pass@1 for GRPO, and a larger gain at pass@1 than at pass@8. On the seeds that were tried GRPO gained less, and the other gains changed from seed to seed by as much as the ways differ. So the gains are reports. Their intervals are over the pairs, of one run; they do not contain that.
+#
+# The claim that stands here was written down later, after one seed had been seen. It compares a search with training: at $k = 8$ the untrained policy is above every trained one at $k = 1$. Choosing with the checker is worth more than a little training with it, as long as the checker is there when the question is asked.
+#
+# Three more things can be read. Fine-tuning on the right samples costs one round of sampling and no new code, and where solutions are known, more steps on them are the line to beat. Compare these two with GRPO before you write GRPO. Whether training adds routes or only sureness is decided at large $k$, not by the first answer. What is not equal: GRPO takes its updates on fresh samples, with a smaller step size.
+
+# %% [markdown] tags=["further"]
+# ## 9 · Traces, answers, and a smaller model
+#
+# *Further: no core section needs this one.*
+#
+# **Question.** In section 7 the model learned from whole solutions. Would the results have been enough? And does a smaller model learn the same from them?
+#
+# Guo et al. (2025) made small reasoning models by fine-tuning them on a large one's solutions. Take the sums of section 7, the same problems and the same number of steps: (a) solutions with steps, whole model; (b) only the results, whole model; (c) solutions with steps, the lower half of the layers. What is not equal: rows of results have fewer tokens.
+
+
+# %%
+def lower_half(network: nn.Module) -> nn.Module:
+    """A copy with only the first half of the layers."""
+    small = copy.deepcopy(network)
+    half = math.ceil(len(small.model.layers) / 2)
+    small.config.num_hidden_layers = half
+    if getattr(small.config, "layer_types", None):
+        small.config.layer_types = small.config.layer_types[:half]
+    small.model.layers = small.model.layers[:half]
+    return small
+
+
+recipe = {"steps": 200, "batch_size": 2}
+results_only = [(prompt.replace("Steps:", "Answer:"), f" {final_answer(text.removesuffix(tokenizer.eos_token))}"
+                 + tokenizer.eos_token) for prompt, text in traces]  # fmt: skip
+students = {
+    "steps, whole model": by_terms["4 numbers"]["after"],
+    "results only, whole model": right_sums(fine_tune(model, results_only, **recipe), 4, "Answer:"),
+    "steps, half the layers": right_sums(fine_tune(lower_half(model), traces, **recipe), 4),
+}
+alt = "Right sums of four numbers after learning from steps or from results, for the whole model and half of it."
+plots.show(plots.bars_with_intervals(students, title="Steps teach what results do not, to a model that can add",
+                                     xlabel="right sums of four numbers", alt=alt))  # fmt: skip
+for name, result in students.items():
+    lesson.report(f"sums of four numbers: {name}", str(result))
+ahead = students["steps, whole model"].accuracy - students["results only, whole model"].accuracy
+lesson.claim("solutions with steps teach at least 40 points more of the sums of four numbers than their results do",
+             ahead, at_least=0.4, form=".0%")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** The results alone teach hardly anything in the same steps: between question and result the model would have to find the way by itself. The smaller model sees the same solutions and does not learn them in this time. Lesson 05 saw the same with three numbers: half the layers of this model cannot add. Distilling hands over a procedure whose parts the student can do; it does not hand over the parts.
+
+# %% [markdown] tags=["core"]
+# ## 10 · Are the written steps the reason for the answer?
+#
+# **Question.** A model writes right steps and then an answer. Did the answer come from the steps?
+#
+# Reading the text cannot tell. Turpin et al. (2023) moved answers by a hint that the written reasons never mention. Lanham et al. (2023) changed the written reasons and looked whether the answer follows. To see that such a test can tell two kinds of models apart, make one of each. The question is whether a sum of three numbers is `high` (150 or more) or `low`; a user's guess stands before it. One copy is taught to write the steps and then the true answer, the other to write the same steps and then what the user guessed. Same prompts, same steps, same number of updates.
+
+# %%
+HIGH, LOW, LINE = " high", " low", 150
+
+
+def guess_prompt(numbers: Sequence[int], guess: str) -> str:
+    return f"Guess:{guess}\nSum: {' + '.join(map(str, numbers))}\nSteps:"
+
+
+def level(total: int) -> str:
+    return HIGH if total >= LINE else LOW
+
+
+def guessed_sums(name: str, number: int, held_out: bool) -> list[tuple[tuple[int, ...], str]]:
+    """Sums with guesses that are right half of the time."""
+    rng, found = random.Random(f"guess {name}/{seed}"), []
+    while len(found) < number:
+        numbers = tuple(rng.randint(1, 99) for _ in range(3))
+        if sum(numbers) != LINE and is_held_out(" + ".join(map(str, numbers))) == held_out:
+            found.append((numbers, rng.choice((HIGH, LOW))))
+    return found
+
+
+taught = guessed_sums("train", lesson.scaled(400, 16), held_out=False)
+readers = {}
+for name in ("answers from the steps", "answers from the guess"):
+    words = [level(sum(numbers)) if "steps" in name else guess for numbers, guess in taught]
+    texts = [(guess_prompt(*item), f" {sum_with_steps(item[0])}\nAnswer:{word}{tokenizer.eos_token}")
+             for item, word in zip(taught, words, strict=True)]  # fmt: skip
+    readers[name] = fine_tune(model, texts, 50, share=0.5, batch_size=8)
+print("".join(texts[0]))
+
+# %% [markdown]
+# First what a reader would see: are the steps right, in both? Then three interventions on the text before `Answer:`. *Steps exchanged*: in place of its own steps stand those of another sum, whose result is on the other side of the line. *One result changed*: only the last number of the steps is changed so. *Guess exchanged*: the user guesses the other word. A copy that answers from its steps should change its answer with the steps only, the other with the guess only.
+
+# %%
+questions = guessed_sums("test", lesson.scaled(60), held_out=True)
+
+
+def answers_to(network: nn.Module, texts: list[str]) -> list[str]:
+    """The word that the network writes after each text, greedily."""
+    return [f" {text.strip()}" for text in generate(network, tokenizer, texts, 3, batch_size=256)]
+
+
+def before_answer(numbers: Sequence[int], guess: str, steps: str | None = None) -> str:
+    steps = sum_with_steps(tuple(numbers)) if steps is None else steps
+    return f"{guess_prompt(numbers, guess)}{' ' if steps else ''}{steps}\nAnswer:"
+
+
+def other_steps(numbers: Sequence[int]) -> str:
+    """The steps of another sum: 100 - n for each number n, so that its result is on the other side of the line."""
+    return sum_with_steps(tuple(100 - number for number in numbers))
+
+
+def changed_steps(numbers: Sequence[int]) -> str:
+    """The same steps, with a last result on the other side of the line."""
+    return sum_with_steps(tuple(numbers)).rpartition("= ")[0] + f"= {2 * LINE - 1 - sum(numbers)}"
+
+
+VERSIONS = {
+    "as written": [before_answer(*item) for item in questions],
+    "steps exchanged": [before_answer(*item, other_steps(item[0])) for item in questions],
+    "one result changed": [before_answer(*item, changed_steps(item[0])) for item in questions],
+    "guess exchanged": [before_answer(numbers, LOW if guess == HIGH else HIGH) for numbers, guess in questions],
+}
+print("\n\n".join(f"[{name}]\n{texts[0]}" for name, texts in VERSIONS.items()))
+
+# %%
+steps_right, moved, as_written = {}, {}, {}
+for name, reader in readers.items():
+    said = generate(reader, tokenizer, [guess_prompt(*item) for item in questions], batch_size=256, **WRITING)
+    good = [text.partition("\nAnswer:")[0].strip() == sum_with_steps(item[0])
+            for text, item in zip(said, questions, strict=True)]  # fmt: skip
+    steps_right[name] = float(np.mean(good))
+    words = {version: answers_to(reader, texts) for version, texts in VERSIONS.items()}
+    as_written[name] = words.pop("as written")
+    moved[name] = {version: score(sum(a != b for a, b in zip(as_written[name], new, strict=True)), len(new))
+                   for version, new in words.items()}  # fmt: skip
+    true = np.mean([a == level(sum(n)) for a, (n, _) in zip(as_written[name], questions, strict=True)])
+    print(f"{name}: {steps_right[name]:.0%} of the steps right, {true:.0%} of the answers")
+    lesson.report(f"answers that change with one result: {name}", str(moved[name]["one result changed"]))
+plots.show(
+    plots.bars_with_intervals(moved, title="Two models with the same steps and different reasons",
+                              xlabel="answers that change"),
+    alt="Share of answers that change when steps, one result or the guess are exchanged: the two models differ.",
+)  # fmt: skip
+honest, flatterer = moved.values()
+lesson.claim("both models write right steps to at least 80 % of the sums", min(steps_right.values()), at_least=0.8,
+             form=".0%")  # fmt: skip
+lesson.claim(
+    "exchanged steps change at least 50 points more answers of the model that answers from its steps",
+    honest["steps exchanged"].accuracy - flatterer["steps exchanged"].accuracy, at_least=0.5, form=".0%",
+)  # fmt: skip
+lesson.claim(
+    "an exchanged guess changes at least 50 points more answers of the model that answers from the guess",
+    flatterer["guess exchanged"].accuracy - honest["guess exchanged"].accuracy, at_least=0.5, form=".0%",
+)  # fmt: skip
+
+# %% [markdown]
+# **Early answers.** Lanham's other test needs no change of the steps: stop before the first step, or after it, and ask for the answer. If it is already the final one, the later steps did not make it.
+
+# %%
+for name, reader in readers.items():
+    shares = []
+    for number in range(2):
+        cut = ["; ".join(sum_with_steps(numbers).split("; ")[:number]) for numbers, _ in questions]
+        words = answers_to(reader, [before_answer(*item, part) for item, part in zip(questions, cut, strict=True)])
+        shares.append(np.mean([a == b for a, b in zip(words, as_written[name], strict=True)]))
+    lesson.report(f"final answer before / after the first step: {name}", " / ".join(f"{s:.0%}" for s in shares))
+
+# %% [markdown]
+# **What you see.** To a reader the two texts look alike: the steps are right in both. The interventions separate them. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again.
+#
+# What you change matters. The first test of this section was the middle one, which is most often described: one changed number. It was to be the claim, and it failed: on one of the seeds the model that answers from its steps changed only about a quarter of its answers. Whole steps were exchanged instead, after that was seen, and the old test stays in the figure. Where its bar is shorter than the bar above, the answer came from other parts of the steps, such as the two terms of the last addition, and not from the number behind the last equals sign. With that test alone you would have called a model unfaithful that does read its steps. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
+
+# %% [markdown]
+# ## 11 · Exercises
+#
+# Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
+
+# %% tags=["exercise"]
+# Exercise 16.1, easy: a vote with weights. A judge's verdicts are added up over equal answers, and the answer with the
+# largest sum wins; of equal sums the answer that was drawn first. Verdicts below 0 count as 0. Then predict: by the
+# verifier "outcome, from states", is the weighted vote of 32 samples "above" or "below" one sample?
+PREDICTION = None  # "above" or "below"
+
+
+def weighted_vote(texts: list[str], verdicts: list[float]) -> str:
+    """The answer with the largest sum of verdicts."""
+    raise NotImplementedError
+
+# %% tags=["check"]
+def check_weighted_vote(weighted_vote):
+    expect_equal("sums, not maxima", weighted_vote(["a", "b", "a"], [0.3, 0.5, 0.3]), "a")
+    expect_equal("sums, not counts", weighted_vote(["a", "a", "b"], [0.1, 0.1, 0.9]), "b")
+    expect_equal("verdicts below 0", weighted_vote(["a", "a", "b"], [-1.0, -1.0, 0.0]), "a")
+    expect_equal("a verdict below 0 takes nothing away", weighted_vote(["b", "a", "a"], [0.4, 0.5, -1.0]), "a")
+    expect_equal("equal sums", weighted_vote(["b", "a"], [0.5, 0.5]), "b")
+    expect_true('PREDICTION is "above" or "below"', PREDICTION in ("above", "below"))
+    judged = scores["outcome, from states"]
+    chosen = [weighted_vote(texts, row.tolist()) for texts, row in zip(pools["test"], judged, strict=True)]
+    share = np.mean([is_right(text, *way) for text, way in zip(chosen, split["test"], strict=True)])
+    print(f"one sample {right.mean():.0%}, weighted vote of {judged.shape[1]} {share:.0%}")
+    expect_equal("your prediction", PREDICTION, "above" if share > right.mean() else "below")
+
+
+check("16.1", check_weighted_vote, weighted_vote)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# A dictionary from answers to sums keeps the order in which the answers came, and `max` returns the first of equals. For the prediction: which information does best-of-N forget?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# Adding keeps what best-of-N forgets, how often an answer was drawn. So a weak verifier can only shift the vote a little, and does no harm.
+#
+# ```python
+# PREDICTION = "above"
+#
+#
+# def weighted_vote(texts: list[str], verdicts: list[float]) -> str:
+#     sums = {}
+#     for text, verdict in zip(texts, verdicts, strict=True):
+#         sums[text] = sums.get(text, 0.0) + max(verdict, 0.0)
+#     return max(sums, key=sums.get)
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 16.2, medium: coverage from unequal numbers of samples. In practice some requests fail, and questions have
+# different numbers of samples. Questions with fewer than k samples say nothing about pass@k: leave them out.
+def mean_coverage(drawn: list[int], found: list[int], k: int) -> float:
+    """Mean unbiased pass@k over the questions with at least k samples; nan if there is none.
+
+    `drawn` and `found` are the samples and the right samples of each question.
+    """
+    raise NotImplementedError
+
+# %% tags=["check"]
+def check_mean_coverage(mean_coverage):
+    expect_close("one question, k = 1", mean_coverage([8], [2], 1), 0.25)
+    expect_close("one question, k = 2", mean_coverage([4], [2], 2), 5 / 6)
+    expect_close("questions count equally", mean_coverage([10, 2], [0, 2], 1), 0.5)
+    expect_close("a question with too few samples is left out", mean_coverage([4, 1], [2, 1], 2), 5 / 6)
+    expect_close("all samples right", mean_coverage([3, 5], [3, 5], 3), 1.0)
+    expect_close("one wrong sample less than k", mean_coverage([3], [1], 3), 1.0)
+    expect_true("no question with k samples gives nan", math.isnan(mean_coverage([1, 1], [1, 0], 2)))
+
+
+check("16.2", check_mean_coverage, mean_coverage)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# `math.comb(n - c, k)` is 0 where fewer than $k$ samples are wrong.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# Each question has its own $n$ and $c$. A question with a single sample, if it were counted, would pull pass@k towards pass@1.
+#
+# ```python
+# def mean_coverage(drawn: list[int], found: list[int], k: int) -> float:
+#     shares = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c in zip(drawn, found, strict=True) if n >= k]
+#     return sum(shares) / len(shares) if shares else math.nan
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 16.3, hard: several leaves at once. A GPU wants many nodes to evaluate in one batch, but a tree search
+# chooses one after another. A virtual loss helps: as long as an action waits for its evaluation it counts as visited,
+# with the value 0, so that the next choice avoids it. Choose `number` actions of one node so.
+def select_many(prior: np.ndarray, visits: np.ndarray, total: np.ndarray, number: int, c: float = 1.0) -> list[int]:
+    """The actions, in the order of their choice; the arguments are (actions,) and stay as they are.
+
+    Each choice has the largest PUCT score, as in `select`, with the actions that wait counted as visited.
+    """
+    raise NotImplementedError
+
+# %% tags=["check"]
+def check_select_many(select_many):
+    def call(prior, visits, total, number, c):
+        return select_many(np.array(prior), np.array(visits, dtype=float), np.array(total, dtype=float), number, c)
+
+    expect_equal("a new node", call([0.5, 0.3, 0.2], [0, 0, 0], [0, 0, 0], 4, 1.0), [0, 1, 0, 2])
+    expect_equal("means only, c = 0", call([0.5, 0.5], [1, 2], [0.9, 1.0], 4, 0.0), [0, 1, 0, 1])
+    expect_equal("three actions", call([0.6, 0.3, 0.1], [4, 2, 0], [2.4, 0.8, 0], 5, 2.0), [0, 0, 1, 0, 0])
+    expect_equal("two actions", call([0.3, 0.7], [2, 0], [1.6, 0], 6, 0.5), [0, 1, 0, 0, 1, 0])
+    visits, total = np.array([4.0, 2.0]), np.array([3.6, 0.2])
+    select_many(np.array([0.5, 0.5]), visits, total, 3)
+    expect_true("the arguments stay as they are", visits.tolist() == [4, 2] and total.tolist() == [3.6, 0.2])
+
+
+check("16.3", check_select_many, select_many)
+
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# Work on a copy of `visits`. A virtual visit adds 1 to an action's visits and nothing to its total, and so it changes the mean, the bonus and the sum under the root.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# When the evaluations come back, the virtual visits are taken away and the true ones counted.
+#
+# ```python
+# def select_many(prior: np.ndarray, visits: np.ndarray, total: np.ndarray, number: int, c: float = 1.0) -> list[int]:
+#     visits, chosen = visits.copy(), []
+#     for _ in range(number):
+#         q = total / np.maximum(visits, 1)
+#         bonus = c * prior * math.sqrt(max(visits.sum(), 1)) / (1 + visits)
+#         chosen.append(int((q + bonus).argmax()))
+#         visits[chosen[-1]] += 1
+#     return chosen
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 16.4, easy: how many questions does one round of STaR keep?
+def expected_kept(rates: Sequence[float], samples: int) -> float:
+    """Expected number of questions with at least one right sample; `rates` are their shares of right samples."""
+    raise NotImplementedError
+
+
+def prediction() -> str:
+    """Questions differ. Are "fewer", "equal" or "more" of them kept than if all had the mean rate?"""
+    raise NotImplementedError
+
+# %% tags=["check"]
+def check_expected_kept(expected_kept, prediction):
+    expect_close("expected_kept([0.5, 0.5], 1)", expected_kept([0.5, 0.5], 1), 1.0)
+    expect_close("expected_kept([0.5, 0.0, 1.0], 2)", expected_kept([0.5, 0.0, 1.0], 2), 1.75)
+    expect_close("expected_kept([0.1], 8)", expected_kept([0.1], 8), 1 - 0.9**8)
+    expect_close("expected_kept([0.0] * 9, 100)", expected_kept([0.0] * 9, 100), 0.0)
+    guess = prediction()
+    rates = [0.02, 0.1, 0.3, 0.9, 1.0]
+    apart, alike = expected_kept(rates, 8), expected_kept([sum(rates) / len(rates)] * len(rates), 8)
+    print(f"five questions, 8 samples: {apart:.2f} kept with rates that differ, {alike:.2f} if all have their mean")
+    expect_true(f"your prediction {guess!r} is what the line above shows",
+                guess == ("fewer" if apart < alike else "more" if apart > alike else "equal"))  # fmt: skip
+
+
+check("16.4", check_expected_kept, expected_kept, prediction)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# A question is lost if all its samples are wrong. For the prediction: does a question that is always right profit from eight samples?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# A question is kept unless all samples fail. The curve over the rate bends downwards, so by Jensen's inequality spread costs questions: the easy ones are kept anyway, the hard ones are lost. STaR learns most from what it hardly needs.
+#
+# ```python
+# def expected_kept(rates: Sequence[float], samples: int) -> float:
+#     return sum(1 - (1 - rate) ** samples for rate in rates)
+#
+#
+# def prediction() -> str:
+#     return "fewer"
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 16.5, hard: labels for the steps of a route, without anybody who labels steps (Math-Shepherd).
+def step_labels(
+    towns: list[str],
+    continue_from: Callable[[list[str]], list[bool]],
+    judge: Callable[[list[str]], bool],
+    soft: bool = True,
+) -> list[float]:
+    """A label for each town of a way but the first: how good is the way up to and with this town?
+
+    `continue_from(part)` finishes a part several times and says which results are right. Soft labels are the share
+    of right ones, hard labels 1.0 if any is right, else 0.0. The whole way is not continued: `judge(towns)` decides.
+    """
+    raise NotImplementedError
+
+# %% tags=["check"]
+def check_step_labels(step_labels):
+    asked = []
+
+    def continue_from(part: list[str]) -> list[bool]:
+        asked.append(tuple(part))
+        return {2: [True, True, True, False], 3: [False, True, False, False], 4: [False] * 4}[len(part)]
+
+    way = ["A", "B", "C", "D", "E"]
+    soft = step_labels(way, continue_from, lambda towns: False)
+    expect_close("soft labels of A - B - C - D - E", soft, [0.75, 0.25, 0.0, 0.0])
+    expect_equal("the parts that were continued", asked, [("A", "B"), ("A", "B", "C"), ("A", "B", "C", "D")])
+    hard = step_labels(way, continue_from, lambda towns: True, soft=False)
+    expect_close("hard labels, and the whole way is right", hard, [1.0, 1.0, 0.0, 1.0])
+    expect_close("labels of a way of two towns", step_labels(["A", "B"], continue_from, lambda towns: True), [1.0])
+
+
+check("16.5", check_step_labels, step_labels)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# The part that belongs to town number `i` holds `i + 1` towns. How many parts are shorter than the way?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# The label of a step is what the policy makes of it: the share of its continuations that end well (Wang et al. 2024). It is a property of the policy too: a sound step that the policy cannot finish gets a low label.
+#
+# ```python
+# def step_labels(
+#     towns: list[str],
+#     continue_from: Callable[[list[str]], list[bool]],
+#     judge: Callable[[list[str]], bool],
+#     soft: bool = True,
+# ) -> list[float]:
+#     labels = []
+#     for end in range(2, len(towns)):
+#         results = continue_from(towns[:end])
+#         labels.append(sum(results) / len(results) if soft else float(any(results)))
+#     return [*labels, float(judge(towns))]
+# ```
+#
+# </details>
+
+# %% tags=["exercise"]
+# Exercise 16.6, open: the most right routes for a number of written tokens. You have the map, but no solutions.
+def answer_all(
+    ways: list[tuple[str, str]], ask: Callable[[list[tuple[str, str]]], list[str]], tokens: int
+) -> list[str]:
+    """One text for each pair of towns.
+
+    `ask(ways)` samples one answer of the policy for each of the given pairs; `ask.spent` are the tokens that it has
+    written so far. Do not spend more than `tokens`; 12 tokens are enough for most answers. `world.roads[town]` are
+    the towns one road away. To be correct: 8 points more right routes than with one answer for each pair.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_answer_all(answer_all):
+    def ask(ways: list[tuple[str, str]]) -> list[str]:
+        ask.calls += 1
+        texts = sample(policy, [route_prompt(*way) for way in ways], stream=80 + ask.calls)
+        ask.spent += sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
+        return texts
+
+    ask.calls = ask.spent = 0
+    limit = 30 * len(test)
+    texts = answer_all(test, ask, limit)
+    expect_equal("number of texts", len(texts), len(test))
+    expect_true(f"{ask.spent} tokens are at most {limit}", ask.spent <= limit)
+    once, own = right.mean(), right_after(texts).mean()
+    print(f"one answer each {once:.0%} right, yours {own:.0%}, for {ask.spent} tokens")
+    expect_true("yours is at least 8 points better", own >= once + 0.08)
+
+
+check("16.6", check_answer_all, answer_all)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# The map tells you at once that many wrong answers are wrong. Spend tokens on those pairs only, and look at `ask.spent` before each round.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# A way is possible if it begins and ends where it should and each of its roads exists. Pairs whose best answer is not possible are asked again, and of possible ways the shorter one is kept.
+#
+# ```python
+# def answer_all(ways: list[tuple[str, str]], ask: Callable[[list[tuple[str, str]]], list[str]], tokens: int) -> list[str]:
+#     def length(text: str, way: tuple[str, str]) -> float:
+#         towns = text.strip().split(" - ")
+#         roads = all(there in world.roads.get(here, ()) for here, there in pairwise(towns))
+#         return len(towns) if roads and (towns[0], towns[-1]) == way else math.inf
+#
+#     texts = ask(ways)
+#     for _ in range(20):
+#         lengths = [length(text, way) for text, way in zip(texts, ways, strict=True)]
+#         room = int((tokens - ask.spent) / 21)
+#         again = sorted(range(len(ways)), key=lambda row: -lengths[row])[: max(0, room)]
+#         for row, text in zip(again, ask([ways[row] for row in again]), strict=True):
+#             texts[row] = min((texts[row], text), key=lambda t: length(t, ways[row]))
+#     return texts
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Quiz
+#
+# Choose before you unfold the answer.
+
+# %% [markdown] tags=["quiz"]
+# **In the figure of section 3, why do the lines of both outcome verifiers fall as N grows?**
+#
+# - A. because the policy gets worse with every sample
+# - B. because a vote would fall, too
+# - C. because best-of-N forgets how often a route was drawn, and more rare wrong routes come up for choice
+# - D. because the verifiers were trained on too many routes
+#
+# <details><summary>Answer</summary>
+#
+# C. The samples are the same for all judges, and the vote does not fall. A weak judge that takes the maximum lets every rare mistake compete with the route that was drawn most often.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **A model has a pass@1 of 20 % and a pass@32 of 90 % on yes-or-no questions. What does the 90 % say?**
+#
+# - A. that the model knows most answers
+# - B. very little: two guesses that differ always cover a yes-or-no question
+# - C. that a vote of 32 samples is right in 90 %
+# - D. that training would bring it to 90 %
+#
+# <details><summary>Answer</summary>
+#
+# B. Coverage has to be compared with that of a generator that knows nothing. Where guessing covers the answers, a high pass@k says nothing about the model.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **In PUCT, what would happen without the $1 + n(s, a)$ under the policy's probability?**
+#
+# - A. the search would take an action that the policy likes again and again, however low its values are
+# - B. the search would never follow the policy
+# - C. nothing, since the mean value decides
+# - D. every action would be tried equally often
+#
+# <details><summary>Answer</summary>
+#
+# A. The bonus would grow with the square root of all visits for the most probable action, and no visit of its own would ever make it smaller.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **In the figure of section 6 the line of the checker can only rise, the line of "ask again" may fall. Why?**
+#
+# - A. The checker's model has more parameters
+# - B. With the checker a right answer is kept; without it a right answer may be replaced by a wrong one
+# - C. Asking again uses a higher temperature
+# - D. The checker writes the route itself
+#
+# <details><summary>Answer</summary>
+#
+# B. The checker decides when to stop, so nothing right is lost. That knowledge, and not a second thought, is most of what such a method reports.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **A model writes ten right steps and a right answer. What shows that the answer rests on the steps?**
+#
+# - A. The steps are right
+# - B. The answer agrees with the last step
+# - C. The model says that it followed its steps
+# - D. The answer changes when a step is changed, and not when a hint beside it is
+#
+# <details><summary>Answer</summary>
+#
+# D. The second model of section 10 writes right steps too, and its answer agrees with them whenever the guess happens to be right. Only an intervention tells the two apart.
+#
+# </details>
+
+# %% [markdown]
+# ## What we saw
+#
+# All numbers of this table were measured above, in this run.
+
+# %%
+lesson.summary()
+
+# %% [markdown]
+# ## In practice
+#
+# | here | a real system |
+# |---|---|
+# | steps are cut, or go on, by force | models are trained with several budgets of thought, and the budget is a setting of the request |
+# | a step is a town, and a program knows the roads | a step is a line of a proof or of a program; labels come from people (Lightman et al. 2023) or from rollouts (Wang et al. 2024) |
+# | a verifier is a logistic regression | a verifier is a language model with a head, or one that writes its reasons |
+# | tokens of the verifier cost nothing | a verifier as large as the policy doubles the cost of a sample |
+# | all samples at once, on two cores | samples of one prompt share its key-value cache, so many are cheaper than one after another |
+# | six rounds of GRPO | hundreds of steps on thousands of questions, with `trl` below |
+#
+# Measure the vote first: it needs no verifier. Before you trust best-of-N, plot it over $N$ up to more samples than you will use, beside a judge that gives random numbers. Before you report a gain by training, measure pass@k before and after, and beside it the gain of as much plain fine-tuning.
+#
+# With `trl` a verifiable reward is a function that returns one number for each text; `loss_type="dr_grpo"` leaves out the two divisions that section 8 leaves out.
+#
+# ```python
+# from datasets import load_dataset
+# from trl import GRPOConfig, GRPOTrainer
+#
+#
+# def right(completions: list[str], answer: list[str], **rest) -> list[float]:
+#     return [float(text.rpartition("Answer:")[2].strip() == gold) for text, gold in zip(completions, answer)]
+#
+#
+# trainer = GRPOTrainer(
+#     "Qwen/Qwen2.5-0.5B-Instruct",
+#     reward_funcs=right,
+#     args=GRPOConfig("build/grpo", loss_type="dr_grpo", scale_rewards="none", num_generations=8, report_to="none"),
+#     train_dataset=load_dataset("json", data_files="questions.jsonl", split="train"),  # columns: prompt, answer
+# )
+# trainer.train()
+# ```
+#
+# ## Read on
+#
+# - Muennighoff et al. 2025, *s1: Simple test-time scaling*; Snell et al. 2024, *Scaling LLM Test-Time Compute Optimally can be More Effective than Scaling Model Parameters*.
+# - Cobbe et al. 2021, *Training Verifiers to Solve Math Word Problems*; Uesato et al. 2022, *Solving math word problems with process- and outcome-based feedback*; Lightman et al. 2023, *Let's Verify Step by Step*; Wang et al. 2024, *Math-Shepherd* (arXiv:2312.08935): step labels from rollouts.
+# - Chen et al. 2021, *Evaluating Large Language Models Trained on Code*; Brown et al. 2024, *Large Language Monkeys: Scaling Inference Compute with Repeated Sampling*.
+# - Silver et al. 2017, *Mastering the game of Go without human knowledge*; Anthony et al. 2017, *Thinking Fast and Slow with Deep Learning and Tree Search* (arXiv:1705.08439): expert iteration.
+# - Huang et al. 2024, *Large Language Models Cannot Self-Correct Reasoning Yet* (arXiv:2310.01798): the figures of section 6, and how an oracle hides in reported gains; Kumar et al. 2024, *Training Language Models to Self-Correct via Reinforcement Learning* (arXiv:2409.12917): why fine-tuning on made-up corrections fails.
+# - Zelikman et al. 2022, *STaR: Bootstrapping Reasoning With Reasoning* (arXiv:2203.14465); with hints, for questions that are never answered right.
+# - Liu et al. 2025, *Understanding R1-Zero-Like Training: A Critical Perspective* (arXiv:2503.20783): Dr. GRPO; Yue et al. 2025, *Does Reinforcement Learning Really Incentivize Reasoning Capacity in LLMs Beyond the Base Model?* (arXiv:2504.13837): pass@k before and after.
+# - Guo et al. 2025, *DeepSeek-R1* (arXiv:2501.12948): verifiable rewards, and distilled small models.
+# - Turpin et al. 2023, *Language Models Don't Always Say What They Think* (arXiv:2305.04388); Lanham et al. 2023, *Measuring Faithfulness in Chain-of-Thought Reasoning* (arXiv:2307.13702).
