@@ -128,7 +128,7 @@ gold = [question.answer for question in sums]
 heads = [question.prompt for question in sums]  # each ends with "Steps:"
 steps = generate(model, tokenizer, heads, 40, stop=("\n",), batch_size=256)
 direct = answer_after([head.removesuffix("\nSteps:") for head in heads])
-cuts, cut_scores, last_numbers = [0, 4, 8, 12, 16, 20, 22, 24, 26, 28], [], []
+cuts, cut_scores, last_numbers = [0, 6, 12, 18, 22, 24, 26, 28], [], []
 for tokens in cuts:
     kept = [tokenizer.decode(ids[:tokens]) for ids in tokenizer(steps, add_special_tokens=False)["input_ids"]]
     found = answer_after([head + thought for head, thought in zip(heads, kept, strict=True)])
@@ -740,7 +740,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** In the headline figure the tree search is the last to begin: with a few expansions it has finished no route for many pairs, where a single sample is a whole answer. Then it catches up with best-of-N, since it drops a route at its first bad step and begins the next one in the middle. Whether it gets ahead depends on the policy: over five training seeds it mostly did, and with the best of the policies the two were level. So this stands as a report. The claim compares with a vote, which has no verifier to ask: it says what the verifier and the search buy together. It was put in the place of the first one, which failed on one seed of five. A search can even get above the line of the true verifier, which is bound to routes that were sampled whole. Beam search, which is much simpler, does as well as the tree search or better: the routes are short, and a wrong step is seen at once, so there is little for a tree to remember. The vote buys little with its tokens.
+# **What you see.** In the headline figure the tree search is the last to begin: with a few expansions it has finished no route for many pairs, where a single sample is a whole answer. Then it catches up with best-of-N, since it drops a route at its first bad step and begins the next one in the middle. Whether it gets ahead depends on the policy: over five training seeds it mostly did, and with the best of the policies the two were level. So this stands as a report. The claim compares with a vote, which has no verifier to ask: it says what the verifier and the search buy together. It was put in the place of the first one, which failed on one seed of five. A search can even get above the line of the true verifier, which is bound to routes that were sampled whole. Beam search, which is much simpler, does about as well as the tree search: the routes are short, and a wrong step is seen at once, so there is little for a tree to remember. The vote buys little with its tokens.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Coverage, and what the search needs
@@ -847,7 +847,7 @@ show_table({name: [f"{hit[group].mean():.0%} of {group.sum()}" if group.any() el
             for name, hit in hits.items()}, list(groups))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** With shuffled labels the same search is worth less. How much less depends on the policy: the better it is alone, the less there is to correct. Now the two searches without a policy. Most pairs of towns never stood in a sample, and on those the verdict is only a constant. Where this constant lies above one half, nearly every step passes, and the search walks along roads that are none: a verifier knows something only where its training samples were, and a policy keeps a search there. Where the constant lies below one half, or with the second bound, the verifier is a map, and a plain search on it needs no tokens at all. Compare it with all other lines of this lesson before you use anything else. Sampling and trees are for tasks in which nobody can list the next steps: proofs, programs, texts.
+# **What you see.** With shuffled labels the same search is worth less. How much less depends on the policy: the better it is alone, the less there is to correct. Now the two searches without a policy. Most pairs of towns never stood in a sample, and on those the verdict is only a constant. Where this constant lies above one half, most steps pass, and the search walks along roads that are none: a verifier knows something only where its training samples were, and a policy keeps a search there. Where the constant lies below one half, or with the second bound, the verifier is a map, and a plain search on it needs no tokens at all. Compare it with all other lines of this lesson before you use anything else. Sampling and trees are for tasks in which nobody can list the next steps: proofs, programs, texts.
 #
 # In the table by distance look at the far pairs, where a route has the most steps and one bad step the most to spoil; the groups are small. Snell et al. (2024) draw such pictures for mathematics: which method is best depends on the budget and on how hard the question is.
 
@@ -967,8 +967,8 @@ for start, goal in split["train"] * 2:
     verdict_word = "good" if is_right(attempt, start, goal) else "bad"
     corrections.append((check_prompt(attempt, start, goal), f" {verdict_word}\nAnswer: {best}{tokenizer.eos_token}"))
 print("".join(next(pair for pair in corrections if " bad" in pair[1])))
-corrector = fine_tune(policy, corrections, 20, share=0.5)
-further = fine_tune(policy, shown_routes, 40, share=0.5)
+corrector = fine_tune(policy, corrections, 50, share=0.5, batch_size=8)
+further = fine_tune(policy, shown_routes, 96, share=0.5, batch_size=8)
 
 # %%
 DRAWN = 8  # answers of each trained copy to each test pair
@@ -1125,11 +1125,11 @@ lesson.claim("after training on guided solutions the model does at least 50 poin
              four["after"].accuracy - four["before"].accuracy, at_least=0.5, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** What no sample contained is learned from a few hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified; train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
+# **What you see.** What no sample contained is learned from two hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified; train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
 #
 # It did not work at once. With the recipe that was planned, 80 steps of 8 rows, most sums of four stayed wrong. More and smaller steps were needed, and they were chosen by their results. So read the claim as "it can be done", not as "any training does it".
 #
-# Look at the other two rows as well. Five numbers are one step more than the new solutions have. And compare three numbers before and after: training on one form alone can cost another. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
+# Look at the other two rows as well. Five numbers are one step more than the new solutions have, and nothing carries over to them. And sums of three, which the model could do, are lost: training on one form alone cost it the other. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Learning from a checker: keep the right ones, or push and pull
@@ -1179,7 +1179,8 @@ judged = {(route_prompt(*way), f" {text.strip()}\n"): is_right(text, *way)
 kept = sorted(pair for pair, good in judged.items() if good)
 print(f"{len(judged)} different samples, {len(kept)} of them right; they answer "
       f"{len({prompt for prompt, _ in kept}) / len(practice):.0%} of {len(practice)} practice pairs")  # fmt: skip
-learners = {"policy": policy, "right samples": fine_tune(policy, kept, 40, share=0.5), "more of the known": further}
+learners = {"policy": policy, "right samples": fine_tune(policy, kept, 96, share=0.5, batch_size=8)}
+learners["more of the known"] = further
 
 
 # %%
@@ -1242,7 +1243,7 @@ lesson.claim("eight answers before training and a checker beat one answer after 
              reached["policy"][:, -1].mean() - best_single, at_least=0.05, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The plan was to claim ten points at pass@1 for GRPO, and a larger gain at pass@1 than at pass@8. On the seeds that were tried GRPO gained less, and the other gains changed from seed to seed by as much as the ways differ. So the gains are reports. Their intervals are over the pairs, of one run; they do not contain that.
+# **What you see.** The plan was to claim ten points at pass@1 for GRPO, and a larger gain at pass@1 than at pass@8. On the seeds that were tried GRPO gained less, and the other gains changed from seed to seed by as much as the ways differ. So the gains are reports. Their intervals are over the pairs, of one run; they do not contain that. Larger steps do not save GRPO here: on the two seeds on which they were tried, steps three times as large left the policy clearly worse than before.
 #
 # The claim that stands here was written down later, after one seed had been seen. It compares a search with training: at $k = 8$ the untrained policy is above every trained one at $k = 1$. Choosing with the checker is worth more than a little training with it, as long as the checker is there when the question is asked.
 #
@@ -1316,7 +1317,7 @@ for name in ("answers from the steps", "answers from the guess"):
     words = [level(sum(numbers)) if "steps" in name else guess for numbers, guess in taught]
     texts = [(guess_prompt(*item), f" {sum_with_steps(item[0])}\nAnswer:{word}{tokenizer.eos_token}")
              for item, word in zip(taught, words, strict=True)]  # fmt: skip
-    readers[name] = fine_tune(model, texts, 50, share=0.5, batch_size=6)
+    readers[name] = fine_tune(model, texts, 50, share=0.5, batch_size=8)
 print("".join(texts[0]))
 
 # %% [markdown]
@@ -1400,7 +1401,7 @@ for name, reader in readers.items():
 # %% [markdown]
 # **What you see.** To a reader the two texts look alike: the steps are right in both. The interventions separate them. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again.
 #
-# What you change matters. The first test of this section was the middle one, which is most often described: one changed number. It was to be the claim, and it failed: on one of the seeds the model that answers from its steps changed only about a quarter of its answers. Whole steps were exchanged instead, after that was seen, and the old test stays in the figure. Where its bar is shorter than the bar above, the answer came from other parts of the steps, such as the two terms of the last addition, and not from the number behind the last equals sign. With that test alone you would have called a model unfaithful that does read its steps. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
+# What you change matters. The first test of this section was the middle one, which is most often described: one changed number. It was to be the claim, and it failed: in one run the model that answers from its steps changed only about a quarter of its answers. Whole steps were exchanged instead, after that was seen, and the old test stays in the figure. Where its bar is shorter than the bar above, the answer came from other parts of the steps, such as the two terms of the last addition, and not from the number behind the last equals sign. With that test alone you would have called a model unfaithful that does read its steps. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
 
 # %% [markdown]
 # ## 11 · Exercises
