@@ -1022,7 +1022,7 @@ lesson.report("right after five answers: the checker names the place", last["che
 # %% [markdown]
 # **What you see.** *Mended* counts pairs that were wrong and become right with the second answer, *broken* those that go the other way. Without a checker an answer that was right can be broken, and much of what is mended is paid for so.
 #
-# The model that was trained on corrected mistakes learned the form. Look again at what it calls good: had its verdict known its own mistakes, the first share would be near 100 % and the second near 0. It was taught mistakes that a program made, on routes that it knew; its own mistakes are on routes that it does not know. And hold its line against the dashed one: where it is not above, what it gained came from more training and not from checking. Many reports leave this comparison out.
+# The model that was trained on corrected mistakes learned the form. Look again at what it calls good: had its verdict known its own mistakes, the first share would be near 100 % and the second near 0. It was taught mistakes that a program made, on routes that it knew; its own mistakes are on routes that it does not know. And hold its line against the dashed one, which had as many tokens of plain routes and no checking. In this run it stays below. A gain of such a copy over the policy would prove nothing without that line, and many reports leave it out.
 #
 # The plan of this lesson had a third claim: that the vote beats the model that was trained to check. When it was tried, it failed on a seed where the two were nearly level after five answers. So the two numbers stand in a report.
 #
@@ -1247,7 +1247,7 @@ lesson.claim("eight answers before training and a checker beat one answer after 
 #
 # The claim that stands here was written down later, after one seed had been seen. It compares a search with training: at $k = 8$ the untrained policy is above every trained one at $k = 1$. Choosing with the checker is worth more than a little training with it, as long as the checker is there when the question is asked.
 #
-# Three more things can be read. Fine-tuning on the right samples costs one round of sampling and no new code, and where solutions are known, more steps on them are the line to beat. Compare these two with GRPO before you write GRPO. Whether training adds routes or only sureness is decided at large $k$, not by the first answer. What is not equal: GRPO takes its updates on fresh samples, with a smaller step size.
+# Three more things can be read. In this run more steps on the pairs with known solutions gain most: where solutions exist, this is the line to beat. Fine-tuning on the right samples costs one round of sampling and no new code. Compare both with GRPO before you write GRPO. Whether training adds routes or only sureness is decided at large $k$, not by the first answer. What is not equal: GRPO takes its updates on fresh samples, with a smaller step size.
 
 # %% [markdown] tags=["further"]
 # ## 9 · Traces or results?
