@@ -12,9 +12,8 @@
 # 1. cut written steps after a number of tokens, force more of them, and compare with a vote;
 # 2. write an outcome verifier and a process verifier, equal to scikit-learn's, and see best-of-N get worse with more samples;
 # 3. write beam search and a Monte Carlo tree search, and compare all methods at equal tokens;
-# 4. compare self-correction with a vote of as many answers, with a checker, and with more training;
-# 5. train on verified answers in two ways, measure pass@k before and after, and see where there is nothing to learn from;
-# 6. change written steps, and see whether the answer changes.
+# 4. compare self-correction with a vote of as many answers, with a checker and with more training, and train on verified answers, with pass@k before and after;
+# 5. change written steps, and see whether the answer changes.
 #
 # **Prerequisites:** lesson 02. Lesson 05 explains fine-tuning, lesson 08 learning from rewards.
 #
@@ -141,8 +140,8 @@ print(f"direct answer: {exact_match(direct, gold)}; whole steps: {np.mean(num_to
 # %%
 figure = plots.curve(
     {"steps, cut": plots.scored_line(cuts, cut_scores)}, references={"direct": exact_match(direct, gold).accuracy},
-    title="Steps that are cut are worth less than none", xlabel="tokens of written steps", ylabel="right sums",
-    percent=True, limits_y=(-0.02, 1.02),
+    title="Steps that are cut in the middle are worth less than none", xlabel="tokens of written steps",
+    ylabel="right sums", percent=True, limits_y=(-0.02, 1.02),
 )  # fmt: skip
 plots.show(figure, alt="Right sums over the tokens of steps: near zero for most of the way, then a steep rise to the "
                        "top; a dashed line shows the direct answer between them.")  # fmt: skip
@@ -585,6 +584,7 @@ class Node:
     children: dict[int, "Node"] = field(default_factory=dict)
 
 
+# %%
 def select(node: Node, exploration: float) -> int:
     """The action with the largest PUCT score."""
     q = node.total / np.maximum(node.visits, 1)
@@ -699,7 +699,7 @@ def beam_search(ways: Sequence[tuple[str, str]], width: int) -> tuple[list[str],
 
 
 # %% [markdown]
-# **All methods over tokens.** For every method count what the policy reads and writes for a pair: the prompt once, then the tokens of each sample or of each expansion. The verifier of steps is a table of numbers and costs no tokens of a model. (With a large network as verifier it would read each step once more.) One thing is not equal: a search writes nothing but towns, stops at the goal and never comes to a town twice, and a sample has to do all this by itself. And one more line that a practitioner would ask for: a search on the roads that the verifier believes in, without any policy.
+# **All methods over tokens.** For every method count what the policy reads and writes for a pair: the prompt once, then the tokens of each sample or of each expansion. The verifier of steps is a table of numbers and costs no tokens of a model. (With a large network as verifier it would read each step once more.) One thing is not equal: a search writes nothing but towns, stops at the goal and never comes to a town twice, and a sample has to do all this by itself. A practitioner would ask for one more method, a search on the roads that the verifier believes in, without any policy: section 5 has it.
 
 # %%
 searched = split["test"]
@@ -856,7 +856,7 @@ show_table({name: [f"{hit[group].mean():.0%} of {group.sum()}" if group.any() el
 #
 # **Question.** If you ask a model to check its answer and to answer again, does it get better? Better than if it had just answered as often, and you had counted votes?
 #
-# Huang et al. (2024) asked GPT-4 for the sums of GSM8K: 95.5 % right at first, 91.5 % after it had checked itself once, 89.0 % after twice. "Self-correction" means several things, and they differ in who knows that something is wrong:
+# Huang et al. (2024) asked GPT-4 the word problems of GSM8K: 95.5 % right at first, 91.5 % after it had checked itself once, 89.0 % after twice. "Self-correction" means several things, and they differ in who knows that something is wrong:
 #
 # | way | who says what is wrong? |
 # |---|---|
