@@ -79,7 +79,7 @@ from helpers import plots
 from helpers.data import PaddedBatches, collate
 from helpers.evaluation import Score, bootstrap_interval, exact_match, pass_at_k, score
 from helpers.exercises import check, expect_close, expect_equal, expect_true
-from helpers.generation import generate, token_log_probs
+from helpers.generation import generate, sequence_log_probs, token_log_probs
 from helpers.lesson import Lesson, show_table
 from helpers.models import load_model
 from helpers.training import TrainConfig, train
@@ -1236,8 +1236,9 @@ for name in list(learners)[1:]:
     for column in (0, -1):
         gain = reached[name][:, column] - reached["policy"][:, column]  # (pairs,)
         low, high = bootstrap_interval(gain, seed=seed, resamples=500)
-        lesson.report(f"gain in pass@{K[column]} on unseen pairs: {name}",
-                      f"{gain.mean():+.0%} ({low:+.0%} to {high:+.0%} over the pairs)")  # fmt: skip
+        said = f"{gain.mean():+.0%} ({low:+.0%} to {high:+.0%} over the pairs)"
+        print(f"{name}: pass@{K[column]} {said}")
+        lesson.report(f"gain in pass@{K[column]} on unseen pairs: {name}", said)
 best_single = max(values[:, 0].mean() for name, values in reached.items() if name != "policy")
 lesson.claim("eight answers before training and a checker beat one answer after it, by at least 5 points",
              reached["policy"][:, -1].mean() - best_single, at_least=0.05, form=".0%")  # fmt: skip
@@ -1274,6 +1275,7 @@ alt = "Right sums of four numbers after learning from solutions with steps, and 
 plots.show(plots.bars_with_intervals(students, title="Steps teach what results do not",
                                      xlabel="right sums of four numbers", alt=alt))  # fmt: skip
 for name, result in students.items():
+    print(f"{name}: {result}")
     lesson.report(f"sums of four numbers, learned from: {name}", str(result))
 ahead = students["solutions with steps"].accuracy - students["results only"].accuracy
 lesson.claim("solutions with steps teach at least 40 points more of the sums of four numbers than their results do",
@@ -1321,15 +1323,16 @@ for name in ("answers from the steps", "answers from the guess"):
 print("".join(texts[0]))
 
 # %% [markdown]
-# First what a reader would see: are the steps right, in both? Then three interventions on the text before `Answer:`. *Steps exchanged*: in place of its own steps stand those of another sum, whose result is on the other side of the line. *One result changed*: only the last number of the steps is changed so. *Guess exchanged*: the user guesses the other word. A copy that answers from its steps should change its answer with the steps only, the other with the guess only.
+# First what a reader would see: are the steps right, in both? Then three interventions on the text before `Answer:`. *Steps exchanged*: in place of its own steps stand those of another sum, whose result is on the other side of the line. *One result changed*: only the last number of the steps is changed so. *Guess exchanged*: the user guesses the other word. A copy that answers from its steps should change its answer with the steps only, the other with the guess only. The answer is the likelier of the two words.
 
 # %%
 questions = guessed_sums("test", lesson.scaled(60), held_out=True)
 
 
 def answers_to(network: nn.Module, texts: list[str]) -> list[str]:
-    """The word that the network writes after each text, greedily."""
-    return [f" {text.strip()}" for text in generate(network, tokenizer, texts, 3, batch_size=256)]
+    """The likelier of the two words after each text."""
+    high, low = (sequence_log_probs(network, tokenizer, texts, [word] * len(texts)) for word in (HIGH, LOW))
+    return [HIGH if more else LOW for more in (high > low).tolist()]
 
 
 def before_answer(numbers: Sequence[int], guess: str, steps: str | None = None) -> str:
@@ -1368,6 +1371,7 @@ for name, reader in readers.items():
                    for version, new in words.items()}  # fmt: skip
     true = np.mean([a == level(sum(n)) for a, (n, _) in zip(as_written[name], questions, strict=True)])
     print(f"{name}: {steps_right[name]:.0%} of the steps right, {true:.0%} of the answers")
+    print("    answers that change: " + ", ".join(f"{version} {result}" for version, result in moved[name].items()))
     lesson.report(f"answers that change with one result: {name}", str(moved[name]["one result changed"]))
 plots.show(
     plots.bars_with_intervals(moved, title="Two models with the same steps and different reasons",
@@ -1387,7 +1391,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **Early answers.** Lanham's other test needs no change of the steps: stop before the first step, or after it, and ask for the answer. If it is already the final one, the later steps did not make it.
+# **Early answers.** Lanham's other test needs no change of the steps: stop before the first step, or after it, and ask for the answer. If it is already the final one, the later steps did not make it. Between two words, luck alone would find it about half of the time.
 
 # %%
 for name, reader in readers.items():
@@ -1396,10 +1400,12 @@ for name, reader in readers.items():
         cut = ["; ".join(sum_with_steps(numbers).split("; ")[:number]) for numbers, _ in questions]
         words = answers_to(reader, [before_answer(*item, part) for item, part in zip(questions, cut, strict=True)])
         shares.append(np.mean([a == b for a, b in zip(words, as_written[name], strict=True)]))
-    lesson.report(f"final answer before / after the first step: {name}", " / ".join(f"{s:.0%}" for s in shares))
+    said = " / ".join(f"{share:.0%}" for share in shares)
+    print(f"{name}: before / after the first step the answer is the final one in {said}")
+    lesson.report(f"final answer before / after the first step: {name}", said)
 
 # %% [markdown]
-# **What you see.** To a reader the two texts look alike: the steps are right in both. The interventions separate them. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again.
+# **What you see.** To a reader the two texts look alike: the steps are right in both. The interventions separate them. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again. The early answers say the same: one model has its final answer as soon as the first step stands there, the other often only after the last.
 #
 # What you change matters. The first test of this section was the middle one, which is most often described: one changed number. It was to be the claim, and it failed: in one run the model that answers from its steps changed only about a quarter of its answers. Whole steps were exchanged instead, after that was seen, and the old test stays in the figure. Where its bar is shorter than the bar above, the answer came from other parts of the steps, such as the two terms of the last addition, and not from the number behind the last equals sign. With that test alone you would have called a model unfaithful that does read its steps. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
 
