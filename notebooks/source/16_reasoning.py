@@ -1120,14 +1120,11 @@ for name, results in by_terms.items():
 alt = "Right sums of three, four and five numbers before and after training on guided solutions of four."
 plots.show(plots.bars_with_intervals(by_terms, title="Guided solutions teach what no sample showed",
                                      xlabel="right sums", alt=alt))  # fmt: skip
-four = by_terms["4 numbers"]
-lesson.claim("after training on guided solutions the model does at least 50 points more of the sums of four numbers",
-             four["after"].accuracy - four["before"].accuracy, at_least=0.5, form=".0%")  # fmt: skip
 
 # %% [markdown]
 # **What you see.** What no sample contained is learned from two hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified; train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
 #
-# It did not work at once. With the recipe that was planned, 80 steps of 8 rows, most sums of four stayed wrong. More and smaller steps were needed, and they were chosen by their results. So read the claim as "it can be done", not as "any training does it".
+# No claim stands here, for it does not work every time. It was planned to claim 50 points. With the recipe that was planned as well, 80 steps of 8 rows, most sums of four stayed wrong. More and smaller steps were chosen by their results. With them most sums came out right on four training seeds, and on a fifth seed most stayed wrong again. So read the figure as "it can be done", not as "any training does it".
 #
 # Look at the other two rows as well. Five numbers are one step more than the new solutions have, and nothing carries over to them. And sums of three, which the model could do, are lost: training on one form alone cost it the other. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
 
@@ -1277,12 +1274,9 @@ plots.show(plots.bars_with_intervals(students, title="Steps teach what results d
 for name, result in students.items():
     print(f"{name}: {result}")
     lesson.report(f"sums of four numbers, learned from: {name}", str(result))
-ahead = students["solutions with steps"].accuracy - students["results only"].accuracy
-lesson.claim("solutions with steps teach at least 40 points more of the sums of four numbers than their results do",
-             ahead, at_least=0.4, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The results alone teach little in the same steps: between question and result the model would have to find the way by itself. A student with half of the layers was tried as well. It is left out here to save time, since it learned next to nothing from the same solutions. Lesson 05 saw the same with three numbers: half the layers of this model cannot add. Distilling hands over a procedure whose parts the student can do; it does not hand over the parts.
+# **What you see.** The results alone teach little in the same steps: between question and result the model would have to find the way by itself. The planned claim of 40 points fell with that of section 7: on the training seed on which the steps themselves were hardly learned, there was little to be ahead by. A student with half of the layers was tried as well. It is left out here to save time, since it learned next to nothing from the same solutions. Lesson 05 saw the same with three numbers: half the layers of this model cannot add. Distilling hands over a procedure whose parts the student can do; it does not hand over the parts.
 
 # %% [markdown] tags=["core"]
 # ## 10 · Are the written steps the reason for the answer?
