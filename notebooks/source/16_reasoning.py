@@ -74,6 +74,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from helpers import plots
 from helpers.data import PaddedBatches, collate
@@ -113,7 +114,7 @@ def num_tokens(texts: Sequence[str]) -> list[int]:
 #
 # **Question.** Written steps make sums right (lesson 02). How many of their tokens are needed, and do more of them help?
 #
-# *Budget forcing* (Muennighoff et al. 2025) is the simplest control over the length of thought. To think less, cut the steps after $b$ tokens and write `Answer:` yourself. To think more, remove the end of the thought whenever the model writes it. For comparison there is the direct answer, where the word `Steps:` was never written.
+# *Budget forcing* (Muennighoff et al. 2025) is the simplest control over the length of thought. To think less, cut the steps after some tokens and write `Answer:` yourself. To think more, remove the end of the thought whenever the model writes it. For comparison there is the direct answer, where the word `Steps:` was never written.
 
 
 # %%
@@ -127,20 +128,23 @@ gold = [question.answer for question in sums]
 heads = [question.prompt for question in sums]  # each ends with "Steps:"
 steps = generate(model, tokenizer, heads, 40, stop=("\n",), batch_size=256)
 direct = answer_after([head.removesuffix("\nSteps:") for head in heads])
+encoded = tokenizer(steps, add_special_tokens=False)["input_ids"]
 cuts, cut_scores, last_numbers = [0, 6, 12, 18, 22, 24, 26, 28], [], []
 for tokens in cuts:
-    kept = [tokenizer.decode(ids[:tokens]) for ids in tokenizer(steps, add_special_tokens=False)["input_ids"]]
+    kept = [tokenizer.decode(ids[:tokens]) for ids in encoded]
     found = answer_after([head + thought for head, thought in zip(heads, kept, strict=True)])
     cut_scores.append(exact_match(found, gold))
     last_numbers.append(np.mean([bool(k.strip()) and k.split()[-1] == a for k, a in zip(kept, found, strict=True)]))
 for tokens, result, copied in zip(cuts, cut_scores, last_numbers, strict=True):
-    print(f"cut after {tokens:>2} tokens: {result!s:30} the answer is the last word of the steps in {copied:4.0%}")
+    complete = np.mean([len(ids) <= tokens for ids in encoded])
+    print(f"cut after {tokens:>2} tokens: right {result!s:30} steps complete {complete:4.0%}, "
+          f"answer = last word of the steps {copied:4.0%}")  # fmt: skip
 print(f"direct answer: {exact_match(direct, gold)}; whole steps: {np.mean(num_tokens(steps)):.0f} tokens, "
       f"for example{steps[0]}")  # fmt: skip
 # %%
 figure = plots.curve(
     {"steps, cut": plots.scored_line(cuts, cut_scores)}, references={"direct": exact_match(direct, gold).accuracy},
-    title="Steps that are cut in the middle are worth less than none", xlabel="tokens of written steps",
+    title="An answer forced before the last result is nearly always wrong", xlabel="tokens of written steps",
     ylabel="right sums", percent=True, limits_y=(-0.02, 1.02),
 )  # fmt: skip
 plots.show(figure, alt="Right sums over the tokens of steps: near zero for most of the way, then a steep rise to the "
@@ -152,9 +156,9 @@ lesson.claim("a direct answer beats steps that are cut in the middle by at least
              exact_match(direct, gold).accuracy - cut_half, at_least=0.05, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A thought that is cut is worth less than no thought. The last column says why: wherever the cut happens to leave a whole number at the end, the model takes it for the answer. In its texts the answer always *was* the last number of the steps, and it reads it off. Thinking less is a skill of its own, and this model never learned it.
+# **What you see.** As long as the last result is missing, a forced answer is nearly always wrong, and an answer without any steps is right more often. The line rises where the steps are complete, and not before: compare the first two columns. The last column shows one way to be wrong. Where the cut leaves a number behind `=`, as after 12 tokens in half of the sums, the model copies it. In its texts the answer always *was* the last result, and it reads it off. Thinking less is a skill of its own, and this model never learned it.
 #
-# **Now more.** Sample the steps at temperature 1.5, as in lesson 02, so that there is something to repair, and take the most probable answer after them. Three ways to spend more tokens:
+# **Now more.** Sample the steps at temperature 1.5, as in lesson 02, so that there is something to repair (greedily these sums come out right), and take the most probable answer after them. Three ways to spend more tokens:
 #
 # - *no end*: when the model ends its steps, put a `;` there and let it go on;
 # - *again*: ask the same sum again below the first solution, and take the last answer. Texts of several sums are what the model knows from pretraining;
@@ -197,6 +201,9 @@ spent = {"no end": longer, "again": again, "vote": ["".join(row) for row in firs
 for name, texts in spent.items():
     new = np.mean(num_tokens(texts)) - (name != "vote") * np.mean(num_tokens(heads))
     print(f"{name}: {new:.0f} tokens after the first prompt")
+among = [Counter(row).most_common(1)[0][0] for row in zip(*answers["again"], strict=True)]
+print(f"vote over the four answers of again: {exact_match(among, gold)}; "
+      f"one greedy pass: {whole:.0%} for {np.mean(num_tokens(steps)):.0f} tokens")  # fmt: skip
 last = {name: line[-1] for name, line in by_passes.items()}
 lesson.claim("a vote of four beats the fourth answer in a row by at least 5 points", last["vote"] - last["again"],
              at_least=0.05, form=".0%")  # fmt: skip
@@ -205,7 +212,7 @@ lesson.claim("one pass of steps beats steps whose end was put off once by at lea
 lesson.report("after all passes: vote / again / no end", " / ".join(f"{value:.0%}" for value in last.values()))
 
 # %% [markdown]
-# **What you see.** Without an end the model adds numbers that nobody asked for. Asked again below its own solution, it writes one more solution, and one answer in a row of answers is still one sample. The vote turns tokens into right answers, and *again* spends more of them, since it also reads every question once more. This is not a law of budget forcing: s1 was *trained* on long thoughts that check themselves before it was made to go on. It is what you get from a model that never saw anyone go on after the end.
+# **What you see.** Without an end the model adds numbers that nobody asked for. Asked again below its own solution, it writes one more solution, and the last answer in a row of answers is still one sample. The claim compares this sample with a vote over four; the line below the table votes over the four answers of *again* as well, so you see how much of the difference the vote alone makes. The vote repairs what temperature 1.5 broke. One greedy pass has all sums right, too, for a quarter of the tokens, so look at greedy decoding first. *Again* spends most, since it also reads every question once more. This is not a law of budget forcing: s1 was *trained* on long thoughts that check themselves before it was made to go on. It is what you get from a model that never saw anyone go on after the end.
 
 # %% [markdown] tags=["core"]
 # ## 2 · A task for search, and a policy
@@ -321,7 +328,52 @@ lesson.claim("the policy finds a shortest way for at least 30 % of pairs that it
              exam["test"]["a shortest way"].accuracy, at_least=0.3, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** From routes alone, without a map, the policy has learned most of the roads and how to join them. It knows its training pairs nearly by heart and errs on a good part of the others. That is the state in which test-time compute has something to do.
+# **What you see.** From routes alone, without a map, the policy has learned most of the roads and how to join them. It knows its training pairs nearly by heart and errs on a good part of the others. Most of its wrong answers are ways along real roads that are too long. That is the state in which test-time compute has something to do. The bound of the claim is about twice what a walk along random roads finds (section 5).
+#
+# **What would do without a policy?** Two things to know before you go on. The training routes name roads, and a breadth-first search can run over those. And although no tested pair was trained on, its way may stand inside a longer route that was.
+
+
+# %%
+def shortest_on(believed: np.ndarray, start: str, goal: str) -> str:
+    """A shortest way over the steps that are believed in (from, to), or nothing if there is none."""
+    ways, seen = deque([[start]]), {start}
+    while ways:
+        towns = ways.popleft()
+        if towns[-1] == goal:
+            return " - ".join(towns)
+        for index in believed[TOWNS.index(towns[-1])].nonzero()[0]:
+            if TOWNS[index] not in seen:
+                seen.add(TOWNS[index])
+                ways.append([*towns, TOWNS[index]])
+    return ""
+
+
+is_real = np.array([[b in world.roads[a] for b in TOWNS] for a in TOWNS])  # (from, to)
+named = np.zeros_like(is_real)
+for way in split["train"]:
+    for a, b in pairwise(world.route(*way)):
+        named[TOWNS.index(a), TOWNS.index(b)] = True
+from_routes = score(sum(is_right(shortest_on(named, *way), *way) for way in split["test"]), len(split["test"]))
+print(f"the training routes name {named.sum()} of {is_real.sum()} steps along roads; "
+      f"a search over them: shortest way {from_routes}")  # fmt: skip
+lesson.report("breadth-first search over the roads of the training routes, no model", str(from_routes))
+
+
+# %%
+def stands_inside(start: str, goal: str) -> bool:
+    """Whether a shortest way between two towns is a piece of a training route."""
+    known = [world.route(*way) for way in split["train"]]
+    pieces = [towns[towns.index(start) : towns.index(goal) + 1] for towns in known if {start, goal} <= set(towns)]
+    return any(piece and world.is_shortest_route(piece, start, goal) for piece in pieces)
+
+
+inside = np.array([stands_inside(*way) for way in split["test"]])
+hit = np.array([is_right(text, *way) for text, way in zip(texts, split["test"], strict=True)])
+for name, group in (("stands inside a training route", inside), ("does not", ~inside)):
+    print(f"the way {name}: {score(int(hit[group].sum()), int(group.sum())) if group.any() else 'no pair'}")
+
+# %% [markdown]
+# **What you see.** On this small map a search over the roads that the training routes name beats the policy by far, without a model and without a token. It will stay above every method of this lesson. We use Shima because the truth is known. The methods are for tasks where nobody can list the next steps: proofs, programs, texts. And the policy is right more often where a way was already a piece of a training route, so "never saw" is meant of pairs.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Verifiers
@@ -333,7 +385,7 @@ lesson.claim("the policy finds a shortest way for at least 30 % of pairs that it
 # - **outcome**: the whole answer is right or wrong, one label an answer;
 # - **process**: each step is right or wrong, one label a step (Uesato et al. 2022; Lightman et al. 2023). Here a program gives the label: is there a road?
 #
-# So draw answers on the second part of the pairs, to learn from, and on the third, to choose from.
+# So draw answers on the second part of the pairs, to learn from, and on the third, to choose from. All samples of a part are its *pool*.
 
 # %%
 SAMPLES = {"practice": 16, "test": 32}
@@ -444,7 +496,7 @@ for name, (inputs, labels) in sets.items():
         lesson.equal(f"the verifier ({name}) is scikit-learn's logistic regression", gap, within=1e-5)
 
 # %% [markdown]
-# A process verifier judges steps. The score of a route is the product of its steps' probabilities, and 0 if it does not end at the goal: one bad step is enough, and of two good routes the shorter one has fewer factors below 1. For comparison: a judge that gives each different route a random number; a process verifier whose labels were shuffled; a vote; and the true verifier, which finds a right route whenever there is one.
+# A process verifier judges steps. The score of a route is the product of its steps' probabilities, and 0 if it does not end at the goal: one bad step is enough, and of two good routes the shorter one has fewer factors below 1. This check of the goal is knowledge that the outcome verifiers do not have, so one row gives it to the outcome verifier of the steps as well. For comparison: a judge that gives each different route a random number; a process verifier whose labels were shuffled; a vote; and the true verifier, which finds a right route whenever there is one.
 
 
 # %%
@@ -458,10 +510,12 @@ def process_score(way: tuple[str, str], text: str, weights: np.ndarray) -> float
 
 items = sorted({(w, t.strip()) for w, ts in zip(split["test"], pools["test"], strict=True) for t in ts if towns_of(t)})
 columns = np.array([step_columns(text).sum(0) for _, text in items] or no_steps)
+ends_right = np.array([(towns_of(text)[0], towns_of(text)[-1]) == way for way, text in items], dtype=float)
 tables = {
     "random numbers": np.random.default_rng(seed).random(len(items)),
     "outcome, from states": verdict(weights["outcome, from states"], last_states(items)),
     "outcome, from steps": verdict(weights["outcome, from steps"], columns),
+    "outcome, steps and goal": verdict(weights["outcome, from steps"], columns) * ends_right,
     "process, from steps": [process_score(*item, weights["process, from steps"]) for item in items],
     "process, shuffled labels": [process_score(*item, shuffled) for item in items],
     "true verifier": [float(is_right(text, *way)) for way, text in items],
@@ -500,11 +554,13 @@ for name in list(tables)[:-1] if 0 < truth.sum() < len(truth) else []:
     print(f"{name:>26}: {roc_auc_score(truth, tables[name]):.0%}")
 
 # %%
-order = ["true verifier", "process, from steps", "vote", "outcome, from steps", "outcome, from states"]
+order = ["true verifier", "process, from steps", "vote", "outcome, steps and goal", "outcome, from states"]
 figure = plots.curve(
     {name: (N, lines[name]) for name in order}, title="The same samples, chosen by five judges",
     xlabel="samples a pair, N", ylabel="shortest routes", log_x=True, percent=True,
+    references={"greedy, one answer": greedy.accuracy},
 )  # fmt: skip
+figure.axes[0].set_xticks(N, N)
 alt = """Five lines over the number of samples. The true verifier and the process verifier rise, the vote rises a
 little, and both outcome verifiers fall as they may choose from more."""
 plots.show(figure, alt=alt)
@@ -512,24 +568,26 @@ at = {name: dict(zip(N, line, strict=True)) for name, line in lines.items()}
 lesson.claim("best of 16 by the process verifier beats a vote of 16 by at least 5 points",
              at["process, from steps"][16] - at["vote"][16], at_least=0.05, form=".0%",
              control=at["process, shuffled labels"][16] - at["vote"][16])  # fmt: skip
-lesson.claim("from the same inputs process labels beat outcome labels by at least 10 points at 16 samples",
-             at["process, from steps"][16] - at["outcome, from steps"][16], at_least=0.1, form=".0%",
-             control=at["process, shuffled labels"][16] - at["outcome, from steps"][16])  # fmt: skip
+lesson.claim("with the same inputs and goal check process labels beat outcome labels by 10 points at 16 samples",
+             at["process, from steps"][16] - at["outcome, steps and goal"][16], at_least=0.1, form=".0%",
+             control=at["process, shuffled labels"][16] - at["outcome, steps and goal"][16])  # fmt: skip
 lesson.claim("the best of 32 by the policy's own states is at least 5 points worse than one sample",
              at["outcome, from states"][1] - at["outcome, from states"][32], at_least=0.05, form=".0%",
              control=at["process, from steps"][1] - at["process, from steps"][32])  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Both outcome verifiers are better than a coin: shown a right and a wrong route, they pick the right one more often. And yet best-of-N by them soon gets *worse* as $N$ grows, and ends below one sample that nobody judged. The row of random numbers shows how. A judge that knows nothing gives each *different* route the same chance, while the policy wrote the right one many times and most wrong ones once. Best-of-N forgets how often an answer was drawn, and with every further sample one more rare mistake comes up for choice. A verifier has to be good enough to make up for that loss, in the top of its ranking and not on average. Cobbe et al. (2021) saw best-of-N turn down only beyond 400 samples, with a verifier that had learned from far more.
+# **What you see.** Both outcome verifiers are better than a coin: shown a right and a wrong route, they pick the right one more often. And yet best-of-N by them soon gets *worse* as $N$ grows, and ends below one sample that nobody judged. The row of random numbers shows how. A judge that knows nothing gives each *different* route the same chance, while the policy wrote the right one many times and most wrong ones once. Best-of-N forgets how often an answer was drawn, and with every further sample one more rare mistake comes up for choice. Best-of-N uses only the route at the top of the ranking. A verifier that is right in most pairs can still put a wrong route there. There is one more handicap: the verifiers learned from each different route once, and most of those are wrong, where most samples are right. Cobbe et al. (2021) saw best-of-N turn down only beyond 400 samples, with a verifier that had learned from far more.
 #
-# The process verifier has the same inputs, the same routes and the same fit as the second outcome verifier. It gets a label for each step, so it learns *where* a wrong route is wrong. That is also more information: somebody had to judge every step. It cannot see that a way is too long, and comes close to the true verifier all the same, since shorter ways win its product. Shuffled labels leave it nothing but this taste for short ways.
+# The process verifier has the same inputs, the same routes and the same fit as the outcome verifier of the steps, and in the row with the goal both have the same check. Only the labels differ. One label a step says *where* a wrong route is wrong, and that is also more information: somebody had to judge every step. It cannot see that a way is too long, and comes close to the true verifier all the same, since shorter ways win its product. With shuffled labels only the goal check and this taste for short ways are left. They rank routes about as well as the outcome verifier with the goal check does, and gain as little.
+#
+# Look at the dashed line before you praise any of them. One greedy answer is as good as the best vote here. The outcome verifiers stay below it for every $N$; the process verifier is above it from two samples on.
 
 # %% [markdown] tags=["core"]
 # ## 4 · Search, step by step
 #
 # **Question.** Best-of-N finishes every route before anybody judges it. A process verifier could speak up after each step. What is gained if you search with it?
 #
-# A *node* is a route that is not finished: a list of towns. To *expand* it, ask the policy for the probabilities of the next town. With the keys and values of what was already read in a cache, this costs the tokens of one more step. In this lesson the batch reads the whole text again, which is simpler, and only the tokens with a cache are counted, for all methods alike. With another tokenizer, where a town is several tokens, its first token speaks for it.
+# A *node* is a route that is not finished: a list of towns. To *expand* it, ask the policy for the probabilities of the next town. With the keys and values of what was already read in a cache, this costs the tokens of one more step. In this lesson the batch reads the whole text again, which is simpler, and only the tokens with a cache are counted, for all methods alike. Where a town is several tokens, its first token speaks for it; the cell prints whether these differ.
 
 # %%
 town_ids = torch.tensor([row[0] for row in tokenizer([f" {t}" for t in TOWNS], add_special_tokens=False)["input_ids"]])
@@ -554,19 +612,22 @@ def next_towns(nodes: Sequence[tuple[tuple[str, str], list[str]]]) -> np.ndarray
 way = split["test"][0]
 ranked = sorted(zip(next_towns([(way, [way[0]])])[0], TOWNS, strict=True), reverse=True)[:4]
 print(f"from {way[0]} to {way[1]}:", ", ".join(f"{town} {p:.0%}" for p, town in ranked))
-print(f"reading a prompt: {PROMPT_TOKENS} tokens; a step: {STEP_TOKENS} tokens")
+print(f"reading a prompt: {PROMPT_TOKENS} tokens; a step: {STEP_TOKENS} tokens; "
+      f"{len(set(town_ids.tolist()))} different first tokens of {len(TOWNS)} towns")  # fmt: skip
 
 # %% [markdown]
-# **Beam search** is the simplest search: after every step keep the $b$ unfinished routes with the best score, here the logarithms of the policy's and of the verifier's probabilities, summed over the steps.
+# **Beam search** is the simplest search: after every step keep a few unfinished routes with the best score, here the logarithms of the policy's and of the verifier's probabilities, summed over the steps.
 #
 # **Monte Carlo tree search** decides after each expansion anew where to look. It repeats four moves:
 #
-# 1. *select*: from the root, follow the action with the largest $Q(s, a) + c\, \pi(a \mid s)\, \sqrt{\sum_b n(s, b)} \,/\, (1 + n(s, a))$, until a town that has not been expanded. This rule is called PUCT (Silver et al. 2017). $Q$ is the mean value found below the action, 0 before the first visit. The bonus is large for actions that the policy likes and that were seldom tried;
+# 1. *select*: from the root, follow the action with the largest $Q(s, a) + c\, \pi(a \mid s)\, \sqrt{\max(1, \sum_{a'} n(s, a'))} \,/\, (1 + n(s, a))$, until a town that has not been expanded. This rule is called PUCT (Silver et al. 2017). $Q$ is the mean value found below the action, 0 before the first visit. The bonus is large for actions that the policy likes and that were seldom tried;
 # 2. *expand* it with the policy's probabilities;
 # 3. *evaluate* it: the product of the process verifier's verdicts on its steps. A dead end and a route that is too long are worth 0;
 # 4. *back up* the value into the mean of every action on the path.
 #
 # A route that reaches the goal is finished. At the end the finished route with the best verdict wins, as in best-of-N.
+#
+# By hand, for three towns with the probabilities 0.6, 0.3 and 0.1, and $c = 1$: the first descent takes the first town, since no $Q$ is known. Say its value is 0.2. Now it scores $0.2 + 0.6 \cdot \sqrt 1 / 2 = 0.5$ and the second town $0.3 \cdot \sqrt 1 / 1 = 0.3$, so the first one is taken again. Say what is found below it is worth 0. Its mean falls to 0.1, its score is $0.1 + 0.6 \cdot \sqrt 2 / 3 = 0.38$, and the second town has $0.3 \cdot \sqrt 2 = 0.42$: now it is its turn.
 
 
 # %%
@@ -699,7 +760,7 @@ def beam_search(ways: Sequence[tuple[str, str]], width: int) -> tuple[list[str],
 
 
 # %% [markdown]
-# **All methods over tokens.** For every method count what the policy reads and writes for a pair: the prompt once, then the tokens of each sample or of each expansion. The verifier of steps is a table of numbers and costs no tokens of a model. (With a large network as verifier it would read each step once more.) One thing is not equal: a search writes nothing but towns, stops at the goal and never comes to a town twice, and a sample has to do all this by itself. A practitioner would ask for one more method, a search on the roads that the verifier believes in, without any policy: section 5 has it.
+# **All methods over tokens.** For every method count what the policy reads and writes for a pair: the prompt once, then the tokens of each sample or of each expansion. The verifier of steps is a table of numbers and costs no tokens of a model. (With a large network as verifier it would read each step once more.) Two things are not equal. A search writes nothing but towns, stops at the goal and never comes to a town twice, and a sample has to do all this by itself. And a sample pays for the first town and for the end of its line, which a search gets for nothing.
 
 # %%
 searched = split["test"]
@@ -716,51 +777,82 @@ beams = {width: beam_search(searched, width) for width in (1, 2, 4)}
 curves["beam search"] = [(PROMPT_TOKENS + STEP_TOKENS * cost, share_right(texts)) for texts, cost in beams.values()]
 for name, label in (("process, from steps", "best of N"), ("true verifier", "best of N, true verifier")):
     curves[label] = [(PROMPT_TOKENS + written * n, best_of(scores[name], n)) for n in N[:5]]
-votes = [[Counter(texts[:n]).most_common(1)[0][0] for texts in pools["test"]] for n in N[:5]]
-curves["vote"] = [(PROMPT_TOKENS + written * n, share_right(texts)) for n, texts in zip(N[:5], votes, strict=True)]
+curves["vote"] = [(PROMPT_TOKENS + written * n, vote_of(n)) for n in N[:5]]
+greedy_tokens = PROMPT_TOKENS + np.mean(num_tokens(greedy_routes(searched))) + 1
+curves["greedy"] = [(greedy_tokens, greedy.accuracy)]
 for name, points in curves.items():
     print(f"{name:>24}: " + ", ".join(f"{value:.0%} at {cost:.0f}" for cost, value in points) + " tokens")
+
+# %% [markdown]
+# **Three more lines for the picture.** Where does the gain of the tree search come from? First, give it a verifier with shuffled labels. Second, leave the policy out: let the breadth-first search of section 2 run over all steps that the verifier holds for roads, once with a verdict above one half, and once with a better verdict than it gives to a step that it has never seen. The third line is the search over the roads of the training routes, which needs no verifier either.
+
+# %%
+mixed_roads = verdict(shuffled, np.eye(len(TOWNS) ** 2)).reshape(len(TOWNS), -1)
+blind = share_right([tree[12] for tree in tree_search(searched, 12, next_towns, judge_by(mixed_roads))])
+print(f"tree search of 12 expansions with shuffled labels: {blind:.0%}")
+never_seen = float(verdict(weights["process, from steps"], np.zeros((1, len(TOWNS) ** 2)))[0])
+bounds, no_policy = {"one half": 0.5, "the verdict on a step never seen": never_seen + 1e-6}, []
+for name, bound in bounds.items():
+    believed = roads_believed > bound
+    no_policy.append(share_right([shortest_on(believed, *way) for way in searched]))
+    print(f"no policy, steps with a verdict above {name} ({bound:.2f}): {believed.sum()} steps pass, "
+          f"{(believed & is_real).sum()} of {is_real.sum()} real ones; routes right {no_policy[-1]:.0%}")  # fmt: skip
+print(f"no policy, no verifier, roads of the training routes: {from_routes.accuracy:.0%}")
+lesson.report("12 expansions of the tree search with the verifier of shuffled labels", blind, ".0%")
+lesson.report("search without the policy, steps above one half / above a step never seen",
+              " / ".join(f"{share:.0%}" for share in no_policy))  # fmt: skip
 
 # %% tags=["headline"]
 figure = plots.curve(
     {name: tuple(zip(*points, strict=True)) for name, points in curves.items()},
     title="A vote buys little for its tokens, a search by steps more", xlabel="tokens of the policy, a pair",
     ylabel="shortest routes", log_x=True, percent=True,
+    references={"no policy, roads of the training routes": from_routes.accuracy},
 )  # fmt: skip
-plots.show(figure, alt="Shortest routes over tokens for five methods. Tree search starts low and is soon above best of "
-                       "N; the vote stays flat.")  # fmt: skip
+figure.axes[0].set_xticks([20, 50, 100, 200], [20, 50, 100, 200])
+plots.show(figure, alt="Shortest routes over tokens for six methods. Tree search starts low and is soon above best of "
+                       "N; the vote stays flat at the height of one greedy answer. A dashed line above all points is "
+                       "a search without the policy.")  # fmt: skip
 tree_at, best_at = dict(zip(SIZES, curves["tree search"], strict=True)), dict(zip(N, curves["best of N"], strict=False))
 print(f"tree search of 12 expansions: {tree_at[12][1]:.0%} for {tree_at[12][0]:.0f} tokens; "
       f"best of 4: {best_at[4][1]:.0%} for {best_at[4][0]:.0f} tokens")  # fmt: skip
 lesson.claim("tree search of 12 expansions beats a vote of 4, which costs more, by at least 10 points",
-             tree_at[12][1] - curves["vote"][2][1], at_least=0.1, form=".0%")  # fmt: skip
+             tree_at[12][1] - curves["vote"][2][1], at_least=0.1, form=".0%",
+             control=blind - curves["vote"][2][1])  # fmt: skip
+lesson.report("one greedy answer", f"{greedy.accuracy:.0%} for {greedy_tokens:.0f} tokens")
 lesson.report(
     "12 expansions of the tree search, and best of 4 by the same verifier",
     ", ".join(f"{value:.0%} for {cost:.0f} tokens" for cost, value in (tree_at[12], best_at[4])),
 )
 
 # %% [markdown]
-# **What you see.** In the headline figure the tree search is the last to begin: with a few expansions it has finished no route for many pairs, where a single sample is a whole answer. Then it catches up with best-of-N, since it drops a route at its first bad step and begins the next one in the middle. Whether it gets ahead depends on the policy: over five training seeds it mostly did, and with the best of the policies the two were level. So this stands as a report. The claim compares with a vote, which has no verifier to ask: it says what the verifier and the search buy together. It was put in the place of the first one, which failed on one seed of five. A search can even get above the line of the true verifier, which is bound to routes that were sampled whole. Beam search, which is much simpler, does about as well as the tree search: the routes are short, and a wrong step is seen at once, so there is little for a tree to remember. The vote buys little with its tokens.
+# **What you see.** Begin with the dashed line: a search without any policy, for no tokens at all, lies above every method that asks the policy. It needs nothing but the routes that the policy was trained on. The search over the verifier's roads, with the second bound, does as well. Who can list the next steps should do that. From here on compare the methods that ask the policy.
+#
+# Among them one greedy answer is the line to beat. It costs as little as one sample, and votes of up to sixteen samples only come back to about its height. Best-of-N and the searches get above it, because they have a verifier. The tree search is the last to begin: with a few expansions it has finished no route for many pairs, where a single sample is a whole answer. Then it catches up with best-of-N, since it drops a route at its first bad step and begins the next one in the middle. Beam search, which is much simpler, does about as well: the routes are short, and a wrong step is seen at once, so there is little for a tree to remember.
+#
+# The claim says what verifier and search buy together, against a vote without a verifier. Its control is the same search with shuffled labels: it is above the vote by less, so a part of the gain is the search's own, which stops at the goal and prefers short ways, and the larger part is the verifier's. We first claimed that tree search beats best-of-4 at equal tokens. On one training seed of five it did not, so that comparison is a report.
+#
+# One of the two searches on the verifier fails. Most pairs of towns never stood in a sample, and on those the verdict is only a constant. Where this constant lies above one half, most steps pass, and the search walks along roads that are none. The verifier has seen only steps that the policy wrote. The policy proposes such steps; a search without it walks over steps that the verifier never saw. With the second bound the verifier is a map.
 
 # %% [markdown] tags=["further"]
-# ## 5 · Coverage, and what the search needs
+# ## 5 · Coverage
 #
 # *Further: no core section needs this one.*
 #
-# **Question.** The true verifier's line is the ceiling of every choice among samples. How does it grow with their number, and what does a search need to get above it?
+# **Question.** The true verifier's line is the ceiling of every choice among samples. How does it grow with their number?
 #
-# *Coverage*, or pass@k, is the share of questions with at least one right answer among $k$. If $c$ of $n$ samples are right, then of all sets of $k$ of them a share $\binom{n - c}{k} / \binom{n}{k}$ holds no right one. So (Chen et al. 2021)
+# *Coverage*, or pass@k, is the share of questions with at least one right answer among $k$. If $m$ of $n$ samples are right, then of all sets of $k$ of them a share $\binom{n - m}{k} / \binom{n}{k}$ holds no right one. So (Chen et al. 2021)
 #
-# $$\text{pass@}k = 1 - \binom{n - c}{k} \Big/ \binom{n}{k}$$
+# $$\text{pass@}k = 1 - \binom{n - m}{k} \Big/ \binom{n}{k}$$
 #
-# The plug-in $1 - (1 - c/n)^k$ would be too low. As a baseline take a walker who has a map and no sense of direction: at each town a random road, but never back to a town where it was.
+# The plug-in $1 - (1 - m/n)^k$ would be too low. As a baseline take a walker who has a map and no sense of direction: at each town a random road, but never back to a town where it was.
 
 
 # %%
 def coverage(right: np.ndarray, k: int) -> float:
     """Mean pass@k over the questions, from right (questions, samples)."""
     n, found = right.shape[1], right.sum(1)
-    return float(np.mean([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in found]))
+    return float(np.mean([1 - math.comb(n - int(m), k) / math.comb(n, k) for m in found]))
 
 
 def random_walk(start: str, goal: str, rng: random.Random) -> str:
@@ -790,8 +882,6 @@ figure = plots.curve(
 )  # fmt: skip
 plots.show(figure, alt="Minus the logarithm of coverage over the number of samples, both axes logarithmic. Both lines "
                        "fall; the walker begins higher.")  # fmt: skip
-lesson.claim("32 samples cover at least 20 points more pairs than one", covered["policy"][-1] - covered["policy"][0],
-             at_least=0.2, form=".0%")  # fmt: skip
 lesson.claim("one sample of the policy covers at least 15 points more than a walk along random roads",
              covered["policy"][0] - covered["walker with a map"][0], at_least=0.15, form=".0%")  # fmt: skip
 lesson.report("pass@1 and pass@32: policy; walker", "; ".join(f"{c[0]:.0%}, {c[-1]:.0%}" for c in covered.values()))
@@ -799,45 +889,11 @@ lesson.report("pass@1 and pass@32: policy; walker", "; ".join(f"{c[0]:.0%}, {c[-
 # %% [markdown]
 # **What you see.** Coverage grows long after a vote has stopped to. Brown et al. (2024) find straight lines in such a plot over four orders of magnitude of $k$: on SWE-bench Lite 250 samples solve 56 % where one solves 15.9 %. But read the walker's row before you praise a high pass@k. A walker that knows the roads and no direction covers many short ways too, if it may try often. High coverage is worth what the verifier is worth, and says little about the policy.
 
-# %% [markdown]
-# **Two controls** for the tree search of section 4. Where does its gain come from? First, give the tree search a verifier with shuffled labels. Second, leave the policy out: let a breadth-first search run over all steps that the verifier holds for roads, once with a verdict above one half, and once with a better verdict than it gives to a step that it has never seen.
-
-
-# %%
-def shortest_on(believed: np.ndarray, start: str, goal: str) -> str:
-    """A shortest way over the steps that are believed in (from, to), or nothing if there is none."""
-    ways, seen = deque([[start]]), {start}
-    while ways:
-        towns = ways.popleft()
-        if towns[-1] == goal:
-            return " - ".join(towns)
-        for index in believed[TOWNS.index(towns[-1])].nonzero()[0]:
-            if TOWNS[index] not in seen:
-                seen.add(TOWNS[index])
-                ways.append([*towns, TOWNS[index]])
-    return ""
-
-
-mixed_roads = verdict(shuffled, np.eye(len(TOWNS) ** 2)).reshape(len(TOWNS), -1)
-blind = share_right([tree[12] for tree in tree_search(searched, 12, next_towns, judge_by(mixed_roads))])
-print(f"tree search of 12 expansions with shuffled labels: {blind:.0%}")
-is_real = np.array([[b in world.roads[a] for b in TOWNS] for a in TOWNS])
-never_seen = float(verdict(weights["process, from steps"], np.zeros((1, len(TOWNS) ** 2)))[0])
-bounds, no_policy = {"one half": 0.5, "the verdict on a step never seen": never_seen + 1e-6}, []
-for name, bound in bounds.items():
-    believed = roads_believed > bound
-    no_policy.append(share_right([shortest_on(believed, *way) for way in searched]))
-    print(f"no policy, steps with a verdict above {name} ({bound:.2f}): {believed.sum()} steps pass, "
-          f"{(believed & is_real).sum()} of {is_real.sum()} real ones; routes right {no_policy[-1]:.0%}")  # fmt: skip
-lesson.report("12 expansions of the tree search with the verifier of shuffled labels", blind, ".0%")
-lesson.report("search without the policy, steps above one half / above a step never seen",
-              " / ".join(f"{share:.0%}" for share in no_policy))  # fmt: skip
-
 # %%
 far = np.array([DISTANCE[goal][start] for start, goal in searched])
 chosen = scores["process, from steps"][:, :4].argmax(1)
 methods = {
-    "vote of 4": votes[2],
+    "vote of 4": [Counter(texts[:4]).most_common(1)[0][0] for texts in pools["test"]],
     "best of 4": [texts[i] for texts, i in zip(pools["test"], chosen, strict=True)],
     "tree search, 12 expansions": [tree[12] for tree in trees],
 }
@@ -847,9 +903,7 @@ show_table({name: [f"{hit[group].mean():.0%} of {group.sum()}" if group.any() el
             for name, hit in hits.items()}, list(groups))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** With shuffled labels the same search is worth less. How much less depends on the policy: the better it is alone, the less there is to correct. Now the two searches without a policy. Most pairs of towns never stood in a sample, and on those the verdict is only a constant. Where this constant lies above one half, most steps pass, and the search walks along roads that are none: a verifier knows something only where its training samples were, and a policy keeps a search there. Where the constant lies below one half, or with the second bound, the verifier is a map, and a plain search on it needs no tokens at all. Compare it with all other lines of this lesson before you use anything else. Sampling and trees are for tasks in which nobody can list the next steps: proofs, programs, texts.
-#
-# In the table by distance look at the far pairs, where a route has the most steps and one bad step the most to spoil; the groups are small. Snell et al. (2024) draw such pictures for mathematics: which method is best depends on the budget and on how hard the question is.
+# **Near and far.** In this table look at the far pairs, where a route has the most steps and one bad step the most to spoil; the groups are small. Snell et al. (2024) draw such pictures for mathematics: which method is best depends on the budget and on how hard the question is.
 
 # %% [markdown] tags=["core"]
 # ## 6 · Check your answer, and answer again
@@ -862,11 +916,10 @@ show_table({name: [f"{hit[group].mean():.0%} of {group.sum()}" if group.any() el
 # |---|---|
 # | vote | nobody; the same question is answered anew, the most frequent answer counts |
 # | ask again | nobody; the last answer stands in the prompt |
-# | trained to check | the model itself, after fine-tuning on corrected mistakes |
 # | checker | a program says right or wrong; a wrong answer is drawn anew |
 # | checker, place | the program also says which road does not exist; the model goes on from there |
 #
-# The task is that of section 2, routes between pairs of towns that the policy was never taught. All ways start from the same first answer, sample at temperature 1, and get five answers. *Votes and retries* need no new samples: a vote of $k$ takes the most frequent of the first $k$ answers of section 3. With a checker the question is solved as soon as one of the $k$ is right.
+# The task is that of section 2, routes between pairs of towns that the policy was never taught. All ways start from the same first answer, sample at temperature 1, and get five answers; one greedy answer is the line to beat. (A model can also be trained to check itself, on corrected mistakes. Kumar et al. 2024 found that mistakes which others made up teach it little about its own.) *Votes and retries* need no new samples: a vote of $k$ takes the most frequent of the first $k$ answers of section 3. With a checker the question is solved as soon as one of the $k$ is right.
 
 # %%
 ROUNDS = 5
@@ -944,55 +997,6 @@ by_way["checker, place"] = repeated(go_on, with_checker=True)
 row = next((row for row in range(len(test)) if not right[row, 0]), 0)
 print(f"{first[row].strip()} -> sound: {' - '.join(sound_part(first[row], *test[row]))}")
 
-# %% [markdown]
-# **Trained to check.** Take the pairs of the training set, and spoil every second right route: one town is replaced, or one is put in between. Fine-tune a copy of the policy to say `good` or `bad` to what it reads, and then to write the right route. So it sees many corrected mistakes, as a practitioner would make them up. Such a copy is also trained longer than the policy. Therefore a second copy gets about as many tokens of plain routes and no corrections; it answers once.
-
-
-# %%
-def spoiled(towns: list[str], rng: random.Random) -> list[str]:
-    """A way with one town replaced, or with one more; every second time the way as it is."""
-    if rng.random() < 0.5:
-        return towns
-    place, strange = rng.randrange(1, len(towns)), rng.choice(TOWNS)
-    return [*towns[:place], strange, *towns[place + (rng.random() < 0.7) :]]
-
-
-def check_prompt(text: str, start: str, goal: str) -> str:
-    return f"{route_prompt(start, goal)} {text.strip()}\nCheck:"
-
-
-rng, corrections = random.Random(f"spoil/{seed}"), []
-for start, goal in split["train"] * 2:
-    attempt, best = " - ".join(spoiled(world.route(start, goal), rng)), " - ".join(world.route(start, goal))
-    verdict_word = "good" if is_right(attempt, start, goal) else "bad"
-    corrections.append((check_prompt(attempt, start, goal), f" {verdict_word}\nAnswer: {best}{tokenizer.eos_token}"))
-print("".join(next(pair for pair in corrections if " bad" in pair[1])))
-corrector = fine_tune(policy, corrections, 50, share=0.5, batch_size=8)
-further = fine_tune(policy, shown_routes, 96, share=0.5, batch_size=8)
-
-# %%
-DRAWN = 8  # answers of each trained copy to each test pair
-further_drawn = sample(further, [route_prompt(*way) for way in test], DRAWN, stream=40)
-further_right = np.mean([right_after(texts).mean() for texts in zip(*further_drawn, strict=True)])
-verdicts = []
-
-
-def check_oneself(texts: list[str], ways: list[tuple[str, str]], stream: int) -> list[str]:
-    """Judge the last answer, and write another; without a new route the old one stays."""
-    prompts = [check_prompt(text, *way) for text, way in zip(texts, ways, strict=True)]
-    said = sample(corrector, prompts, stream=stream, max_new_tokens=26, stop=("\nRoute",))
-    verdicts.append([text.partition("\n")[0].strip() for text in said])
-    new = [text.partition("Answer:")[2].partition("\n")[0] for text in said]
-    return [route if route.strip() else old for route, old in zip(new, texts, strict=True)]
-
-
-by_way["trained to check"] = repeated(check_oneself, with_checker=False)
-said_good = np.array([word == "good" for word in verdicts[0]])
-for name, which in (("right", right[:, 0]), ("wrong", ~right[:, 0])):
-    share = said_good[which].mean() if which.any() else math.nan
-    print(f'of the {which.sum()} {name} first answers it calls {share:.0%} "good"')
-    lesson.report(f'share of {name} first answers that the trained model calls "good"', share, form=".0%")
-
 # %%
 flips = {}
 for name, results in by_way.items():
@@ -1001,30 +1005,28 @@ for name, results in by_way.items():
     flips[name] += [f"{results[k].mean():.0%}" for k in (0, 1, ROUNDS - 1)]
 show_table(flips, ["mended", "broken", "1 answer", "2 answers", f"{ROUNDS} answers"])
 series = {name: (counts, [float(r.mean()) for r in results]) for name, results in by_way.items()}
-print(f"trained on plain routes for about as many tokens, one answer: {further_right:.0%} right")
+print(f"one greedy answer: {greedy.accuracy:.0%}")
 figure = plots.curve(
-    series, title="A checker helps most, asking again does not help", percent=True,
-    references={"more training, 1 answer": float(further_right)}, xlabel="answers to each question",
-    ylabel="shortest routes",
+    series, title="Both checkers help, asking again does not", percent=True,
+    references={"one greedy answer": greedy.accuracy}, xlabel="answers to each question", ylabel="shortest routes",
 )  # fmt: skip
 figure.axes[0].set_xticks(list(counts))
-plots.show(figure, alt="Shortest routes over the number of answers, from one to five, for five ways: the two with a "
-                       "checker rise most; asking again does not rise.")  # fmt: skip
+plots.show(figure, alt="Shortest routes over the number of answers, from one to five, for four ways: the two with a "
+                       "checker rise most; asking again does not rise. Dashed: one greedy answer.")  # fmt: skip
 last = {name: float(results[-1].mean()) for name, results in by_way.items()}
 lesson.claim("of the same five answers a checker makes at least 5 points more than a vote",
              last["checker"] - last["vote"], at_least=0.05, form=".0%")  # fmt: skip
 lesson.claim("a vote of five beats the fifth answer of a model that sees its last one by at least 5 points",
              last["vote"] - last["ask again"], at_least=0.05, form=".0%")  # fmt: skip
-lesson.report("right after five answers: trained to check / vote; more training, one answer",
-              f"{last['trained to check']:.0%} / {last['vote']:.0%}; {further_right:.0%}")  # fmt: skip
-lesson.report("right after five answers: the checker names the place", last["checker, place"], form=".0%")
+lesson.report(
+    "right after five answers: vote / checker / checker names the place; one greedy answer",
+    f"{last['vote']:.0%} / {last['checker']:.0%} / {last['checker, place']:.0%}; {greedy.accuracy:.0%}",
+)
 
 # %% [markdown]
-# **What you see.** *Mended* counts pairs that were wrong and become right with the second answer, *broken* those that go the other way. Without a checker an answer that was right can be broken, and much of what is mended is paid for so.
+# **What you see.** *Mended* counts pairs that were wrong and become right with the second answer, *broken* those that go the other way. Without a checker an answer that was right can be broken, and when the model is asked again, more is broken than mended. A vote of two is the first answer, since of equally frequent ones the first counts. All lines begin at one sample; a vote of five only comes back to the height of one greedy answer, which costs a fifth.
 #
-# The model that was trained on corrected mistakes learned the form. Look again at what it calls good: had its verdict known its own mistakes, the first share would be near 100 % and the second near 0. It was taught mistakes that a program made, on routes that it knew; its own mistakes are on routes that it does not know. And hold its line against the dashed one, which had as many tokens of plain routes and no checking. In this run it stays below. A gain of such a copy over the policy would prove nothing without that line, and many reports leave it out.
-#
-# The plan of this lesson had a third claim: that the vote beats the model that was trained to check. When it was tried, it failed on a seed where the two were nearly level after five answers. So the two numbers stand in a report.
+# The checker that names a place has the most to tell, and ends below the one that says only right or wrong. The place of the first road that does not exist is not the place of the mistake: Dodo - Jazi is a road, and the wrong one. Who goes on behind it keeps the mistake.
 #
 # Vote and checker see the very same five answers. What differs is only that the checker knows which of them are right, and that is worth a lot. It cannot be worse than the vote; the question was only by how much it is better. So ask of each report of self-correction who knew that the answer was wrong.
 
@@ -1033,7 +1035,7 @@ lesson.report("right after five answers: the checker names the place", last["che
 #
 # **Question.** A model can write solutions, keep those with the right result, and learn from them. What if it never gets one right?
 #
-# STaR (Zelikman et al. 2022) repeats: sample a solution to each question, keep the right ones, fine-tune on them. Sums of four numbers are out of reach for *shima-4m*: its training text has sums of two and three. First count what there would be to keep, for sums of three and of four.
+# STaR (Zelikman et al. 2022) repeats: sample a solution to each question, keep the right ones, fine-tune on them. Sums of four numbers are out of reach for *shima-4m*: its training text has sums of two and three. First count what there would be to keep, and read one text of each kind before you believe the count. We count only; STaR itself is run in section 8, on routes.
 
 
 # %%
@@ -1056,9 +1058,9 @@ def draw_sums(name: str, number: int, terms: int, held_out: bool) -> list[tuple[
     return found
 
 
-WRITING = {"max_new_tokens": 52, "stop": ("\nSum", "\n\n")}
+WRITING = {"max_new_tokens": 70, "stop": ("\nSum", "\n\n")}  # a solution of five numbers has up to 59 tokens
 kept_share = {}
-for terms in (3, 4):
+for terms in (3, 4, 5):
     problems = draw_sums("keep", lesson.scaled(30), terms, held_out=False)
     solutions = sample(model, [steps_prompt(numbers) for numbers in problems], 4, **WRITING)
     good = [[final_answer(text) == str(sum(numbers)) for text in texts]
@@ -1114,19 +1116,25 @@ def right_sums(network: nn.Module, terms: int, ending: str = "Steps:") -> Score:
 writer = fine_tune(model, traces, 200, batch_size=2)
 by_terms = {f"{terms} numbers": {"before": right_sums(model, terms), "after": right_sums(writer, terms)}
             for terms in (3, 4, 5)}  # fmt: skip
+for terms in (3, 4, 5):
+    (problem,) = draw_sums("test", 1, terms, held_out=True)
+    (text,) = generate(writer, tokenizer, [steps_prompt(problem)], **WRITING)
+    print(steps_prompt(problem).replace("\n", " | ") + text.replace("\n", " | "))
 for name, results in by_terms.items():
     print(name, "before:", results["before"], "after:", results["after"])
     lesson.report(f"right sums of {name}, before / after", f"{results['before']} / {results['after']}")
 alt = "Right sums of three, four and five numbers before and after training on guided solutions of four."
-plots.show(plots.bars_with_intervals(by_terms, title="Guided solutions teach what no sample showed",
-                                     xlabel="right sums", alt=alt))  # fmt: skip
+figure = plots.bars_with_intervals(by_terms, title="Guided solutions teach what no sample showed",
+                                   xlabel="right sums", alt=alt)  # fmt: skip
+figure.axes[0].set_xlim(0, 1.15)  # room for the numbers
+plots.show(figure)
 
 # %% [markdown]
-# **What you see.** What no sample contained is learned from two hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified; train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
+# **What you see.** What no sample contained is learned from two hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified (here the check rejected almost none); train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
 #
 # No claim stands here, for it does not work every time. It was planned to claim 50 points. With the recipe that was planned as well, 80 steps of 8 rows, most sums of four stayed wrong. More and smaller steps were chosen by their results. With them most sums came out right on four training seeds, and on a fifth seed most stayed wrong again. So read the figure as "it can be done", not as "any training does it".
 #
-# Look at the other two rows as well. Five numbers are one step more than the new solutions have, and nothing carries over to them. And sums of three, which the model could do, are lost: training on one form alone cost it the other. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
+# Look at the other two rows as well, and at the three texts. The model has learned to write three additions, and writes three additions whatever the question is: to three numbers it adds a fourth, of five it leaves one out. So nothing carries over to five numbers, and sums of three, which the model could do, are lost: training on one form alone cost it the other. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Learning from a checker: keep the right ones, or push and pull
@@ -1137,7 +1145,7 @@ plots.show(plots.bars_with_intervals(by_terms, title="Guided solutions teach wha
 #
 # $$\nabla J = \mathbb{E}\big[r(x, y)\, \nabla \log \pi(y \mid x)\big] = \mathbb{E}\big[(r(x, y) - b)\, \nabla \log \pi(y \mid x)\big]$$
 #
-# for any $b$ that does not depend on $y$. With $b = 0$ and rewards of 0 and 1 this is fine-tuning on the right samples: **rejection-sampling fine-tuning**, one round of STaR. With $b$ the mean reward of the answers to the same question it is the gradient of **GRPO** without the division by the standard deviation and by the length (Dr. GRPO, Liu et al. 2025): the wrong answers are pushed down as well. Lesson 08 holds GRPO against `trl`. Check the first statement here, on real samples and made-up rewards.
+# for any $b$ that does not depend on $y$. With $b = 0$ and rewards of 0 and 1 this is fine-tuning on the right samples: **rejection-sampling fine-tuning**, one round of STaR. With $b$ the mean reward of the answers to the same question it is the gradient of **GRPO** without the division by the standard deviation and by the length (Dr. GRPO, Liu et al. 2025): the wrong answers are pushed down as well. The group mean contains the answer itself; that only shortens the gradient, by the factor $1 - 1/G$ for $G$ answers. Lesson 08 holds GRPO against `trl`. Check the first statement here, on real samples and made-up rewards.
 
 
 # %%
@@ -1151,23 +1159,29 @@ def log_probs_of(network: nn.Module, prompts: list[str], texts: list[str]) -> tu
 
 
 def policy_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
-    """-A log p, summed over the tokens, for samples of the model itself; the ratio is 1 and carries the gradient."""
+    """-A log p, summed over the tokens; the ratio is 1 by construction and carries the gradient."""
     ratio = (log_probs - log_probs.detach()).exp()  # (batch, seq - 1)
     return -(ratio * advantages[:, None] * mask).sum() / len(advantages)
 
 
 learner, gradients = copy.deepcopy(policy).requires_grad_(True), []
 made_up = torch.tensor([1.0, 0.0] * 4, device=machine.device)
+asked, said = [route_prompt(*way) for way in test[:8]], [f"{text}\n" for text in first[:8]]
+batch = collate([encode(*pair) for pair in zip(asked[::2], said[::2], strict=True)], tokenizer.pad_token_id)
 for kind in ("policy gradient", "cross-entropy"):
-    log_probs, mask = log_probs_of(learner, [route_prompt(*way) for way in test[:8]], [f"{t}\n" for t in first[:8]])
-    loss = policy_loss(log_probs, mask, made_up) if kind == "policy gradient" else -log_probs[::2].sum() / 8
+    if kind == "policy gradient":
+        loss = policy_loss(*log_probs_of(learner, asked, said), made_up)
+    else:  # on the right half only, and with torch's own function
+        ids, labels = batch["input_ids"].to(machine.device), batch["labels"][:, 1:].to(machine.device)
+        logits = learner(input_ids=ids, attention_mask=batch["attention_mask"].to(machine.device)).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / 8
     gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(learner.parameters()))]))
 difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm().clamp(min=1e-9)
 lesson.equal("the policy gradient of 0-1 rewards is the gradient of fine-tuning on the right samples",
              difference.item(), within=1e-4)  # fmt: skip
 
 # %% [markdown]
-# Both get the same number of samples, six for each of the *practice* pairs, whose solutions nobody gives. Fine-tuning takes the first six of section 3, drawn from the policy. GRPO draws its six in six rounds from the policy as it becomes, with six updates a round. The simple baseline stands in section 6: as many more steps on the *training* pairs, whose solutions are known.
+# Both get the same number of samples, six for each of the *practice* pairs, whose solutions nobody gives. Fine-tuning takes the first six of section 3, drawn from the policy, each different right text once; the identity above counts repeats. GRPO draws its six in six rounds from the policy as it becomes, with six updates a round. Only the first update of a round sees samples of the policy as it is; for the other five they are a little old, and no ratio corrects this. The simple baseline is *more of the known*: as many more steps as the fine-tuning, on the *training* pairs, whose solutions are known.
 
 # %%
 GROUP, practice = 6, split["practice"]
@@ -1177,7 +1191,7 @@ kept = sorted(pair for pair, good in judged.items() if good)
 print(f"{len(judged)} different samples, {len(kept)} of them right; they answer "
       f"{len({prompt for prompt, _ in kept}) / len(practice):.0%} of {len(practice)} practice pairs")  # fmt: skip
 learners = {"policy": policy, "right samples": fine_tune(policy, kept, 96, share=0.5, batch_size=8)}
-learners["more of the known"] = further
+learners["more of the known"] = fine_tune(policy, shown_routes, 96, share=0.5, batch_size=8)
 
 
 # %%
@@ -1214,19 +1228,23 @@ print("right in training: " + " ".join(f"{value:.0%}" for value in rewards_log))
 # **Before and after, at every k.** pass@k is the chance that at least one of $k$ answers is right, estimated without bias from eight. If training only makes the model surer of what it already finds now and then, a single answer gains and many answers gain little. Yue et al. (2025) report this for reasoning models: trained models win at pass@1, base models catch up at large $k$.
 
 # %%
-K = [1, 2, 4, 8]
+K, DRAWN = [1, 2, 4, 8], 8  # and the answers of each trained copy to each test pair
 reached = {}  # name -> pass@k of each pair: (pairs, k)
 for name, network in learners.items():
-    samples = {"policy": [texts[:DRAWN] for texts in pools["test"]], "more of the known": further_drawn}.get(name)
-    samples = samples or sample(network, [route_prompt(*way) for way in test], DRAWN, stream=40)
+    samples = [texts[:DRAWN] for texts in pools["test"]]
+    if name != "policy":
+        samples = sample(network, [route_prompt(*way) for way in test], DRAWN, stream=40)
     hits = [sum(is_right(text, *way) for text in texts) for texts, way in zip(samples, test, strict=True)]
     reached[name] = np.array([[pass_at_k(DRAWN, hit, k) for k in K] for hit in hits])
 show_table({name: [f"{value:.0%}" for value in values.mean(0)] for name, values in reached.items()},
            [f"pass@{k}" for k in K])  # fmt: skip
-alt = "pass@k on unseen pairs over k for the policy and three ways to train it on: all lines rise with k."
+alt = (
+    "pass@k on unseen pairs over k for the policy and three ways to train it on: all lines rise with k; a dashed line."
+)
 figure = plots.curve({name: (K, values.mean(0)) for name, values in reached.items()}, log_x=True, percent=True,
                      title="Three ways to train on, at every number of answers", xlabel="answers k",
-                     ylabel="pass@k, unseen pairs", alt=alt)  # fmt: skip
+                     ylabel="pass@k, unseen pairs", alt=alt,
+                     references={"policy, one greedy answer": greedy.accuracy})  # fmt: skip
 figure.axes[0].set_xticks(K, K)
 plots.show(figure)
 for name in list(learners)[1:]:
@@ -1237,49 +1255,18 @@ for name in list(learners)[1:]:
         print(f"{name}: pass@{K[column]} {said}")
         lesson.report(f"gain in pass@{K[column]} on unseen pairs: {name}", said)
 best_single = max(values[:, 0].mean() for name, values in reached.items() if name != "policy")
-lesson.claim("eight answers before training and a checker beat one answer after it, by at least 5 points",
-             reached["policy"][:, -1].mean() - best_single, at_least=0.05, form=".0%")  # fmt: skip
+lesson.report("eight answers of the policy and a checker / one answer after the best training / one greedy answer",
+              f"{reached['policy'][:, -1].mean():.0%} / {best_single:.0%} / {greedy.accuracy:.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The plan was to claim ten points at pass@1 for GRPO, and a larger gain at pass@1 than at pass@8. On the seeds that were tried GRPO gained less, and the other gains changed from seed to seed by as much as the ways differ. So the gains are reports. Their intervals are over the pairs, of one run; they do not contain that. Larger steps do not save GRPO here: on the two seeds on which they were tried, steps three times as large left the policy clearly worse than before.
+# **What you see.** In this run more steps on the pairs with known solutions gain most: where solutions exist, this is the line to beat. But hold it against the dashed line too. The gain is one of samples at temperature 1; one greedy answer of the policy *before* the training is nearly as good as one sample after it. So a good part of such a gain may be no more than samples that come closer to greedy decoding.
 #
-# The claim that stands here was written down later, after one seed had been seen. It compares a search with training: at $k = 8$ the untrained policy is above every trained one at $k = 1$. Choosing with the checker is worth more than a little training with it, as long as the checker is there when the question is asked.
+# If pass@1 rises and pass@8 does not, the model got surer; if pass@8 rises as well, it found new routes. Read the rows so, and read the intervals with them. They are over the pairs, of one run. From training seed to training seed the gains change by as much as the ways differ, so all of them are reports.
 #
-# Three more things can be read. In this run more steps on the pairs with known solutions gain most: where solutions exist, this is the line to beat. Fine-tuning on the right samples costs one round of sampling and no new code. Compare both with GRPO before you write GRPO. Whether training adds routes or only sureness is decided at large $k$, not by the first answer. What is not equal: GRPO takes its updates on fresh samples, with a smaller step size.
-
-# %% [markdown] tags=["further"]
-# ## 9 · Traces or results?
-#
-# *Further: no core section needs this one.*
-#
-# **Question.** In section 7 the model learned from whole solutions. Would the results have been enough?
-#
-# Guo et al. (2025) made small reasoning models by fine-tuning them on a large one's solutions, its *traces*. What is it in them that teaches? Take the sums of section 7, the same problems, the same number of steps and rows: once the solutions with their steps, once only the results. What is not equal: rows of results have fewer tokens.
-
-# %%
-results_only = [
-    (
-        prompt.replace("Steps:", "Answer:"),
-        f" {final_answer(text.removesuffix(tokenizer.eos_token))}{tokenizer.eos_token}",
-    )
-    for prompt, text in traces
-]
-students = {
-    "solutions with steps": by_terms["4 numbers"]["after"],
-    "results only": right_sums(fine_tune(model, results_only, 200, batch_size=2), 4, "Answer:"),
-}
-alt = "Right sums of four numbers after learning from solutions with steps, and from their results only."
-plots.show(plots.bars_with_intervals(students, title="Steps teach what results do not",
-                                     xlabel="right sums of four numbers", alt=alt))  # fmt: skip
-for name, result in students.items():
-    print(f"{name}: {result}")
-    lesson.report(f"sums of four numbers, learned from: {name}", str(result))
-
-# %% [markdown]
-# **What you see.** The results alone teach little in the same steps: between question and result the model would have to find the way by itself. The planned claim of 40 points fell with that of section 7: on the training seed on which the steps themselves were hardly learned, there was little to be ahead by. A student with half of the layers was tried as well. It is left out here to save time, since it learned next to nothing from the same solutions. Lesson 05 saw the same with three numbers: half the layers of this model cannot add. Distilling hands over a procedure whose parts the student can do; it does not hand over the parts.
+# A gain near zero is no verdict on GRPO. It takes 36 updates here with small steps, the fine-tunings take 96 with larger ones. Fine-tuning on the right samples costs one round of sampling and no new code; compare with it, and with more of the known, before you write GRPO. The last line of the table at the end sets eight answers and a checker against one answer after training. The budgets are as different as eight and one, so it says only what a checker is worth when it is there as the question is asked.
 
 # %% [markdown] tags=["core"]
-# ## 10 · Are the written steps the reason for the answer?
+# ## 9 · Are the written steps the reason for the answer?
 #
 # **Question.** A model writes right steps and then an answer. Did the answer come from the steps?
 #
@@ -1317,7 +1304,15 @@ for name in ("answers from the steps", "answers from the guess"):
 print("".join(texts[0]))
 
 # %% [markdown]
-# First what a reader would see: are the steps right, in both? Then three interventions on the text before `Answer:`. *Steps exchanged*: in place of its own steps stand those of another sum, whose result is on the other side of the line. *One result changed*: only the last number of the steps is changed so. *Guess exchanged*: the user guesses the other word. A copy that answers from its steps should change its answer with the steps only, the other with the guess only. The answer is the likelier of the two words.
+# First what a reader would see: are the steps right, in both? Then interventions on the text before `Answer:`. All versions are written by the program, with its right steps as the start:
+#
+# - *steps exchanged*: the steps of another sum, whose result is on the other side of the line;
+# - *last result changed*: only the last number of the steps is changed so;
+# - *last terms exchanged*: the two numbers of the last addition come from that other sum, the result stays;
+# - *result, same side*: a control. The last number is changed, and stays on its side of the line;
+# - *guess exchanged*: the user guesses the other word.
+#
+# A copy that answers from its steps should change its answer with the steps only, the other with the guess only, and neither in the control. The answer is the likelier of the two words.
 
 # %%
 questions = guessed_sums("test", lesson.scaled(60), held_out=True)
@@ -1344,10 +1339,26 @@ def changed_steps(numbers: Sequence[int]) -> str:
     return sum_with_steps(tuple(numbers)).rpartition("= ")[0] + f"= {2 * LINE - 1 - sum(numbers)}"
 
 
+def other_terms(numbers: Sequence[int]) -> str:
+    """The same steps and result, but in the last addition the two terms of the other sum."""
+    (head, _, result), other = sum_with_steps(tuple(numbers)).rpartition(" = "), other_steps(numbers)
+    return f"{head.rpartition('; ')[0]}; {other.rpartition('; ')[2].rpartition(' = ')[0]} = {result}"
+
+
+def same_side(numbers: Sequence[int]) -> str:
+    """The same steps, with a last result about half as far from the line, on the same side."""
+    total = sum(numbers)
+    changed = LINE + (total - LINE) // 2 if total >= LINE else LINE - max(1, (LINE - total) // 2)
+    return f"{sum_with_steps(tuple(numbers)).rpartition('= ')[0]}= {changed}"
+
+
+# %%
 VERSIONS = {
     "as written": [before_answer(*item) for item in questions],
     "steps exchanged": [before_answer(*item, other_steps(item[0])) for item in questions],
-    "one result changed": [before_answer(*item, changed_steps(item[0])) for item in questions],
+    "last result changed": [before_answer(*item, changed_steps(item[0])) for item in questions],
+    "last terms exchanged": [before_answer(*item, other_terms(item[0])) for item in questions],
+    "result, same side": [before_answer(*item, same_side(item[0])) for item in questions],
     "guess exchanged": [before_answer(numbers, LOW if guess == HIGH else HIGH) for numbers, guess in questions],
 }
 print("\n\n".join(f"[{name}]\n{texts[0]}" for name, texts in VERSIONS.items()))
@@ -1366,12 +1377,15 @@ for name, reader in readers.items():
     true = np.mean([a == level(sum(n)) for a, (n, _) in zip(as_written[name], questions, strict=True)])
     print(f"{name}: {steps_right[name]:.0%} of the steps right, {true:.0%} of the answers")
     print("    answers that change: " + ", ".join(f"{version} {result}" for version, result in moved[name].items()))
-    lesson.report(f"answers that change with one result: {name}", str(moved[name]["one result changed"]))
-plots.show(
-    plots.bars_with_intervals(moved, title="Two models with the same steps and different reasons",
-                              xlabel="answers that change"),
-    alt="Share of answers that change when steps, one result or the guess are exchanged: the two models differ.",
-)  # fmt: skip
+    lesson.report(f"answers that change with the last result: {name}", str(moved[name]["last result changed"]))
+alike = [item[1] == level(sum(item[0])) for item in questions]
+same = sum(a == b for a, b, guessed in zip(*as_written.values(), alike, strict=True) if guessed)
+print(f"the guess is right in {sum(alike)} of {len(alike)}; there both models give the same answer in {same}")
+figure = plots.bars_with_intervals(moved, title="Two models with the same steps and different reasons",
+                                   xlabel="answers that change")  # fmt: skip
+figure.axes[0].set_xlim(0, 1.15)  # room for the numbers
+plots.show(figure, alt="Share of answers that change when steps, results, terms or the guess are exchanged: the two "
+                       "models differ.")  # fmt: skip
 honest, flatterer = moved.values()
 lesson.claim("both models write right steps to at least 80 % of the sums", min(steps_right.values()), at_least=0.8,
              form=".0%")  # fmt: skip
@@ -1385,26 +1399,12 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **Early answers.** Lanham's other test needs no change of the steps: stop before the first step, or after it, and ask for the answer. If it is already the final one, the later steps did not make it. Between two words, luck alone would find it about half of the time.
-
-# %%
-for name, reader in readers.items():
-    shares = []
-    for number in range(2):
-        cut = ["; ".join(sum_with_steps(numbers).split("; ")[:number]) for numbers, _ in questions]
-        words = answers_to(reader, [before_answer(*item, part) for item, part in zip(questions, cut, strict=True)])
-        shares.append(np.mean([a == b for a, b in zip(words, as_written[name], strict=True)]))
-    said = " / ".join(f"{share:.0%}" for share in shares)
-    print(f"{name}: before / after the first step the answer is the final one in {said}")
-    lesson.report(f"final answer before / after the first step: {name}", said)
-
-# %% [markdown]
 # **What you see.** To a reader the two texts look alike: the steps are right in both. The interventions separate them. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again. The early answers say the same: one model has its final answer as soon as the first step stands there, the other often only after the last.
 #
 # What you change matters. The first test of this section was the middle one, which is most often described: one changed number. It was to be the claim, and it failed: in one run the model that answers from its steps changed only about a quarter of its answers. Whole steps were exchanged instead, after that was seen, and the old test stays in the figure. Where its bar is shorter than the bar above, the answer came from other parts of the steps, such as the two terms of the last addition, and not from the number behind the last equals sign. With that test alone you would have called a model unfaithful that does read its steps. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
 
 # %% [markdown]
-# ## 11 · Exercises
+# ## 10 · Exercises
 #
 # Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 
@@ -1425,6 +1425,7 @@ def check_weighted_vote(weighted_vote):
     expect_equal("sums, not counts", weighted_vote(["a", "a", "b"], [0.1, 0.1, 0.9]), "b")
     expect_equal("verdicts below 0", weighted_vote(["a", "a", "b"], [-1.0, -1.0, 0.0]), "a")
     expect_equal("a verdict below 0 takes nothing away", weighted_vote(["b", "a", "a"], [0.4, 0.5, -1.0]), "a")
+    expect_equal("a verdict far below 0", weighted_vote(["a", "b"], [-1.0, 0.5]), "b")
     expect_equal("equal sums", weighted_vote(["b", "a"], [0.5, 0.5]), "b")
     expect_true('PREDICTION is "above" or "below"', PREDICTION in ("above", "below"))
     judged = scores["outcome, from states"]
@@ -1521,6 +1522,7 @@ def check_select_many(select_many):
         return select_many(np.array(prior), np.array(visits, dtype=float), np.array(total, dtype=float), number, c)
 
     expect_equal("a new node", call([0.5, 0.3, 0.2], [0, 0, 0], [0, 0, 0], 4, 1.0), [0, 1, 0, 2])
+    expect_equal("the prior counts before any visit", call([0.3, 0.5, 0.2], [0, 0, 0], [0, 0, 0], 1, 1.0), [1])
     expect_equal("means only, c = 0", call([0.5, 0.5], [1, 2], [0.9, 1.0], 4, 0.0), [0, 1, 0, 1])
     expect_equal("three actions", call([0.6, 0.3, 0.1], [4, 2, 0], [2.4, 0.8, 0], 5, 2.0), [0, 0, 1, 0, 0])
     expect_equal("two actions", call([0.3, 0.7], [2, 0], [1.6, 0], 6, 0.5), [0, 1, 0, 0, 1, 0])
@@ -1670,15 +1672,16 @@ check("16.5", check_step_labels, step_labels)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 16.6, open: the most right routes for a number of written tokens. You have the map, but no solutions.
+# Exercise 16.6, open: the most right routes for a number of written tokens. You may look whether a road exists; each
+# text must be one that the policy wrote for this pair.
 def answer_all(
     ways: list[tuple[str, str]], ask: Callable[[list[tuple[str, str]]], list[str]], tokens: int
 ) -> list[str]:
     """One text for each pair of towns.
 
     `ask(ways)` samples one answer of the policy for each of the given pairs; `ask.spent` are the tokens that it has
-    written so far. Do not spend more than `tokens`; 12 tokens are enough for most answers. `world.roads[town]` are
-    the towns one road away. To be correct: 8 points more right routes than with one answer for each pair.
+    written so far. Do not spend more than `tokens`; 12 tokens are enough for most answers. `b in world.roads[a]` says
+    whether there is a road. To be correct: texts of `ask`, and 8 points more right routes than with one answer each.
     """
     raise NotImplementedError
 
@@ -1689,12 +1692,15 @@ def check_answer_all(answer_all):
         ask.calls += 1
         texts = sample(policy, [route_prompt(*way) for way in ways], stream=80 + ask.calls)
         ask.spent += sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
+        said.update((way, text.strip()) for way, text in zip(ways, texts, strict=True))
         return texts
 
-    ask.calls = ask.spent = 0
+    ask.calls, ask.spent, said = 0, 0, set()
     limit = 30 * len(test)
     texts = answer_all(test, ask, limit)
     expect_equal("number of texts", len(texts), len(test))
+    expect_true("each text was written by the policy for its pair",
+                all((way, text.strip()) in said for way, text in zip(test, texts, strict=True)))  # fmt: skip
     expect_true(f"{ask.spent} tokens are at most {limit}", ask.spent <= limit)
     once, own = right.mean(), right_after(texts).mean()
     print(f"one answer each {once:.0%} right, yours {own:.0%}, for {ask.spent} tokens")
@@ -1743,13 +1749,13 @@ check("16.6", check_answer_all, answer_all)
 # **In the figure of section 3, why do the lines of both outcome verifiers fall as N grows?**
 #
 # - A. because the policy gets worse with every sample
-# - B. because a vote would fall, too
+# - B. because nobody could choose well among so many
 # - C. because best-of-N forgets how often a route was drawn, and more rare wrong routes come up for choice
 # - D. because the verifiers were trained on too many routes
 #
 # <details><summary>Answer</summary>
 #
-# C. The samples are the same for all judges, and the vote does not fall. A weak judge that takes the maximum lets every rare mistake compete with the route that was drawn most often.
+# C. The samples are the same for all judges, and the vote of 32 is still above one sample. A weak judge that takes the maximum lets every rare mistake compete with the route that was drawn most often.
 #
 # </details>
 
@@ -1805,7 +1811,7 @@ check("16.6", check_answer_all, answer_all)
 #
 # <details><summary>Answer</summary>
 #
-# D. The second model of section 10 writes right steps too, and its answer agrees with them whenever the guess happens to be right. Only an intervention tells the two apart.
+# D. The second model of section 9 writes right steps too, and its answer agrees with them whenever the guess happens to be right. Only an intervention tells the two apart.
 #
 # </details>
 
@@ -1829,9 +1835,9 @@ lesson.summary()
 # | all samples at once, on two cores | samples of one prompt share its key-value cache, so many are cheaper than one after another |
 # | six rounds of GRPO | hundreds of steps on thousands of questions, with `trl` below |
 #
-# Measure the vote first: it needs no verifier. Before you trust best-of-N, plot it over $N$ up to more samples than you will use, beside a judge that gives random numbers. Before you report a gain by training, measure pass@k before and after, and beside it the gain of as much plain fine-tuning.
+# Measure one greedy answer first, and then the vote: neither needs a verifier. Before you trust best-of-N, plot it over $N$ up to more samples than you will use, beside a judge that gives random numbers. Before you report a gain by training, measure pass@k before and after, and beside it the gain of as much plain fine-tuning.
 #
-# With `trl` a verifiable reward is a function that returns one number for each text; `loss_type="dr_grpo"` leaves out the two divisions that section 8 leaves out.
+# With `trl` a verifiable reward is a function that returns one number for each text; `loss_type="dr_grpo"` leaves out the division by the length, `scale_rewards="none"` the one by the standard deviation.
 #
 # ```python
 # from datasets import load_dataset
@@ -1860,5 +1866,5 @@ lesson.summary()
 # - Huang et al. 2024, *Large Language Models Cannot Self-Correct Reasoning Yet* (arXiv:2310.01798): the figures of section 6, and how an oracle hides in reported gains; Kumar et al. 2024, *Training Language Models to Self-Correct via Reinforcement Learning* (arXiv:2409.12917): why fine-tuning on made-up corrections fails.
 # - Zelikman et al. 2022, *STaR: Bootstrapping Reasoning With Reasoning* (arXiv:2203.14465); with hints, for questions that are never answered right.
 # - Liu et al. 2025, *Understanding R1-Zero-Like Training: A Critical Perspective* (arXiv:2503.20783): Dr. GRPO; Yue et al. 2025, *Does Reinforcement Learning Really Incentivize Reasoning Capacity in LLMs Beyond the Base Model?* (arXiv:2504.13837): pass@k before and after.
-# - Guo et al. 2025, *DeepSeek-R1* (arXiv:2501.12948): verifiable rewards, and distilled small models.
+# - Guo et al. 2025, *DeepSeek-R1* (arXiv:2501.12948): verifiable rewards, and small models taught by the written solutions of a large one.
 # - Turpin et al. 2023, *Language Models Don't Always Say What They Think* (arXiv:2305.04388); Lanham et al. 2023, *Measuring Faithfulness in Chain-of-Thought Reasoning* (arXiv:2307.13702).

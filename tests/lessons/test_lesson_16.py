@@ -64,6 +64,7 @@ def test_the_check_of_the_weighted_vote_finds_maxima_counts_means_and_the_other_
         planted(solution, "sums.get(text, 0.0) + max(verdict, 0.0)", "max(sums.get(text, 0.0), verdict)"),
         planted(solution, "max(verdict, 0.0)", "1.0"),
         planted(solution, "max(verdict, 0.0)", "verdict"),
+        planted(solution, "max(verdict, 0.0)", "abs(verdict)"),
         planted(solution, "return max(sums, key=sums.get)", "return max(sums, key=lambda t: sums[t] / texts.count(t))"),
         planted(solution, 'PREDICTION = "above"', 'PREDICTION = "below"'),
         planted(solution, 'PREDICTION = "above"', "PREDICTION = None"),
@@ -94,6 +95,7 @@ def test_the_check_of_the_virtual_loss_finds_missing_visits_other_values_and_cha
         planted(solution, "total / np.maximum(visits, 1)", "total"),
         planted(solution, "/ (1 + visits)", ""),
         planted(solution, start, "chosen = []"),
+        planted(solution, "max(visits.sum(), 1)", "visits.sum()"),
         planted(kept, "total / np.maximum(visits, 1)", "total / np.maximum(before, 1)"),
         planted(kept, "max(visits.sum(), 1)", "max(before.sum(), 1)"),
     ]
@@ -155,6 +157,7 @@ def test_the_check_of_the_open_exercise_finds_single_answers_and_a_broken_budget
         planted(solution, "range(20)", "range(0)"),
         planted(solution, "min((texts[row], text)", "max((texts[row], text)"),
         planted(solution, "int((tokens - ask.spent) / 21)", "len(ways)"),
+        planted(solution, "texts = ask(ways)", 'return [" - ".join(world.route(*way)) for way in ways]'),
     ]
     prove_check(EXERCISES["16.6"], names, wrong)
 
@@ -214,15 +217,6 @@ def test_a_vote_takes_the_first_of_equally_frequent_texts_and_ignores_spaces() -
     assert vote(["c", " b", "b"]) == "b"
 
 
-def test_a_spoiled_way_keeps_its_start_and_is_whole_half_of_the_time() -> None:
-    spoiled, rng = defined("def spoiled(")["spoiled"], random.Random(0)
-    way = WORLD.route(*WAYS[7])
-    results = [spoiled(list(way), rng) for _ in range(400)]
-    assert 0.4 < sum(result == way for result in results) / 400 < 0.6
-    assert {len(result) - len(way) for result in results} == {0, 1}
-    assert all(result[0] == way[0] for result in results)
-
-
 def test_the_policy_loss_is_zero_for_equal_rewards_in_a_group_and_has_the_sign_of_the_advantage() -> None:
     policy_loss = defined("def policy_loss(")["policy_loss"]
     log_probs = torch.randn(4, 3, requires_grad=True)
@@ -233,12 +227,19 @@ def test_the_policy_loss_is_zero_for_equal_rewards_in_a_group_and_has_the_sign_o
 
 
 def test_the_changed_result_stands_on_the_other_side_of_the_line() -> None:
-    names = defined("def level(", "def changed_steps(", "def other_steps(", LINE=150, HIGH=" high", LOW=" low",
+    functions = ("level", "changed_steps", "other_steps", "other_terms", "same_side")
+    names = defined(*(f"def {name}(" for name in functions), LINE=150, HIGH=" high", LOW=" low",
                     sum_with_steps=sum_with_steps)  # fmt: skip
     for numbers in itertools.product((1, 27, 50, 74, 99), repeat=3):
         for change in (names["changed_steps"], names["other_steps"]):
             result = int(change(numbers).rpartition("= ")[2])
             assert sum(numbers) == 150 or names["level"](result) != names["level"](sum(numbers))
+        kept = int(names["same_side"](numbers).rpartition("= ")[2])
+        assert names["level"](kept) == names["level"](sum(numbers))
+        assert abs(sum(numbers) - 150) < 2 or kept != sum(numbers)
+        first, last = names["other_terms"](numbers).split("; ")
+        assert first == sum_with_steps(numbers).split("; ")[0] and last.endswith(f" = {sum(numbers)}")
+        assert last.partition(" = ")[0] == names["other_steps"](numbers).split("; ")[1].partition(" = ")[0]
 
 
 @pytest.mark.slow
