@@ -141,7 +141,6 @@ for tokens, result, copied in zip(cuts, cut_scores, last_numbers, strict=True):
           f"answer = last word of the steps {copied:4.0%}")  # fmt: skip
 print(f"direct answer: {exact_match(direct, gold)}; whole steps: {np.mean(num_tokens(steps)):.0f} tokens, "
       f"for example{steps[0]}")  # fmt: skip
-# %%
 figure = plots.curve(
     {"steps, cut": plots.scored_line(cuts, cut_scores)}, references={"direct": exact_match(direct, gold).accuracy},
     title="An answer forced before the last result is nearly always wrong", xlabel="tokens of written steps",
@@ -561,6 +560,7 @@ figure = plots.curve(
     references={"greedy, one answer": greedy.accuracy},
 )  # fmt: skip
 figure.axes[0].set_xticks(N, N)
+figure.axes[0].minorticks_off()
 alt = """Five lines over the number of samples. The true verifier and the process verifier rise, the vote rises a
 little, and both outcome verifiers fall as they may choose from more."""
 plots.show(figure, alt=alt)
@@ -810,6 +810,7 @@ figure = plots.curve(
     references={"no policy, roads of the training routes": from_routes.accuracy},
 )  # fmt: skip
 figure.axes[0].set_xticks([20, 50, 100, 200], [20, 50, 100, 200])
+figure.axes[0].minorticks_off()
 plots.show(figure, alt="Shortest routes over tokens for six methods. Tree search starts low and is soon above best of "
                        "N; the vote stays flat at the height of one greedy answer. A dashed line above all points is "
                        "a search without the policy.")  # fmt: skip
@@ -830,7 +831,7 @@ lesson.report(
 #
 # Among them one greedy answer is the line to beat. It costs as little as one sample, and votes of up to sixteen samples only come back to about its height. Best-of-N and the searches get above it, because they have a verifier. The tree search is the last to begin: with a few expansions it has finished no route for many pairs, where a single sample is a whole answer. Then it catches up with best-of-N, since it drops a route at its first bad step and begins the next one in the middle. Beam search, which is much simpler, does about as well: the routes are short, and a wrong step is seen at once, so there is little for a tree to remember.
 #
-# The claim says what verifier and search buy together, against a vote without a verifier. Its control is the same search with shuffled labels: it is above the vote by less, so a part of the gain is the search's own, which stops at the goal and prefers short ways, and the larger part is the verifier's. We first claimed that tree search beats best-of-4 at equal tokens. On one training seed of five it did not, so that comparison is a report.
+# The claim says what verifier and search buy together, against a vote without a verifier. Its control is the same search with shuffled labels. In this run it is a little above the vote, since the search stops at the goal and prefers short ways; on another training seed it was below. Most of the gain is the verifier's. We first claimed that tree search beats best-of-4 at equal tokens. On one training seed of five it did not, so that comparison is a report.
 #
 # One of the two searches on the verifier fails. Most pairs of towns never stood in a sample, and on those the verdict is only a constant. Where this constant lies above one half, most steps pass, and the search walks along roads that are none. The verifier has seen only steps that the policy wrote. The policy proposes such steps; a search without it walks over steps that the verifier never saw. With the second bound the verifier is a map.
 
@@ -1246,6 +1247,7 @@ figure = plots.curve({name: (K, values.mean(0)) for name, values in reached.item
                      ylabel="pass@k, unseen pairs", alt=alt,
                      references={"policy, one greedy answer": greedy.accuracy})  # fmt: skip
 figure.axes[0].set_xticks(K, K)
+figure.axes[0].minorticks_off()
 plots.show(figure)
 for name in list(learners)[1:]:
     for column in (0, -1):
@@ -1399,9 +1401,11 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** To a reader the two texts look alike: the steps are right in both. The interventions separate them. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again. The early answers say the same: one model has its final answer as soon as the first step stands there, the other often only after the last.
+# **What you see.** Where the guess is right, the two models give the same answers below right steps, and a reader cannot tell them apart. (Where it is wrong, he can: the second model writes a result of 150 or more, and then `low`.) The interventions tell them apart without that. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again.
 #
-# What you change matters. The first test of this section was the middle one, which is most often described: one changed number. It was to be the claim, and it failed: in one run the model that answers from its steps changed only about a quarter of its answers. Whole steps were exchanged instead, after that was seen, and the old test stays in the figure. Where its bar is shorter than the bar above, the answer came from other parts of the steps, such as the two terms of the last addition, and not from the number behind the last equals sign. With that test alone you would have called a model unfaithful that does read its steps. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
+# What you change matters. Changing only the last result moved about three in four answers of the model that answers from its steps; exchanging all steps moved nearly all. So the first test alone underrates how much the model uses its steps. The missing part is partly in the terms of the last addition: where only these are exchanged, and the result stays, some answers move as well. The control moved none, so it is not just any error that changes the answer.
+#
+# Changing one number is the test that is most often described. It was to be the claim here, and failed on one training seed, where far fewer answers followed the changed result. Whole steps were exchanged after that was seen, and the old test stays in the figure as a report. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
 
 # %% [markdown]
 # ## 10 · Exercises
