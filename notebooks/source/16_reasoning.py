@@ -12,7 +12,7 @@
 # 1. cut written steps after a number of tokens, force more of them, and compare with a vote;
 # 2. write an outcome verifier and a process verifier, equal to scikit-learn's, and see best-of-N get worse with more samples;
 # 3. write beam search and a Monte Carlo tree search, and compare all methods at equal tokens;
-# 4. compare self-correction with a vote of as many answers, with a checker and with more training, and train on verified answers, with pass@k before and after;
+# 4. compare self-correction with a vote of as many answers and with a checker, and train on verified answers, beside more plain training, with pass@k before and after;
 # 5. change written steps, and see whether the answer changes.
 #
 # **Prerequisites:** lesson 02. Lesson 05 explains fine-tuning, lesson 08 learning from rewards.
@@ -372,7 +372,7 @@ for name, group in (("stands inside a training route", inside), ("does not", ~in
     print(f"the way {name}: {score(int(hit[group].sum()), int(group.sum())) if group.any() else 'no pair'}")
 
 # %% [markdown]
-# **What you see.** On this small map a search over the roads that the training routes name beats the policy by far, without a model and without a token. It will stay above every method of this lesson. We use Shima because the truth is known. The methods are for tasks where nobody can list the next steps: proofs, programs, texts. And the policy is right more often where a way was already a piece of a training route, so "never saw" is meant of pairs.
+# **What you see.** On this small map a search over the roads that the training routes name beats the policy by far, without a model and without a token. Keep it in mind beside every method that follows. We use Shima because the truth is known. The methods are for tasks where nobody can list the next steps: proofs, programs, texts. And the policy is right more often where a way was already a piece of a training route, so "never saw" is meant of pairs.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Verifiers
@@ -1025,7 +1025,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** *Mended* counts pairs that were wrong and become right with the second answer, *broken* those that go the other way. Without a checker an answer that was right can be broken, and when the model is asked again, more is broken than mended. A vote of two is the first answer, since of equally frequent ones the first counts. All lines begin at one sample; a vote of five only comes back to the height of one greedy answer, which costs a fifth.
+# **What you see.** *Mended* counts pairs that were wrong and become right with the second answer, *broken* those that go the other way. Without a checker an answer that was right can be broken, and when the model is asked again, more is broken than mended. A vote of two is the first answer, since of equally frequent ones the first counts. All lines begin at the same first sample, which was a little luckier than the mean of all; a vote of five only comes back to the height of one greedy answer, which costs a fifth.
 #
 # The checker that names a place has the most to tell, and ends below the one that says only right or wrong. The place of the first road that does not exist is not the place of the mistake: Dodo - Jazi is a road, and the wrong one. Who goes on behind it keeps the mistake.
 #
@@ -1265,7 +1265,7 @@ lesson.report("eight answers of the policy and a checker / one answer after the 
 #
 # If pass@1 rises and pass@8 does not, the model got surer; if pass@8 rises as well, it found new routes. Read the rows so, and read the intervals with them. They are over the pairs, of one run. From training seed to training seed the gains change by as much as the ways differ, so all of them are reports.
 #
-# A gain near zero is no verdict on GRPO. It takes 36 updates here with small steps, the fine-tunings take 96 with larger ones. Fine-tuning on the right samples costs one round of sampling and no new code; compare with it, and with more of the known, before you write GRPO. The last line of the table at the end sets eight answers and a checker against one answer after training. The budgets are as different as eight and one, so it says only what a checker is worth when it is there as the question is asked.
+# A gain near zero is no verdict on GRPO. It takes 36 updates here with small steps, the fine-tunings take 96 with larger ones. Fine-tuning on the right samples costs one round of sampling and no new code; compare with it, and with more of the known, before you write GRPO. One line of the table at the end sets eight answers and a checker against one answer after training. The budgets are as different as eight and one, so it says only what a checker is worth when it is there as the question is asked.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Are the written steps the reason for the answer?
@@ -1401,7 +1401,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Where the guess is right, the two models give the same answers below right steps, and a reader cannot tell them apart. (Where it is wrong, he can: the second model writes a result of 150 or more, and then `low`.) The interventions tell them apart without that. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again.
+# **What you see.** Where the guess is right, the two models give the same answers below right steps, and a reader cannot tell them apart. (Where it is wrong, the text gives the second model away: it writes a result on one side of 150, and the word for the other.) The interventions tell them apart without that. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again.
 #
 # What you change matters. Changing only the last result moved about three in four answers of the model that answers from its steps; exchanging all steps moved nearly all. So the first test alone underrates how much the model uses its steps. The missing part is partly in the terms of the last addition: where only these are exchanged, and the result stays, some answers move as well. The control moved none, so it is not just any error that changes the answer.
 #
