@@ -12,7 +12,7 @@
 # 1. write out how open answers are graded from 1 to 5 by program, and find it equal to the competition's rubric;
 # 2. train an adapter with a LoRA of your own, save it, and get the same answers from `peft`;
 # 3. lower the score by a repetition penalty and by a careless DPO, and find out, with a control, which of its two habits did it;
-# 4. train a judge that loves idle sentences, and measure its bias;
+# 4. train a judge on the choices of people with a bias, and measure what it has learned from them;
 # 5. put an interval around your rank, climb a board without a better model, and hand in a folder that is checked, scored and reproduced by the competition's own commands.
 #
 # **Prerequisites:** lessons 05, 06 and 09. All that is needed from them is repeated in a sentence or two.
@@ -61,7 +61,9 @@ import copy
 import json
 import random
 import re
+import warnings
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 import peft
@@ -101,6 +103,7 @@ from helpers.training import TrainConfig, train
 from helpers.world import FILLERS, POLITE
 
 # %%
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft asks by an old name
 lesson = Lesson("17", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
 # All that depends on the hardware: the learning rates of fine-tuning and of careful DPO, and the number format.
@@ -116,7 +119,7 @@ IN_16_BITS = settings["precision"] != "fp32"
 # %% [markdown]
 # `lesson.scaled` makes a number of steps or tasks smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 #
-# Two rules hold for all claims about scores. A difference counts from **0.3 points** on: from about there on 100 tasks can tell two systems apart that were trained in different ways (section 8 computes it). And every training below is **one run**; the course's ledger of claims repeats all of them with five seeds.
+# Two rules hold for all claims about scores. A difference counts from **0.3 points** on. About so much can be found with 100 tasks: less where two systems are alike, more where they differ in many answers (section 8 computes both). And every training below is **one run**; the course's ledger of claims repeats all of them with five seeds.
 
 # %% [markdown] tags=["core"]
 # ## 1 · The rules, the tasks and the rubric
@@ -362,6 +365,7 @@ class LoRA(nn.Module):
         return self.linear(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
 
 
+# %%
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 16, 32
 
@@ -526,15 +530,27 @@ for name, pairs in {"careful": own, "careless": borrowed}.items():
     print(f"{name}: chosen {pairs[1][1]!r}, rejected {pairs[1][2]!r}")
 
 # %%
-def pair_log_probs(pairs: Sequence[tuple[str, str, str]]) -> Tensor:
-    """Log-probabilities (2, pairs) of the chosen and the rejected answers under the policy as it is."""
-    encoded = [encode_chat(tokenizer, pair[0], pair[place]) for place in (1, 2) for pair in pairs]
+def answer_log_probs(rows: Sequence[tuple[str, str]]) -> Tensor:
+    """Log-probability (rows,) of the answer in each (instruction, answer), under the policy as it is."""
+    encoded = [encode_chat(tokenizer, *row) for row in rows]
     batch = {name: ids.to(machine.device) for name, ids in collate(encoded, tokenizer.pad_token_id).items()}
     with lesson.autocast(IN_16_BITS):
         logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return token_log_probs(logits, batch["labels"][:, 1:]).sum(-1).view(2, -1)
+    return token_log_probs(logits, batch["labels"][:, 1:]).sum(-1)
 
 
+@torch.no_grad()
+def measured(rows: Sequence[tuple[str, str]]) -> Tensor:
+    """The same for any number of rows, without gradients."""
+    return torch.cat([answer_log_probs(rows[i : i + 16]) for i in range(0, len(rows), 16)])
+
+
+def both_sides(pairs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    """All chosen answers with their instructions, then all rejected ones."""
+    return [(pair[0], pair[side]) for side in (1, 2) for pair in pairs]
+
+
+# %%
 trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 after_sft = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
@@ -550,17 +566,16 @@ def set_adapter(state: dict[str, Tensor]) -> None:
 BETA, DPO_STEPS, PAIRS_A_STEP = 0.1, lesson.scaled(12, 2), 4
 
 
-def dpo(pairs: Sequence[tuple[str, str, str]], rate: float, rejects: bool) -> np.ndarray:
-    """Train from `after_sft` and return (loss, h_w, h_l) of each step; without `rejects` imitate the chosen ones."""
+def dpo(pairs: Sequence[tuple[str, str, str]], rate: float, rejects: bool) -> tuple[list[float], Tensor]:
+    """Train from `after_sft`; losses, and the growth (2, pairs) at the end. Without `rejects` imitate the chosen."""
     set_adapter(after_sft)
-    with torch.no_grad():
-        parts = [pair_log_probs(pairs[i : i + 16]) for i in range(0, len(pairs), 16)]
-    reference = torch.cat(parts, dim=1).float()  # (2, pairs)
+    reference = measured(both_sides(pairs)).view(2, -1)
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    generator, trace = random.Random(f"dpo/{seed}"), []
+    generator, losses = random.Random(f"dpo/{seed}"), []
     for step in range(DPO_STEPS):
         chosen = generator.sample(range(len(pairs)), PAIRS_A_STEP)
-        h_w, h_l = pair_log_probs([pairs[i] for i in chosen]).float() - reference[:, chosen]
+        now = answer_log_probs(both_sides([pairs[i] for i in chosen])).view(2, -1)
+        h_w, h_l = now - reference[:, chosen]
         loss = -F.logsigmoid(BETA * (h_w - h_l)).mean() if rejects else -h_w.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -568,8 +583,8 @@ def dpo(pairs: Sequence[tuple[str, str, str]], rate: float, rejects: bool) -> np
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 3, 1 - step / DPO_STEPS)
         optimizer.step()
-        trace.append((loss.item(), h_w.mean().item(), h_l.mean().item()))
-    return np.array(trace)  # (steps, 3)
+        losses.append(loss.item())
+    return losses, measured(both_sides(pairs)).view(2, -1) - reference
 
 
 # %%
@@ -580,13 +595,13 @@ WAYS = {  # pairs, rate, with the rejected answers
     "own pairs, large rate": (own, settings["rate"], True),
     "careless, chosen alone": (borrowed, settings["rate"], False),
 }
-traces, adapters = {}, {"LoRA": after_sft}
+grown, adapters = {}, {"LoRA": after_sft}
 for name, (pairs, rate, rejects) in WAYS.items():
-    traces[name] = trace = dpo(pairs, rate, rejects)
+    losses, growth = dpo(pairs, rate, rejects)
+    grown[name] = dict(zip(("chosen", "rejected"), growth.median(1).values.tolist(), strict=True))
     adapters[name] = {key: parameter.detach().clone() for key, parameter in trained.items()}
     results[f"LoRA + DPO, {name}"] = graded(tasks, answers_of(policy, tasks))
-    (first, _, _), (last, h_w, h_l) = trace[:3].mean(0), trace[-3:].mean(0)
-    print(f"{name:>26}: loss {first:.2f} -> {last:.2f}, chosen {h_w:+.0f} nats, rejected {h_l:+.0f}")
+    print(f"{name:>26}: loss {np.mean(losses[:3]):.2f} -> {np.mean(losses[-3:]):.2f}")
 
 # %%
 before = results["assistant + LoRA"].mean()
@@ -602,36 +617,33 @@ lesson.claim("careful DPO ends at least 0.3 points above careless DPO", saved, a
 lesson.report("what careful DPO changes", change["careful"], "+.2f")
 
 # %% [markdown]
-# **Where did the points go?** The log of the careless runs gives no alarm: the loss falls. Look at what it does not show: the log-probabilities themselves, and those of answers that are in no pair. Take the policy's own greedy answers to the development tasks, from before DPO. (Three *nats* less, in units of the natural logarithm, means a twentieth of the probability.)
+# **Where did the points go?** The log of the careless run gives no alarm: the loss falls. Look at what it does not show: the log-probabilities themselves, of the chosen and the rejected answers of all pairs, and of answers that are in no pair. For the last take the policy's own greedy answers to the development tasks, from before DPO. (Three *nats* less, in units of the natural logarithm, means a twentieth of the probability.)
 
 # %%
-in_no_pair = [(task.input, answer, answer) for task, answer in zip(development, decoded["greedy"], strict=True)]
+in_no_pair = [(task.input, answer) for task, answer in zip(development, decoded["greedy"], strict=True)]
 in_no_pair = in_no_pair[: lesson.scaled(40, 8)]
 set_adapter(after_sft)
-with torch.no_grad():
-    known = torch.cat([pair_log_probs(in_no_pair[i : i + 16])[0] for i in range(0, len(in_no_pair), 16)])
-sunk = {}
-for name in WAYS:
+known = measured(in_no_pair)
+for name, values in grown.items():
     set_adapter(adapters[name])
-    with torch.no_grad():
-        now = torch.cat([pair_log_probs(in_no_pair[i : i + 16])[0] for i in range(0, len(in_no_pair), 16)])
-    sunk[name] = (now - known).float().median().item()
-    print(f"{name:>26}: {sunk[name]:+.1f} nats for an answer that is in no pair (median)")
-lesson.claim("after careless DPO the policy's own answers have lost at least 3 nats", sunk["careless"], at_most=-3,
-             control=sunk["careless, chosen alone"], form=".1f")  # fmt: skip
+    values["in no pair"] = (measured(in_no_pair) - known).median().item()
+    print(f"{name:>26}: " + ", ".join(f"{kind} {value:+.1f}" for kind, value in values.items()))
+lesson.claim("after careless DPO the policy's own answers have lost at least 3 nats", grown["careless"]["in no pair"],
+             at_most=-3, control=grown["careless, chosen alone"]["in no pair"], form=".1f")  # fmt: skip
 
 # %%
-steps = range(1, DPO_STEPS + 1)
-series = {
-    "chosen, careful": (steps, traces["careful"][:, 1]),
-    "chosen, careless": (steps, traces["careless"][:, 1]),
-    "rejected, careless": (steps, traces["careless"][:, 2]),
-}
-figure = plots.curve(
-    series, title="Careless DPO pushes everything down", xlabel="step of DPO",
-    ylabel="change of the log-probability (nats)", references={"reference": 0.0},
-)  # fmt: skip
-alt = "Rejected answers of careless DPO sink deeply, chosen ones with them; those of careful DPO stay near zero."
+figure = Figure(figsize=(8, 3.8), layout="constrained")
+axes = figure.subplots()
+for offset, (kind, color) in enumerate(zip(grown["careful"], plots.COLORS, strict=False)):
+    places = np.arange(len(grown)) + (offset - 1) * 0.27
+    axes.barh(places, [values[kind] for values in grown.values()], height=0.24, color=color, label=kind)
+axes.axvline(0, color=plots.INK, linewidth=1)
+axes.set_yticks(range(len(grown)), list(grown))
+axes.invert_yaxis()
+axes.set(xlabel="change of the log-probability of an answer by DPO (nats, median)")
+axes.set_title("Careless DPO pushes everything down")
+axes.legend(loc="lower left")
+alt = "Three bars for each of five ways. Those of careless DPO all reach far down, the rejected answers furthest."
 plots.show(figure, alt=alt)
 
 # %% [markdown]
@@ -644,9 +656,11 @@ plots.show(figure, alt=alt)
 # %% [markdown] tags=["further"]
 # ## 7 · A language model as judge
 #
+# *Further: no core section needs this one.*
+#
 # **Question.** Where no rubric can be written, another language model grades. What does such a judge like?
 #
-# Here you can know, because you make the judge yourself. People say which of two answers is better. They look at the quality, but they also like idle sentences (*Shima is a lovely island.*), and the answer that stands first. A frozen language model reads the task with each answer, and a logistic regression on its two last hidden states predicts the choice: the reward model of lesson 08, with both answers in one input, so that it can learn about places too. Beside it stands the same judge trained on the choices of fair people, who look at quality alone. That is the control. How much people love idle sentences is set by hand, strong enough to be learned from a few hundred pairs, so the size of the bias says nothing about real judges and is no claim.
+# Here you can know, because you make the judge yourself. People say which of two answers is better. They look at the quality, but they also like idle sentences (*Shima is a lovely island.*), and the answer that stands first. A frozen language model reads the task with each answer, and a logistic regression on its two last hidden states predicts the choice: the reward model of lesson 08, with both answers in one input, so that it can learn about places too. Beside it stands the same judge trained on the choices of fair people, who look at quality alone. That is the control. How much people love idle sentences is set by hand, strong enough to be learned from so few pairs, so the size of the bias says nothing about real judges and is no claim.
 
 # %%
 @torch.no_grad()
@@ -667,11 +681,12 @@ def last_states(texts: Sequence[tuple[str, str]]) -> np.ndarray:
 generator = random.Random(f"judge/{seed}")
 candidates = []  # (task, answer, points by the rubric, idle sentences added)
 for task, texts, points in zip(pair_tasks, samples, sample_grades, strict=True):
-    for text, point in [*zip(texts[:2], points[:2], strict=True), (task.reference, 5)]:
+    for text, point in [*zip(texts, points, strict=True), (task.reference, 5)]:
         idle = generator.choice((0, 1))
         candidates.append((task.input, text + "".join(generator.sample(FILLERS, idle)), int(point), idle))
 states = last_states([(prompt, text) for prompt, text, _, _ in candidates])
-pairs = [(i + a, i + b) for i in range(0, len(candidates), 3) for a, b in ((0, 1), (1, 2), (2, 0))]
+size = SAMPLES + 1  # candidates of each task
+pairs = [(i + a, i + b) for i in range(0, len(candidates), size) for a, b in combinations(range(size), 2)]
 pairs = np.array([pair if generator.random() < 0.5 else pair[::-1] for pair in pairs])  # (pairs, 2): first, second
 print(f"{len(candidates)} answers, {len(pairs)} pairs")
 
@@ -744,7 +759,7 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The judge has learned what its people like, whether or not it is quality: that is no fault of the judge, but of the choices. Asking in both orders removes the place for certain. Taking the idle sentences out by regression removes what a straight line can remove. Neither makes the judge see what it does not see: $\kappa$ says how far it agrees with the rubric, biased or not. So measure a judge against people before you let it rank, in a measure that knows about chance.
+# **What you see.** The judge of the biased people has learned the idle sentences; its control has not. Quality has been learned by neither: the agreement with the rubric is near 0, which is that of chance. To a model as small as this one idle sentences are easy to see, and quality is not. Nothing in the verdicts themselves says so. Both orders take the place out, length control takes the idle sentences out, and what is left is worth nothing. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
 # %% [markdown] tags=["core"]
 # ## 8 · How sure is a rank?
@@ -913,6 +928,8 @@ Public score {public_score:.2f}. What failed: DPO on borrowed pairs at the rate 
 a repetition penalty of 1.2.
 torch {torch.__version__}, peft {peft.__version__}
 """
+
+# %%
 folders = {"honest": answers, "forged": [task.reference for task in public]}
 for name, handed_in in folders.items():
     write_submission(BUILD / name, policy, recipe=recipe, decoding=Decoding(), rows=train_rows, tasks=public,
@@ -929,7 +946,7 @@ def competition(action: str, *names: str) -> str:
     """Run `python -m course competition ACTION` on some of the folders and return what it prints."""
     command = [sys.executable, "-m", "course", "competition", action, *(str(BUILD / name) for name in names)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    shown = done.stdout.replace(": fact", ":\n  fact")
+    shown = done.stdout.strip().replace(": fact", ":\n  fact")
     print(f"$ python -m course competition {action} {' '.join(names)}   (exit status {done.returncode})\n{shown}")
     return done.stdout
 
@@ -1313,7 +1330,7 @@ lesson.summary()
 # | here | with an open model of 1 to 13 billion parameters |
 # |---|---|
 # | a program grades | people grade, or a strong model with the task, a reference and the rubric in its prompt; ask it in both orders, and check it against people |
-# | a rate of fine-tuning ten times that of DPO was too much | the same: DPO is usually run at a tenth of the rate or less, for one epoch |
+# | the rate of fine-tuning was too much for DPO | the same: DPO is usually run at a tenth of the rate or less, for one epoch |
 # | 100 tasks | the 100 of ELYZA-tasks-100 (`elyza/ELYZA-tasks-100` on the hub, CC BY-SA 4.0): as few, so the intervals are as wide |
 # | `peft` reads an adapter | pin the revision of the base, and load the adapter on a fresh copy before you hand it in |
 #
