@@ -503,7 +503,7 @@ lesson.claim("a repetition penalty of 1.2 costs at least 0.3 points", loss, at_l
 # | pairs | the task's reference answer, against that of another task of the kind: texts that others wrote | the best and the worst of four samples of the policy itself, by the rubric |
 # | rate | that of fine-tuning | a tenth of it |
 #
-# All else is equal: the policy of section 4 at the start and as the reference model, the same number of pairs, steps and pairs a step, and $\beta = 0.1$. Two mixed cases say which habit does it. A fifth case is the **control**: the careless pairs at the careless rate, but the chosen answers are imitated as in section 4, and the rejected ones are left out. If that cost as much, the fault would lie with more training, and not with DPO. All tasks are training tasks.
+# All else is equal: the policy of section 4 at the start and as the reference model, the same number of pairs, steps and pairs a step, and $\beta = 0.1$. Two mixed cases say which habit does it. A fifth case is the **control**: the careless pairs at the careless rate, but the chosen answers are imitated as in section 4, and the rejected ones are left out. (Its loss is $-h_w$, which cannot be compared with that of the others.) If that cost as much, the fault would lie with more training, and not with DPO. All tasks are training tasks.
 
 # %%
 PAIRS, SAMPLES = lesson.scaled(40, 8), 4
@@ -642,7 +642,7 @@ axes.set_yticks(range(len(grown)), list(grown))
 axes.invert_yaxis()
 axes.set(xlabel="change of the log-probability of an answer by DPO (nats, median)")
 axes.set_title("Careless DPO pushes everything down")
-axes.legend(loc="lower left")
+axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 alt = "Three bars for each of five ways. Those of careless DPO all reach far down, the rejected answers furthest."
 plots.show(figure, alt=alt)
 
@@ -759,7 +759,7 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The judge of the biased people has learned the idle sentences; its control has not. Quality has been learned by neither: the agreement with the rubric is near 0, which is that of chance. To a model as small as this one idle sentences are easy to see, and quality is not. Nothing in the verdicts themselves says so. Both orders take the place out, length control takes the idle sentences out, and what is left is worth nothing. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
+# **What you see.** The judge of the biased people has learned the idle sentences; its control has not. Of quality both have learned little: the agreement with the rubric is far nearer to 0, that of chance, than to 1. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out and length control takes the idle sentences out, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
 # %% [markdown] tags=["core"]
 # ## 8 · How sure is a rank?
