@@ -11,7 +11,7 @@
 #
 # 1. write out how open answers are graded from 1 to 5 by program, and find it equal to the competition's rubric;
 # 2. train an adapter with a LoRA of your own, save it, and get the same answers from `peft`;
-# 3. lower the score by a repetition penalty and by a careless DPO, and find out, with a control, which of its two habits did it;
+# 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and find out, with a control, which of two habits did it;
 # 4. train a judge on the choices of people with a bias, and measure what it has learned from them;
 # 5. put an interval around your rank, climb a board without a better model, and hand in a folder that is checked, scored and reproduced by the competition's own commands.
 #
@@ -437,7 +437,7 @@ lesson.report("size of the adapter (MiB); 2 are allowed", size, ".2f")
 # **What you see.** The training reaches kinds in which the assistant had nothing, and leaves others where they were. A kind may even lose, and one may get nothing at all out of a training as short as this one. The mean hides that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
 
 # %% [markdown] tags=["core"]
-# ## 5 · Decoding, and a penalty that costs points
+# ## 5 · Decoding, and a penalty out of a template
 #
 # **Question.** The template that the organisers of such a competition hand out often sets `repetition_penalty=1.2`. What does it do to answers that should repeat the text?
 #
@@ -480,10 +480,12 @@ worst = int((dev_grades["greedy"] - dev_grades["penalty 1.2"]).argmax())
 print(f"\n{development[worst].input}\n  greedy:      {decoded['greedy'][worst]!r}")
 print(f"  penalty 1.2: {decoded['penalty 1.2'][worst]!r}")
 loss = (dev_grades["greedy"] - dev_grades["penalty 1.2"]).mean()
-lesson.claim("a repetition penalty of 1.2 costs at least 0.3 points", loss, at_least=0.3, form=".2f")
+error = (dev_grades["greedy"] - dev_grades["penalty 1.2"]).std() / len(development) ** 0.5
+print(f"the penalty of 1.2 costs {loss:.2f} points, with a standard error of {error:.2f}")
+lesson.report("what a repetition penalty of 1.2 costs (points)", loss, ".2f")
 
 # %% [markdown]
-# **What you see.** The penalty costs points where a good answer has to say a word again that stands in the task or in the answer so far. In the example a name has to be repeated, and the penalty drives the model to another one. Kinds that can do without do not lose. A penalty helps a model that runs in circles; this one does not. What the right setting is depends on the model and on the task, so it has to be measured and not copied. A participant in 2024 reported the same from a model of 27 billion parameters: going from 1.2 to 1.1 raised his score.
+# **What you see.** The penalty costs points where a good answer has to say a word again that stands in the task or in the answer so far. In the example something has to be repeated, and the penalty drives the model to something else. Kinds that can do without lose nothing. How much it costs in all depends on the run: the standard error is printed, and with another seed of the training the loss was smaller than the 0.3 points that count here, so it is no claim. A penalty helps a model that runs in circles; this one does not. The right setting depends on the model and on the task, so measure it and do not copy it. A participant in 2024 reported the same from a model of 27 billion parameters: going from 1.2 to 1.1 raised his score.
 
 # %% [markdown] tags=["core"]
 # ## 6 · DPO with care, and without
@@ -503,7 +505,7 @@ lesson.claim("a repetition penalty of 1.2 costs at least 0.3 points", loss, at_l
 # | pairs | the task's reference answer, against that of another task of the kind: texts that others wrote | the best and the worst of four samples of the policy itself, by the rubric |
 # | rate | that of fine-tuning | a tenth of it |
 #
-# All else is equal: the policy of section 4 at the start and as the reference model, the same number of pairs, steps and pairs a step, and $\beta = 0.1$. Two mixed cases say which habit does it. A fifth case is the **control**: the careless pairs at the careless rate, but the chosen answers are imitated as in section 4, and the rejected ones are left out. (Its loss is $-h_w$, which cannot be compared with that of the others.) If that cost as much, the fault would lie with more training, and not with DPO. All tasks are training tasks.
+# All else is equal: the policy of section 4 at the start and as the reference model, the same number of pairs, steps and pairs a step, and $\beta = 0.1$. Two mixed cases complete the square, so that each habit can be seen with and without the other. A fifth case is the **control**: the careless pairs at the careless rate, but the chosen answers are imitated as in section 4, and the rejected ones are left out. (Its loss is $-h_w$, which cannot be compared with that of the others.) If that cost as much, the fault would lie with more training, and not with DPO. All tasks are training tasks.
 
 # %%
 PAIRS, SAMPLES = lesson.scaled(40, 8), 4
@@ -608,13 +610,16 @@ before = results["assistant + LoRA"].mean()
 change = {name: results[f"LoRA + DPO, {name}"].mean() - before for name in WAYS}
 show_table({name: by_kind(results[name]) for name in list(results)[-6:]}, ["all", *KINDS])
 print(f"before DPO: {before:.2f}; change: " + ", ".join(f"{name} {value:+.2f}" for name, value in change.items()))
-lesson.claim("careless DPO costs at least 0.3 points", -change["careless"], at_least=0.3, form=".2f")
-by_rejects = change["careless, chosen alone"] - change["careless"]
-lesson.claim("careless DPO costs at least 0.3 points more than the same training without the rejected answers",
-             by_rejects, at_least=0.3, form=".2f")  # fmt: skip
-saved = change["careful"] - change["careless"]
-lesson.claim("careful DPO ends at least 0.3 points above careless DPO", saved, at_least=0.3, form=".2f")
-lesson.report("what careful DPO changes", change["careful"], "+.2f")
+for name, value in change.items():
+    lesson.report(f"change of the score by DPO: {name}", value, "+.2f")
+large = (change["careless"] + change["own pairs, large rate"]) / 2
+small = (change["careful"] + change["others' pairs, small rate"]) / 2
+alone = change["careless, chosen alone"]
+print(f"mean of both kinds of pairs: large rate {large:+.2f}, small rate {small:+.2f}; control {alone:+.2f}")
+lesson.claim("DPO at a tenth of the rate of fine-tuning ends at least 0.3 points above DPO at that rate",
+             small - large, at_least=0.3, form=".2f")  # fmt: skip
+lesson.report("what DPO at the rate of fine-tuning costs (points)", -large, ".2f")
+lesson.report("how much more it costs than imitation at that rate (points)", alone - large, ".2f")
 
 # %% [markdown]
 # **Where did the points go?** The log of the careless run gives no alarm: the loss falls. Look at what it does not show: the log-probabilities themselves, of the chosen and the rejected answers of all pairs, and of answers that are in no pair. For the last take the policy's own greedy answers to the development tasks, from before DPO. (Three *nats* less, in units of the natural logarithm, means a twentieth of the probability.)
@@ -628,8 +633,8 @@ for name, values in grown.items():
     set_adapter(adapters[name])
     values["in no pair"] = (measured(in_no_pair) - known).median().item()
     print(f"{name:>26}: " + ", ".join(f"{kind} {value:+.1f}" for kind, value in values.items()))
-lesson.claim("after careless DPO the policy's own answers have lost at least 3 nats", grown["careless"]["in no pair"],
-             at_most=-3, control=grown["careless, chosen alone"]["in no pair"], form=".1f")  # fmt: skip
+lesson.report("what careless DPO changes in the log-probability of answers in no pair (nats)",
+              grown["careless"]["in no pair"], "+.1f")  # fmt: skip
 
 # %%
 figure = Figure(figsize=(8, 3.8), layout="constrained")
@@ -641,17 +646,17 @@ axes.axvline(0, color=plots.INK, linewidth=1)
 axes.set_yticks(range(len(grown)), list(grown))
 axes.invert_yaxis()
 axes.set(xlabel="change of the log-probability of an answer by DPO (nats, median)")
-axes.set_title("Careless DPO pushes everything down")
+axes.set_title("At a large rate DPO pushes everything down")
 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-alt = "Three bars for each of five ways. Those of careless DPO all reach far down, the rejected answers furthest."
+alt = "Three bars for each of five ways. At the large rate all of them go down, the rejected answers furthest."
 plots.show(figure, alt=alt)
 
 # %% [markdown]
 # **What you see.** The careless loss falls as it should, and both answers sink, the rejected ones far more than the chosen ones. Nothing in the loss asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink as well, and the score goes with them.
 #
-# **Which habit does it?** The rate first: at the small rate the pairs of others do no harm, and at the large rate even the policy's own pairs cost something. The control says that a part of this has nothing to do with DPO: imitating a few answers at a large rate costs points as well. But the large rate and the pairs of others *together* cost far more than either habit alone, and more than the control. That is the push against the rejected answers, which here are sound sentences that answer another task.
+# **Which habit does it?** The rate. At the small rate neither kind of pairs does much harm, at the large rate both do. Which kind does more differs from run to run (the ledger has the numbers of other seeds), so it is not the choice of pairs that decides here. The control says that it is not more training alone: imitating the chosen answers at the same rate costs less. What is left is the push against the rejected answers, at a rate that lets it go far.
 #
-# The careful way does not gain here. Care keeps you from losing; what DPO can gain with more pairs is shown in lesson 09. So if DPO lowers your score: look at the log-probability of the chosen answers first, lower the rate second, and let the policy write its own pairs third. Keep what you had before, and hand in the better one. This is one way in which DPO lowers a score. The participant's own files are not public, so nobody can say that it was his.
+# The careful way does not gain much here, if anything. Care keeps you from losing; what DPO can gain with more pairs is shown in lesson 09. So if DPO lowers your score: look at the log-probabilities first, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one. This is one way in which DPO lowers a score. The participant's own files are not public, so nobody can say that it was his.
 
 # %% [markdown] tags=["further"]
 # ## 7 · A language model as judge
@@ -807,7 +812,7 @@ alt = "Scores with intervals and ranges of ranks: groups are far apart, neighbou
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What pairing gains, and how many tasks one needs.** Take two systems that are close, LoRA before and after careful DPO. With $s$ the standard deviation of the differences $g_i - g'_i$, the standard error of their mean is $s / \sqrt n$. Without pairing it would be $\sqrt{(s_1^2 + s_2^2) / n}$. To find a true difference $d$ in eight of ten competitions, at a level of 5 %, you need $d \ge 2.8\, s / \sqrt n$ (2.8 is 1.96 + 0.84, two quantiles of the normal distribution).
+# **What pairing gains, and how many tasks one needs.** Take two systems that are close, LoRA before and after careful DPO. With $s$ the standard deviation of the differences $g_i - g'_i$, the standard error of their mean is $s / \sqrt n$. Without pairing it would be $\sqrt{(s_1^2 + s_2^2) / n}$. To find a true difference $d$ in eight of ten competitions, at a level of 5 %, you need $d \ge 2.8\, s / \sqrt n$ (2.8 is 1.96 + 0.84, two quantiles of the normal distribution). The formula does not know the kinds; within kinds the error is a little smaller.
 
 # %%
 one, two = results["assistant + LoRA"], results["LoRA + DPO, careful"]
@@ -924,8 +929,7 @@ train_rows += [{"instruction": prompt, "chosen": won, "rejected": lost} for prom
 report = f"""# Report
 Base {recipe.base}, LoRA of rank {RANK}, {STEPS} steps, {recipe.trained_tokens} tokens.
 Chosen on development tasks: {chosen}.
-Public score {public_score:.2f}. What failed: DPO on borrowed pairs at the rate of fine-tuning;
-a repetition penalty of 1.2.
+Public score {public_score:.2f}. What failed: DPO at the rate of fine-tuning.
 torch {torch.__version__}, peft {peft.__version__}
 """
 
