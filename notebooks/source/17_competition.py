@@ -119,7 +119,7 @@ IN_16_BITS = settings["precision"] != "fp32"
 # %% [markdown]
 # `lesson.scaled` makes a number of steps or tasks smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 #
-# Two rules hold for all claims about scores. A difference counts from **0.3 points** on. About so much can be found with 100 tasks: less where two systems are alike, more where they differ in many answers (section 8 computes both). And every training below is **one run**; the course's ledger of claims repeats all of them with five seeds.
+# Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on. About so much can be found with 100 tasks: less where two systems are alike, more where they differ in many answers (section 8 computes both). And every training below is **one run**; the course's ledger of claims repeats all of them with five seeds.
 
 # %% [markdown] tags=["core"]
 # ## 1 · The rules, the tasks and the rubric
@@ -439,7 +439,7 @@ lesson.report("size of the adapter (MiB); 2 are allowed", size, ".2f")
 # %% [markdown] tags=["core"]
 # ## 5 · Decoding, and a penalty out of a template
 #
-# **Question.** The template that the organisers of such a competition hand out often sets `repetition_penalty=1.2`. What does it do to answers that should repeat the text?
+# **Question.** A template that the organisers of such a competition handed out sets `repetition_penalty=1.2`. What does it do to answers that should repeat the text?
 #
 # The penalty $\theta$ (Keskar et al. 2019) makes each token that stands in the prompt or in the answer so far less likely. It is applied to the logit, and a logit may be negative:
 #
@@ -485,7 +485,7 @@ print(f"the penalty of 1.2 costs {loss:.2f} points, with a standard error of {er
 lesson.report("what a repetition penalty of 1.2 costs (points)", loss, ".2f")
 
 # %% [markdown]
-# **What you see.** The penalty costs points where a good answer has to say a word again that stands in the task or in the answer so far. In the example something has to be repeated, and the penalty drives the model to something else. Kinds that can do without lose nothing. How much it costs in all depends on the run: the standard error is printed, and with another seed of the training the loss was smaller than the 0.3 points that count here, so it is no claim. A penalty helps a model that runs in circles; this one does not. The right setting depends on the model and on the task, so measure it and do not copy it. A participant in 2024 reported the same from a model of 27 billion parameters: going from 1.2 to 1.1 raised his score.
+# **What you see.** The penalty costs points where a good answer has to say a word again that stands in the task or in the answer so far. In the example something has to be repeated, and the penalty drives the model to something else. Other kinds lose nothing. How much it costs in all depends on the run: the standard error is printed, and with another seed of the training the loss was smaller than the 0.3 points that count here, so it is no claim. A penalty helps a model that runs in circles; this one does not. The right setting depends on the model and on the task, so measure it and do not copy it. A participant in 2024 reported the same from a model of 27 billion parameters: going from 1.2 to 1.1 raised his score.
 
 # %% [markdown] tags=["core"]
 # ## 6 · DPO with care, and without
@@ -656,7 +656,7 @@ plots.show(figure, alt=alt)
 #
 # **Which habit does it?** The rate. At the small rate neither kind of pairs does much harm, at the large rate both do. Which kind does more differs from run to run (the ledger has the numbers of other seeds), so it is not the choice of pairs that decides here. The control says that it is not more training alone: imitating the chosen answers at the same rate costs less. What is left is the push against the rejected answers, at a rate that lets it go far.
 #
-# The careful way does not gain much here, if anything. Care keeps you from losing; what DPO can gain with more pairs is shown in lesson 09. So if DPO lowers your score: look at the log-probabilities first, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one. This is one way in which DPO lowers a score. The participant's own files are not public, so nobody can say that it was his.
+# The careful way does not gain much here, if anything. Care keeps you from losing; what DPO can gain with more pairs is shown in lesson 09. So if DPO lowers your score: look at the log-probabilities first, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one. This is one way in which DPO lowers a score; whether it was the participant's, nobody can tell from a score alone.
 
 # %% [markdown] tags=["further"]
 # ## 7 · A language model as judge
