@@ -66,7 +66,6 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
-import peft
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -76,6 +75,7 @@ from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 from transformers import RepetitionPenaltyLogitsProcessor
 
+# %%
 from helpers import plots
 from helpers.chat import chat_prompt, encode_chat
 from helpers.data import PaddedBatches, collate, load_rows
@@ -413,6 +413,8 @@ lesson.claim("LoRA adds at least 0.3 points to the assistant", gain, at_least=0.
 # **Saved as `peft` saves it.** An adapter folder holds two files: the tensors under the names that `peft` gives them, and the settings. Write both by hand, let `peft` read them onto an untouched base, and compare all answers. This is the step in which submissions are lost: an adapter that was trained on one base and loaded on another, or that is merged twice, looks like a bad model.
 
 # %%
+import peft
+
 BUILD = ROOT / "build" / "17_competition"
 FOLDER = BUILD / "adapter"
 FOLDER.mkdir(parents=True, exist_ok=True)
@@ -454,7 +456,7 @@ def penalised(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 prompt = tokenizer(chat_prompt(tokenizer, shown.input), return_tensors="pt")["input_ids"].to(machine.device)
 with torch.no_grad():
-    logits = policy(input_ids=prompt).logits[:, -1].float()  # (1, vocab)
+    logits = policy(prompt).logits[:, -1].float()  # (1, vocab)
 library = RepetitionPenaltyLogitsProcessor(1.2)(prompt, logits.clone())
 changed = (penalised(logits, prompt, 1.2) != logits).sum().item()
 print(f"{prompt.unique().numel()} different tokens in the prompt, {changed} logits changed")
@@ -536,9 +538,10 @@ def answer_log_probs(rows: Sequence[tuple[str, str]]) -> Tensor:
     """Log-probability (rows,) of the answer in each (instruction, answer), under the policy as it is."""
     encoded = [encode_chat(tokenizer, *row) for row in rows]
     batch = {name: ids.to(machine.device) for name, ids in collate(encoded, tokenizer.pad_token_id).items()}
+    labels = batch.pop("labels")
     with lesson.autocast(IN_16_BITS):
-        logits = policy(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return token_log_probs(logits, batch["labels"][:, 1:]).sum(-1)
+        logits = policy(**batch).logits[:, :-1]
+    return token_log_probs(logits, labels[:, 1:]).sum(-1)
 
 
 @torch.no_grad()
