@@ -3,17 +3,17 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/17_competition.ipynb)
 #
-# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader before you train anything, compare two bases, train a LoRA that you wrote yourself, try decoding, and run DPO twice: once with care, and once without. A participant of a well-known competition saw his score go down after DPO and never learned why; you will make that happen, and find out which habit did it. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
+# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on the better one, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, and against a baseline that needs no DPO. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
 #
 # **cpu 0 s · 0 GB**
 #
 # **You will**
 #
-# 1. write out how open answers are graded from 1 to 5 by program, and find it equal to the competition's rubric;
+# 1. write out how open answers of three kinds are graded from 1 to 5 by program, equal to the competition's rubric, and measure what an answer gets that reads nothing;
 # 2. train an adapter with a LoRA of your own, save it, and get the same answers from `peft`;
-# 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and find out, with a control, which of two habits did it;
+# 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and compare DPO with imitation at a large and at a small rate;
 # 4. train a judge on the choices of people with a bias, and measure what it has learned from them;
-# 5. put an interval around your rank, climb a board without a better model, and hand in a folder that is checked, scored and reproduced by the competition's own commands.
+# 5. put an interval around your rank, climb a board without a better model, and hand in a folder that is checked, scored and reproduced by the competition's own commands, beside a forged one.
 #
 # **Prerequisites:** lessons 05, 06 and 09. All that is needed from them is repeated in a sentence or two.
 #
@@ -141,7 +141,7 @@ print(f"\nits reference, an answer of five points:\n{shown.reference}")
 print(f"\nwhat it is graded by:\n{shown.aspects}")
 
 # %% [markdown]
-# **The points** follow the guideline of ELYZA-tasks-100, a Japanese set of open tasks (ELYZA, Inc. 2023): 1 wrong, 2 wrong but in the right direction, 3 partly right, 4 right, 5 right and helpful. What that means differs from kind to kind. Here it is for three kinds. `sound` is the answer without its false sentences: only what is true earns points. `whole` is all of it: what is wrong costs points even beside something true.
+# **The points** follow the guideline of ELYZA-tasks-100, a Japanese set of open tasks (ELYZA, Inc. 2023): 1 wrong, 2 wrong but in the right direction, 3 partly right, 4 right, 5 right and helpful. What that means differs from kind to kind. Here it is for three of the ten; `helpers/open_tasks/grading.py` holds all. `sound` is the answer without its false sentences: only what is true earns points. `whole` is all of it: what is wrong costs points even beside something true.
 
 # %%
 def mentions(text: str, word: str) -> bool:
@@ -184,6 +184,8 @@ POINTS = {"list": points_list, "extract": points_extract, "sum": points_sum}
 
 # %% [markdown]
 # **The deductions** are the same for all kinds: a point less for unnatural language, one for an answer that is much longer than it needs to be, and one for a false statement. A sentence is false if it contradicts what is known about a person, or says about somebody in the task what the task does not tell. A polite opening neither costs nor earns anything.
+#
+# Three functions are the competition's own and are used here as they are: `known_words()` is the list of words that may occur, `false_sentences(task, text)` gives the sentences that are false, and `without(text, sentences)` takes sentences out of a text.
 
 # %%
 def split_sentences(text: str) -> list[str]:
@@ -208,7 +210,7 @@ def my_grade(task: Task, answer: str) -> int:
     return max(1, points - unnatural(task, whole) - too_long - bool(false))
 
 # %% [markdown]
-# Compare with the competition's `grade` on all public tasks of the three kinds and on as many new ones, for answers that are right, wrong, cut off, doubled, polite, padded, or another task's. Where both give the same number for all of them, you know the rubric.
+# Compare with the competition's `grade` on all public tasks of the three kinds and on as many new ones, for answers that are right, wrong, cut off, doubled, polite, padded, or another task's. Where both give the same number for all of them, you know the rubric of these kinds.
 
 # %%
 mine = [task for task in public_tasks() + hidden_tasks("a rehearsal", 10) if task.kind in POINTS]
@@ -247,11 +249,35 @@ for name, mean in worth.items():
     print(f"{name:>42}: {mean:.2f}")
 right = graded(tasks, [task.reference for task in tasks]).mean()
 print(f"{'the reference of the task':>42}: {right:.2f}")
-lesson.claim("an answer that ignores its task is worth at most 2", max(worth.values()), at_most=2, control=right,
-             form=".2f")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** None of them gets far. Even an answer in perfect form, but to another task, stays below 2, which is what the guideline gives for the right direction. So every point above that has to come from reading the task. Before you trust a rubric of your own, make such a list for it.
+# None of them gets far, since each says the same to all tasks or copies blindly. A better cheat looks at the *kind*, which the first words tell, and has one fixed answer for it, or copies a line or the names. It reads nothing else. (Its fixed words, such as *Bad.*, were chosen with an eye on the public tasks, so it is tried on new ones as well.)
+
+# %%
+FIXED = {"mood": "Bad.", "compare": "No.", "unknown": "The text does not say."}
+
+
+def unread(task: Task) -> str:
+    """One fixed answer for the kind of the task, or a piece that is copied from it."""
+    lines = task.input.split("\n")
+    if task.kind in ("evidence", "extract"):
+        return lines[1]
+    if task.kind == "list":
+        return " and ".join(dict.fromkeys(re.findall(r"[A-Z]\w{3,}", " ".join(lines[1:-1])))) + "."
+    if task.kind == "story":
+        return task.input.removeprefix("Write three sentences about ")
+    return FIXED.get(task.kind, "Yes.")
+
+
+floor = graded(tasks, [unread(task) for task in tasks])
+fresh = hidden_tasks("a rehearsal", 30)
+on_fresh = graded(fresh, [unread(task) for task in fresh]).mean()
+print(f"fixed or copied, by kind: {floor.mean():.2f} on the public tasks, {on_fresh:.2f} on {len(fresh)} new ones")
+print(", ".join(f"{kind} {floor[kinds == kind].mean():.1f}" for kind in KINDS))
+lesson.report("score of an answer that is fixed or copied for each kind", floor.mean(), ".2f")
+
+# %% [markdown]
+# **What you see.** What a fixed or copied answer gets for each kind stands in the last row: points begin above it. It is worth about two points, on new tasks as well, and on `evidence`, `unknown` and `story` about three. So a mean of 2 says nothing about reading. The row comes back under every table by kind below, as *reads nothing*. Before you trust a rubric of your own, make such a list for it.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Baselines
@@ -288,12 +314,18 @@ def by_kind(grades: np.ndarray) -> list[str]:
     return [f"{grades.mean():.2f}"] + [f"{grades[kinds == kind].mean():.1f}" for kind in KINDS]
 
 
-show_table({name: by_kind(grades) for name, grades in results.items()}, ["all", *KINDS])
+def show_kinds(names: Sequence[str]) -> None:
+    """A table of results by kind, above what an answer gets that reads nothing."""
+    table = {name: by_kind(results[name]) for name in names} | {"reads nothing": by_kind(floor)}
+    show_table(table, ["all", *KINDS])
+
+
+show_kinds(list(results))
 gain = (results["assistant"] - results["base"]).mean()
 lesson.claim("the assistant is half a point ahead of the base before any training", gain, at_least=0.5, form=".2f")
 
 # %% [markdown]
-# **What you see.** The assistant knows some of the ten kinds from its own training, in other words, and gains points there. The table by kind is worth more than the mean: it says where points are to be had, and it is the first thing to look at after every change.
+# **What you see.** The assistant knows some of the ten kinds from its own training, in other words, and gains points there. The table by kind is worth more than the mean. It says where points are to be had, and it is the first thing to look at after every change. In its mean the assistant is hardly ahead of what reads nothing. By kind it is far ahead in `fact`, `describe`, `sum` and `mood`, and behind in five others.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Training data
@@ -320,13 +352,17 @@ def contained(asked: Sequence[Task], texts: Sequence[str]) -> int:
 
 texts = [row.input for row in rows]
 leaked = texts + [task.input for task in tasks[:7]]  # what a leak would look like
+reworded = texts + [re.sub(r"((?:\S+ ){5})", r"\1please ", task.input) for task in tasks[:7]]
 clean, planted = contained(tasks, texts), contained(tasks, leaked)
 print(f"{len(rows)} rows, {len(set(texts))} of them different; public tasks that stand in them: {clean}")
-print(f"with seven public tasks among the rows it finds {planted}")
+print(f"with seven public tasks among the rows it finds {planted}; with a word put in here and there in the seven, "
+      f"{contained(tasks, reworded)}")  # fmt: skip
 lesson.equal("no public task stands in the training rows", clean)
 lesson.equal("the seven that were planted are found", abs(planted - clean - 7))
 
 # %% [markdown]
+# A search for equal words finds equal words, and a leak that was reworded passes it. That is why the ranking does not rest on this search, but on hidden tasks.
+#
 # The rows hold each kind equally often. That is a choice, too: where points are lacking, more rows may help.
 #
 # Choices need tasks of their own. *Development* tasks are training tasks that are in no row: whatever is chosen in this lesson is chosen by them. To choose by the public tasks would use them up (section 9 shows how).
@@ -405,9 +441,11 @@ STEPS = lesson.scaled(240)
 tuned = fine_tuned(assistant, rows, STEPS)
 own_answers = answers_of(tuned, tasks)
 results["assistant + LoRA"] = graded(tasks, own_answers)
-show_table({name: by_kind(results[name]) for name in ("assistant", "assistant + LoRA")}, ["all", *KINDS])
+show_kinds(["assistant", "assistant + LoRA"])
 gain = (results["assistant + LoRA"] - results["assistant"]).mean()
 lesson.claim("LoRA adds at least 0.3 points to the assistant", gain, at_least=0.3, form=".2f")
+lead = (results["assistant + LoRA"] - floor).mean()
+lesson.claim("the tuned model is half a point ahead of an answer that reads nothing", lead, at_least=0.5, form=".2f")
 
 # %% [markdown]
 # **Saved as `peft` saves it.** An adapter folder holds two files: the tensors under the names that `peft` gives them, and the settings. Write both by hand, let `peft` read them onto an untouched base, and compare all answers. This is the step in which submissions are lost: an adapter that was trained on one base and loaded on another, or that is merged twice, looks like a bad model.
@@ -436,12 +474,12 @@ lesson.report("size of the adapter (MiB); 2 are allowed", size, ".2f")
 
 
 # %% [markdown]
-# **What you see.** The training reaches kinds in which the assistant had nothing, and leaves others where they were. A kind may even lose, and one may get nothing at all out of a training as short as this one. The mean hides that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
+# **What you see.** The training reaches `compare` and `story`, in which the assistant had nothing, and leaves others where they were. One kind loses: `mood` falls from 4.0 to 2.8. `extract` gets nothing at all out of a training as short as this one. And on `unknown` the tuned model (1.8) is behind the one fixed sentence of section 1 (3.2). The mean hides all that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Decoding, and a penalty out of a template
 #
-# **Question.** A template that the organisers of such a competition handed out sets `repetition_penalty=1.2`. What does it do to answers that should repeat the text?
+# **Question.** A template that you were given sets `repetition_penalty=1.2`. What does it do to answers that should repeat the text?
 #
 # The penalty $\theta$ (Keskar et al. 2019) makes each token that stands in the prompt or in the answer so far less likely. It is applied to the logit, and a logit may be negative:
 #
@@ -487,12 +525,12 @@ print(f"the penalty of 1.2 costs {loss:.2f} points, with a standard error of {er
 lesson.report("what a repetition penalty of 1.2 costs (points)", loss, ".2f")
 
 # %% [markdown]
-# **What you see.** The penalty costs points where a good answer has to say a word again that stands in the task or in the answer so far. In the example something has to be repeated, and the penalty drives the model to something else. Other kinds lose nothing. How much it costs in all depends on the run: the standard error is printed, and with another seed of the training the loss was smaller than the 0.3 points that count here, so it is no claim. A penalty helps a model that runs in circles; this one does not. The right setting depends on the model and on the task, so measure it and do not copy it. A participant in 2024 reported the same from a model of 27 billion parameters: going from 1.2 to 1.1 raised his score.
+# **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example a sentence of the usual form has to be said twice, of two people, and the penalty drives the model to something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose. How much it costs in all depends on the run: the standard error is printed, and with another seed of the training the loss was smaller than the 0.3 points that count here, so it is no claim. A penalty helps a model that runs in circles; this one does not. The right setting depends on the model and on the task, so measure it and do not copy it.
 
 # %% [markdown] tags=["core"]
 # ## 6 · DPO with care, and without
 #
-# **Question.** Most recipes go on with DPO after fine-tuning. A participant of such a competition did so, his score went down, and he never learned why. How can that happen?
+# **Question.** Many recipes go on with DPO after fine-tuning. How can the score go down by it?
 #
 # Lesson 09 derives the loss. For a pair of a chosen answer $w$ and a rejected one $l$, with $h$ the growth of an answer's log-probability since the reference, it is
 #
@@ -500,14 +538,7 @@ lesson.report("what a repetition penalty of 1.2 costs (points)", loss, ".2f")
 #
 # It asks for a *difference*. Both answers may sink, if the rejected one sinks more.
 #
-# Two habits differ between the careless and the careful way:
-#
-# | | careless | careful |
-# |---|---|---|
-# | pairs | the task's reference answer, against that of another task of the kind: texts that others wrote | the best and the worst of four samples of the policy itself, by the rubric |
-# | rate | that of fine-tuning | a tenth of it |
-#
-# All else is equal: the policy of section 4 at the start and as the reference model, the same number of pairs, steps and pairs a step, and $\beta = 0.1$. Two mixed cases complete the square, so that each habit can be seen with and without the other. A fifth case is the **control**: the careless pairs at the careless rate, but the chosen answers are imitated as in section 4, and the rejected ones are left out. (Its loss is $-h_w$, which cannot be compared with that of the others.) If that cost as much, the fault would lie with more training, and not with DPO. All tasks are training tasks.
+# **Pairs.** Make two kinds, from training tasks. *Borrowed* pairs are quickly made: the task's reference answer is chosen, that of another task of the kind is rejected. Others wrote both texts. *Own* pairs cost more: let the policy answer each task four times, take the best by the rubric as the chosen answer, and the worst as the rejected one.
 
 # %%
 PAIRS, SAMPLES = lesson.scaled(40, 8), 4
@@ -530,7 +561,7 @@ number = min(PAIRS, max(len(own), 8))
 print(f"{len(own)} tasks whose best sample is at least two points ahead of the worst; {number} pairs are used")
 first_two = [(task.input, *texts[:2]) for task, texts in zip(pair_tasks, samples, strict=True)]
 own, borrowed = (own + first_two)[:number], borrowed[:number]  # the first two where hardly a sample is better
-for name, pairs in {"careful": own, "careless": borrowed}.items():
+for name, pairs in {"own": own, "borrowed": borrowed}.items():
     print(f"{name}: chosen {pairs[1][1]!r}, rejected {pairs[1][2]!r}")
 
 # %%
@@ -568,98 +599,115 @@ def set_adapter(state: dict[str, Tensor]) -> None:
 
 
 # %%
-BETA, DPO_STEPS, PAIRS_A_STEP = 0.1, lesson.scaled(12, 2), 4
+BETA, PAIRS_A_STEP = 0.1, 4
+Pairs = Sequence[tuple[str, str, str]]
 
 
-def dpo(pairs: Sequence[tuple[str, str, str]], rate: float, rejects: bool) -> tuple[list[float], Tensor]:
-    """Train from `after_sft`; losses, and the growth (2, pairs) at the end. Without `rejects` imitate the chosen."""
+def tune(pairs: Pairs, rate: float, steps: int, rejects: bool = True) -> tuple[list[float], Tensor]:
+    """DPO from `after_sft`, or without `rejects` imitation of the chosen; losses, and growth (2, pairs) at the end."""
     set_adapter(after_sft)
     reference = measured(both_sides(pairs)).view(2, -1)
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     generator, losses = random.Random(f"dpo/{seed}"), []
-    for step in range(DPO_STEPS):
-        chosen = generator.sample(range(len(pairs)), PAIRS_A_STEP)
-        now = answer_log_probs(both_sides([pairs[i] for i in chosen])).view(2, -1)
-        h_w, h_l = now - reference[:, chosen]
-        loss = -F.logsigmoid(BETA * (h_w - h_l)).mean() if rejects else -h_w.mean()
+    for step in range(steps):
+        drawn = generator.sample(range(len(pairs)), PAIRS_A_STEP)
+        answers = both_sides([pairs[i] for i in drawn])[: (1 + rejects) * PAIRS_A_STEP]
+        h = answer_log_probs(answers).view(1 + rejects, -1) - reference[: 1 + rejects, drawn]
+        loss = -F.logsigmoid(BETA * (h[0] - h[1])).mean() if rejects else -h[0].mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 3, 1 - step / DPO_STEPS)
+            group["lr"] = rate * min((step + 1) / 3, 1 - step / steps)
         optimizer.step()
         losses.append(loss.item())
     return losses, measured(both_sides(pairs)).view(2, -1) - reference
 
-
-# %%
-WAYS = {  # pairs, rate, with the rejected answers
-    "careful": (own, settings["careful_rate"], True),
-    "careless": (borrowed, settings["rate"], True),
-    "others' pairs, small rate": (borrowed, settings["careful_rate"], True),
-    "own pairs, large rate": (own, settings["rate"], True),
-    "careless, chosen alone": (borrowed, settings["rate"], False),
-}
-grown, adapters = {}, {"LoRA": after_sft}
-for name, (pairs, rate, rejects) in WAYS.items():
-    losses, growth = dpo(pairs, rate, rejects)
-    grown[name] = dict(zip(("chosen", "rejected"), growth.median(1).values.tolist(), strict=True))
-    adapters[name] = {key: parameter.detach().clone() for key, parameter in trained.items()}
-    results[f"LoRA + DPO, {name}"] = graded(tasks, answers_of(policy, tasks))
-    print(f"{name:>26}: loss {np.mean(losses[:3]):.2f} -> {np.mean(losses[-3:]):.2f}")
-
-# %%
-before = results["assistant + LoRA"].mean()
-change = {name: results[f"LoRA + DPO, {name}"].mean() - before for name in WAYS}
-show_table({name: by_kind(results[name]) for name in list(results)[-6:]}, ["all", *KINDS])
-print(f"before DPO: {before:.2f}; change: " + ", ".join(f"{name} {value:+.2f}" for name, value in change.items()))
-for name, value in change.items():
-    lesson.report(f"change of the score by DPO: {name}", value, "+.2f")
-large = (change["careless"] + change["own pairs, large rate"]) / 2
-small = (change["careful"] + change["others' pairs, small rate"]) / 2
-alone = change["careless, chosen alone"]
-print(f"mean of both kinds of pairs: large rate {large:+.2f}, small rate {small:+.2f}; control {alone:+.2f}")
-lesson.claim("DPO at a tenth of the rate of fine-tuning ends at least 0.3 points above DPO at that rate",
-             small - large, at_least=0.3, form=".2f")  # fmt: skip
-lesson.report("what DPO at the rate of fine-tuning costs (points)", -large, ".2f")
-lesson.report("how much more it costs than imitation at that rate (points)", alone - large, ".2f")
-
 # %% [markdown]
-# **Where did the points go?** The log of the careless run gives no alarm: the loss falls. Look at what it does not show: the log-probabilities themselves, of the chosen and the rejected answers of all pairs, and of answers that are in no pair. For the last take the policy's own greedy answers to the development tasks, from before DPO. (Three *nats* less, in units of the natural logarithm, means a twentieth of the probability.)
+# **The careless way** is also the shortest: borrowed pairs, the rate of fine-tuning because it is there, and 12 steps. Beside the loss and the score look at what a log seldom shows, the log-probabilities: of the chosen and the rejected answers of all pairs, and of answers that are in no pair. For the last take the policy's own greedy answers to the development tasks, from before DPO. (Three *nats* less, in units of the natural logarithm, mean a twentieth of the probability.)
 
 # %%
+def plus_minus(grades: np.ndarray, of: Sequence[Task]) -> str:
+    """The mean of grades (tasks,), and its 95 % interval, tasks drawn within their kinds."""
+    found = np.array([task.kind for task in of])
+    variance = np.mean([grades[found == kind].var(ddof=1) for kind in KINDS])
+    return f"{grades.mean():.2f} ± {1.96 * (variance / len(grades)) ** 0.5:.2f}"
+
+
 in_no_pair = [(task.input, answer) for task, answer in zip(development, decoded["greedy"], strict=True)]
 in_no_pair = in_no_pair[: lesson.scaled(40, 8)]
-set_adapter(after_sft)
 known = measured(in_no_pair)
-for name, values in grown.items():
-    set_adapter(adapters[name])
-    values["in no pair"] = (measured(in_no_pair) - known).median().item()
-    print(f"{name:>26}: " + ", ".join(f"{kind} {value:+.1f}" for kind, value in values.items()))
+before = results["assistant + LoRA"].mean()
+grown, adapters, change = {}, {"LoRA": after_sft}, {}
+
+
+def try_way(name: str, pairs: Pairs, rate: float, steps: int, rejects: bool = True) -> None:
+    """Tune in this way, print what changes, and keep it."""
+    losses, growth = tune(pairs, rate, lesson.scaled(steps, 2), rejects)
+    grown[name] = dict(zip(("chosen", "rejected"), growth.median(1).values.tolist(), strict=True))
+    grown[name]["in no pair"] = (measured(in_no_pair) - known).median().item()
+    adapters[name] = {key: parameter.detach().clone() for key, parameter in trained.items()}
+    results[name] = graded(tasks, answers_of(policy, tasks))
+    change[name] = results[name].mean() - before
+    paired = plus_minus(results[name] - results["assistant + LoRA"], tasks)
+    print(f"{name}: loss {np.mean(losses[:3]):.2f} -> {np.mean(losses[-3:]):.2f}, score {paired}\n  nats: "
+          + ", ".join(f"{kind} {value:+.1f}" for kind, value in grown[name].items()))  # fmt: skip
+
+
+try_way("DPO, careless", borrowed, settings["rate"], 12)
+lesson.report("change of the score by careless DPO", change["DPO, careless"], "+.2f")
 lesson.report("what careless DPO changes in the log-probability of answers in no pair (nats)",
-              grown["careless"]["in no pair"], "+.1f")  # fmt: skip
+              grown["DPO, careless"]["in no pair"], "+.1f")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss asks for the difference, and nothing in it asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower.
+#
+# **Three other ways** change one thing after the other:
+#
+# | way | pairs | rate | steps |
+# |---|---|---|---|
+# | DPO, careless | borrowed | that of fine-tuning | 12 |
+# | DPO, own pairs | own | that of fine-tuning | 12 |
+# | imitation of the own best | own, the chosen answers alone | that of fine-tuning | 12 |
+# | DPO, careful | own | a tenth of it | 48 |
+#
+# The third is the *simple baseline*: imitate the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) If it costs as much as DPO with the same samples at the same rate, then more training is at fault, and not DPO. The careful way gets four times the steps, since with 12 it would hardly move. All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose first steps have the full size of the rate whatever the gradient. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
+
+# %%
+CAREFUL_STEPS = 48
+WAYS = {  # pairs, rate, steps, with the rejected answers
+    "DPO, own pairs": (own, settings["rate"], 12, True),
+    "imitation of the own best": (own, settings["rate"], 12, False),
+    "DPO, careful": (own, settings["careful_rate"], CAREFUL_STEPS, True),
+}
+for name, way in WAYS.items():
+    try_way(name, *way)
+
+# %%
+show_kinds(["assistant + LoRA", *grown])
+for name in WAYS:
+    lesson.report(f"change of the score by {name}", change[name], "+.2f")
+large = (change["DPO, careless"] + change["DPO, own pairs"]) / 2
+lesson.claim("careful DPO ends at least 0.3 points above the mean of the two at the rate of fine-tuning",
+             change["DPO, careful"] - large, at_least=0.3, form=".2f")  # fmt: skip
 
 # %%
 figure = Figure(figsize=(8, 3.8), layout="constrained")
 axes = figure.subplots()
-for offset, (kind, color) in enumerate(zip(grown["careful"], plots.COLORS, strict=False)):
+for offset, (kind, color) in enumerate(zip(grown["DPO, careful"], plots.COLORS, strict=False)):
     places = np.arange(len(grown)) + (offset - 1) * 0.27
     axes.barh(places, [values[kind] for values in grown.values()], height=0.24, color=color, label=kind)
 axes.axvline(0, color=plots.INK, linewidth=1)
 axes.set_yticks(range(len(grown)), list(grown))
 axes.invert_yaxis()
-axes.set(xlabel="change of the log-probability of an answer by DPO (nats, median)")
-axes.set_title("At a large rate DPO pushes everything down")
+axes.set(xlabel="change of the log-probability of an answer (nats, median)")
+axes.set_title("At the large rate the rejected answers fall far, and others with them")
 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-alt = "Three bars for each of five ways. At the large rate all of them go down, the rejected answers furthest."
+alt = "Three bars for each of four ways: chosen, rejected and unpaired answers. The rejected bars of the three DPO runs are the longest, to the left; at the large rate the others go left as well."
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What you see.** The careless loss falls as it should, and both answers sink, the rejected ones far more than the chosen ones. Nothing in the loss asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink as well, and the score goes with them.
-#
-# **Which habit does it?** The rate. At the small rate neither kind of pairs does much harm, at the large rate both do. Which kind does more differs from run to run (the ledger has the numbers of other seeds), so it is not the choice of pairs that decides here. The control says that it is not more training alone: imitating the chosen answers at the same rate costs less. What is left is the push against the rejected answers, at a rate that lets it go far.
-#
-# The careful way does not gain much here, if anything. Care keeps you from losing; what DPO can gain with more pairs is shown in lesson 09. So if DPO lowers your score: look at the log-probabilities first, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one. This is one way in which DPO lowers a score; whether it was the participant's, nobody can tell from a score alone.
+# @@SIX_B@@
 
 # %% [markdown] tags=["further"]
 # ## 7 · A language model as judge
@@ -668,7 +716,7 @@ plots.show(figure, alt=alt)
 #
 # **Question.** Where no rubric can be written, another language model grades. What does such a judge like?
 #
-# Here you can know, because you make the judge yourself. People say which of two answers is better. They look at the quality, but they also like idle sentences (*Shima is a lovely island.*), and the answer that stands first. A frozen language model reads the task with each answer, and a logistic regression on its two last hidden states predicts the choice: the reward model of lesson 08, with both answers in one input, so that it can learn about places too. Beside it stands the same judge trained on the choices of fair people, who look at quality alone. That is the control. How much people love idle sentences is set by hand, strong enough to be learned from so few pairs, so the size of the bias says nothing about real judges and is no claim.
+# Here you can know, because you make the judge yourself. People say which of two answers is better. They look at the quality, but they also like idle sentences (*Shima is a lovely island.*), and the answer that stands first. A frozen language model reads the task with each answer, and a logistic regression on the difference of the two last hidden states predicts the choice: the reward model of lesson 08, and one number more, the intercept, in which it can learn to like the first place. Beside it stands the same judge trained on the choices of fair people, who look at quality alone. That is the control. How much people love idle sentences is set by hand, strong enough to be learned from so few pairs, so the size of the bias says nothing about real judges and is no claim.
 
 # %%
 @torch.no_grad()
@@ -711,8 +759,8 @@ standard = (states - states.mean(0)) / (states.std(0) + 1e-6)
 
 
 def inputs_of(pairs: np.ndarray) -> np.ndarray:
-    """What the judge sees of pairs (pairs, 2): the states of the first and of the second answer."""
-    return np.concatenate([standard[pairs[:, 0]], standard[pairs[:, 1]]], axis=1)
+    """What the judge sees of pairs (pairs, 2): the state of the first answer minus that of the second."""
+    return standard[pairs[:, 0]] - standard[pairs[:, 1]]
 
 
 judges = {
@@ -723,7 +771,7 @@ held_out, swapped = pairs[~for_training], pairs[~for_training][:, ::-1]
 print(f"{for_training.sum()} pairs to learn from, {len(held_out)} held out")
 
 # %% [markdown]
-# **Three measurements** on pairs that the judge has not seen. *Flips*: in how many pairs does the verdict change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality, so half would be indifferent.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives.
+# **Three measurements** on pairs that the judge has not seen. *Flips*: in how many pairs does the verdict change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality, so half would be indifferent.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives. The $\kappa$ of the people themselves is the ceiling.
 
 # %%
 def kappa(a: np.ndarray, b: np.ndarray) -> float:
@@ -742,8 +790,9 @@ for name, judge in judges.items():
     likes_chat[name] = ((averaged > 0) == (chat_gap > 0))[uneven].mean()
     agreement[name] = kappa((averaged > 0)[untied], (gap > 0)[untied])
     theirs = cohen_kappa_score((averaged > 0)[untied], (gap > 0)[untied])
+    ceiling = kappa(choices[name][~for_training][untied], (gap > 0)[untied])
     print(f"{name:>6}: first wins {(one > 0).mean():.0%}, flips {flips[name]:.0%}, chooses the chattier one "
-          f"{likes_chat[name]:.0%}, kappa with the rubric {agreement[name]:.2f}")  # fmt: skip
+          f"{likes_chat[name]:.0%}, kappa with the rubric {agreement[name]:.2f}; people's {ceiling:.2f}")  # fmt: skip
 lesson.equal("kappa is scikit-learn's", abs(agreement["fair"] - theirs), within=1e-9)
 lesson.report("how often the judge of biased people, and that of fair ones, chooses the chattier answer",
               f"{likes_chat['biased']:.0%}, {likes_chat['fair']:.0%}")  # fmt: skip
@@ -767,7 +816,7 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The judge of the biased people has learned the idle sentences; its control has not. Of quality both have learned little: the agreement with the rubric is far nearer to 0, that of chance, than to 1. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out and length control takes the idle sentences out, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
+# @@SEVEN@@ To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out and length control takes the idle sentences out, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
 # %% [markdown] tags=["core"]
 # ## 8 · How sure is a rank?
@@ -814,18 +863,32 @@ axes.set_title("A rank is a range")
 alt = "Scores with intervals and ranges of ranks: groups are far apart, neighbours within a group cannot be told apart."
 plots.show(figure, alt=alt)
 
+
 # %% [markdown]
-# **What pairing gains, and how many tasks one needs.** Take two systems that are close, LoRA before and after careful DPO. With $s$ the standard deviation of the differences $g_i - g'_i$, the standard error of their mean is $s / \sqrt n$. Without pairing it would be $\sqrt{(s_1^2 + s_2^2) / n}$. To find a true difference $d$ in eight of ten competitions, at a level of 5 %, you need $d \ge 2.8\, s / \sqrt n$ (2.8 is 1.96 + 0.84, two quantiles of the normal distribution). The formula does not know the kinds; within kinds the error is a little smaller.
+# **What pairing gains, and how many tasks one needs.** Take two systems that are close, LoRA before and after careful DPO. With $s$ the standard deviation of the differences $g_i - g'_i$, taken *within* the kinds since each kind keeps its number of tasks, the standard error of their mean is $s / \sqrt n$. Without pairing it would be $\sqrt{(s_1^2 + s_2^2) / n}$, with the deviations of the two systems, within the kinds as well. To find a true difference $d$ in eight of ten competitions, at a level of 5 %, you need $d \ge 2.8\, s / \sqrt n$ (2.8 is 1.96 + 0.84, two quantiles of the normal distribution). The control breaks the pairs: the tasks of one system change places within their kind.
 
 # %%
-one, two = results["assistant + LoRA"], results["LoRA + DPO, careful"]
-paired = (one - two).std() / len(tasks) ** 0.5
-apart = ((one.var() + two.var()) / len(tasks)) ** 0.5
-shuffled = np.random.default_rng(seed).permutation(two)
-broken = (one - shuffled).std() / len(tasks) ** 0.5
+def deviation(values: np.ndarray) -> float:
+    """Standard deviation of values (tasks,) within the kinds."""
+    return np.mean([values[kinds == kind].var() for kind in KINDS]) ** 0.5
+
+
+def shuffled(values: np.ndarray) -> np.ndarray:
+    """The same values (tasks,), those of each kind in a new order."""
+    moved = values.copy()
+    for kind in KINDS:
+        moved[kinds == kind] = generator.permutation(values[kinds == kind])
+    return moved
+
+
+one, two = results["assistant + LoRA"], results["DPO, careful"]
+generator = np.random.default_rng(seed)
+root = len(tasks) ** 0.5
+paired, apart = deviation(one - two) / root, np.hypot(deviation(one), deviation(two)) / root
+broken = np.mean([deviation(one - shuffled(two)) for _ in range(200)]) / root
 print(f"standard error of the difference: paired {paired:.3f}, without pairing {apart:.3f}, pairs broken {broken:.3f}")
 for name, gaps in {"careful DPO": one - two, "fine-tuning": one - results["assistant"]}.items():
-    found = ", ".join(f"{2.8 * gaps.std() / number**0.5:.2f} with {number} tasks" for number in (100, 300, 1000))
+    found = ", ".join(f"{2.8 * deviation(gaps) / n**0.5:.2f} with {n} tasks" for n in (100, 300, 1000))
     print(f"smallest difference that is found, before and after {name}: {found}")
 saving = 1 - paired / apart if apart > 0 else float("nan")
 control = 1 - broken / apart if apart > 0 else 0.0
@@ -833,7 +896,7 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Some systems are far apart, and their order is certain. Among neighbours it is not, and the difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
+# **What you see.** @@EIGHT@@ So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Climbing a board without a better model
@@ -844,12 +907,12 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
 #
 # 1. **Choose the best** of 30 such submissions.
 # 2. **Boost** (Blum and Hardt 2015): submit 200 of them, keep those that the board puts above the mean, and answer each task with what most of those say.
+#
+# (Four samples such as *a*, *b*, *a*, *c* get the codes 0, 1, 0, 3, so that equal texts have equal codes. If most of the kept submissions say 0 to that task, the vote answers *a*.)
 
 # %%
 TRIES, REPEATS = 200, 40
-codes = np.array(
-    [[texts.index(text) for text in texts] for texts in samples]
-)  # (tasks, samples): equal texts, one code
+codes = np.array([[texts.index(text) for text in texts] for texts in samples])  # (tasks, samples)
 on_board = np.arange(len(pair_tasks)) // len(KINDS) % 2 == 0  # half of each kind
 rows_of = np.arange(len(pair_tasks))
 generator = np.random.default_rng(seed)
@@ -885,12 +948,11 @@ blind_board, blind_hidden = gain["boosted, a board that says nothing"]
 silent = blind_board - blind_hidden
 lesson.claim("boosting brings at least 0.1 points more on the board than on hidden tasks",
              gain["boosted"][0] - gain["boosted"][1], at_least=0.1, control=silent, form=".2f")  # fmt: skip
-lesson.claim("the best of 30 equals brings at least 0.1 points more on the board than on hidden tasks",
-             gain["best of 30"][0] - gain["best of 30"][1], at_least=0.1, control=silent, form=".2f")  # fmt: skip
+lesson.report("what the best of 30 equals gains on the board", gain["best of 30"][0], "+.2f")
 lesson.report("what the best of 30 equals gains on hidden tasks", gain["best of 30"][1], "+.2f")
 
 # %% [markdown]
-# **What you see.** Both ways show a gain on the board. The best of many equals is only lucky, and on hidden tasks its luck is gone. Boosting learns the board's tasks one by one, through nothing but shown means: on hidden tasks it gains only what a vote of good samples gains by itself, as the row with the silent board shows. This is why the competition asks for weights, ranks on tasks that nobody has seen, and shows a new live score only if it is surely better than the old one (exercise 17.5).
+# **What you see.** Both ways show a gain on the board. The best of many equals is only lucky, and on hidden tasks its luck is gone. (That is arithmetic: the largest of 30 draws lies about two standard deviations above their mean.) Boosting learns the board's tasks one by one, through nothing but shown means; on hidden tasks it gains no more than with a board that says nothing. This is why the competition asks for weights, ranks on tasks that nobody has seen, and shows a new live score only if it is better than the old one by more than a standard error (exercise 17.5).
 
 # %% [markdown] tags=["core"]
 # ## 10 · Hand in
@@ -900,32 +962,38 @@ lesson.report("what the best of 30 equals gains on hidden tasks", gain["best of 
 # A folder holds the adapter, `decode.json`, `recipe.json`, the training rows, the answers to the public tasks and a report. Nothing in it is code, so nothing of yours is run: the competition loads the weights and decodes by itself. First decide what to hand in: careful DPO or none, by the development tasks.
 
 # %%
-set_adapter(adapters["careful"])
+set_adapter(adapters["DPO, careful"])
 careful_answers = answers_of(policy, development)
-by_development = {"LoRA": dev_grades["greedy"].mean(), "careful": graded(development, careful_answers).mean()}
+careful_grades = graded(development, careful_answers)
+by_development = {"LoRA": dev_grades["greedy"].mean(), "DPO, careful": careful_grades.mean()}
 chosen = max(by_development, key=by_development.get)
+difference = careful_grades - dev_grades["greedy"]
 set_adapter(adapters[chosen])
 print("on development tasks:", ", ".join(f"{name} {mean:.2f}" for name, mean in by_development.items()), "->", chosen)
+print(f"careful DPO minus LoRA there: {plus_minus(difference, development)}")
 public = public_tasks()
 answers = answers_of(policy, public)
-hidden = hidden_tasks("a secret that you do not know", lesson.scaled(5, 1))
-public_score, hidden_score = (graded(some, answers_of(policy, some)).mean() for some in (public, hidden))
-lesson.report("score of what is handed in, public and hidden tasks", f"{public_score:.2f}, {hidden_score:.2f}")
-print(f"score: {public_score:.2f} on {len(public)} public tasks, {hidden_score:.2f} on {len(hidden)} hidden ones")
+hidden = hidden_tasks("a secret that you do not know", lesson.scaled(5, 2))
+public_grades, hidden_grades = graded(public, answers), graded(hidden, answers_of(policy, hidden))
+public_score = public_grades.mean()
+scores = f"{plus_minus(public_grades, public)}, {plus_minus(hidden_grades, hidden)}"
+lesson.report("score of what is handed in, public and hidden tasks", scores)
+print(f"score on {len(public)} public and on {len(hidden)} hidden tasks: {scores}")
 
 # %%
-with_dpo = chosen == "careful"
+dpo_steps = lesson.scaled(CAREFUL_STEPS, 2)
+with_dpo = chosen == "DPO, careful"
 sft_length, dpo_length = (  # mean tokens of a row; a pair has two
     np.mean([len(encode_chat(tokenizer, *row)["input_ids"]) for row in some])
     for some in ([(row.input, row.reference) for row in rows], [(pair[0], text) for pair in own for text in pair[1:]])
 )
-trained_tokens = STEPS * BATCH_SIZE * sft_length + 2 * DPO_STEPS * PAIRS_A_STEP * dpo_length * with_dpo
+trained_tokens = STEPS * BATCH_SIZE * sft_length + 2 * dpo_steps * PAIRS_A_STEP * dpo_length * with_dpo
 known_base = machine.assistant_id in MODEL_FOLDERS
 recipe = Recipe(
     base=machine.assistant_id, base_sha256=base_sha256(machine.assistant_id) if known_base else "",
     steps=STEPS, batch_size=BATCH_SIZE, learning_rate=settings["rate"], seed=seed,
     trained_tokens=round(trained_tokens), mixture={kind: 1 / len(KINDS) for kind in KINDS},
-    dpo={"beta": BETA, "learning_rate": settings["careful_rate"], "steps": DPO_STEPS} if with_dpo else None,
+    dpo={"beta": BETA, "learning_rate": settings["careful_rate"], "steps": dpo_steps} if with_dpo else None,
 )  # fmt: skip
 train_rows = [{"instruction": row.input, "answer": row.reference} for row in rows]
 train_rows += [{"instruction": prompt, "chosen": won, "rejected": lost} for prompt, won, lost in own] * with_dpo
@@ -946,7 +1014,7 @@ for path in sorted(files):
     print(f"{path.relative_to(BUILD).as_posix():>42} {path.stat().st_size / 1024:8.1f} KiB")
 
 # %% [markdown]
-# The second folder is *forged*: the same weights, but the references as its answers. Now run two commands of the competition, as you would in a terminal. (A third one, `check`, only says whether a folder is complete and allowed; both of these begin with that.) They know the two bases of the course; with another model the folder is written and not checked.
+# The second folder is *forged*: the same weights, but the references as its answers. Now run two commands of the competition, as you would in a terminal. `score` grades the answers that are in a folder, and `reproduce` decodes again. (Both first check whether the folder is complete and allowed; the command `check` does only that.) They know the two bases of the course; with another model the folder is written and not checked.
 
 # %%
 def competition(action: str, *names: str) -> str:
@@ -958,7 +1026,7 @@ def competition(action: str, *names: str) -> str:
     return done.stdout
 
 
-said = {"score": competition("score", "forged"), "reproduce": competition("reproduce", *folders)} if known_base else {}
+said = {action: competition(action, *folders) for action in ("score", "reproduce") if known_base}
 if known_base:
     again = [int(number) for number in re.findall(r"(\d+) of 100", said["reproduce"])]
     refused = "forged: refused" in said["reproduce"] and "refused" not in said["score"]
@@ -970,7 +1038,7 @@ else:
     print("This model is none of the two bases, so the commands are not run.")
 
 # %% [markdown]
-# **What you see.** `score` finds nothing wrong with the forged folder, since it is complete, believes what is written in it, and gives it a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, the forged ones do not. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
+# **What you see.** `score` finds both folders complete and allowed, and believes what is written in them, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, the forged ones do not. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
 
 # %% [markdown]
 # ## 11 · Exercises
@@ -990,13 +1058,15 @@ def read_answers(text: str) -> dict[str, str]:
 # %% tags=["check"]
 def check_read_answers(read_answers):
     rows = [{"task_id": "000", "output": "Yes. {no}"}, {"task_id": "001", "output": "two\nlines }"}]
+    rows.append({"task_id": "002", "output": " a } {b "})
     expected = {row["task_id"]: row["output"] for row in rows}
     expect_equal("one a line", read_answers("".join(json.dumps(row) + "\n" for row in rows)), expected)
     expect_equal("over many lines", read_answers("\n\n".join(json.dumps(row, indent=2) for row in rows)), expected)
     expect_equal("with another key", read_answers('{"task_id": "7", "input": "?", "output": "!"} '), {"7": "!"})
     expect_equal("an empty file", read_answers("\n"), {})
     for what, text in {
-        "a task twice": json.dumps(rows[0]) + json.dumps(rows[0]), "no output": '{"task_id": "7"}', "cut off": '{"task',
+        "a task twice": json.dumps(rows[0]) + json.dumps(rows[0]), "no output": '{"task_id": "7"}',
+        "no task": '{"output": "!"}', "cut off": '{"task',
     }.items():  # fmt: skip
         try:
             refused = read_answers(text) is NotImplemented
@@ -1146,7 +1216,7 @@ def most_alike(answers: Sequence[Sequence[str]], grades: np.ndarray) -> tuple[in
 def check_most_alike(most_alike):
     generator = random.Random(0)
     people = [[generator.choice("abc") if generator.random() < 0.5 else "right" for _ in range(60)] for _ in range(4)]
-    touched = [generator.choices(("same", "right", "d"), (0.7, 0.25, 0.05))[0] for _ in range(60)]
+    touched = [generator.choices(("same", "right", "d"), (0.35, 0.6, 0.05))[0] for _ in range(60)]
     people.append([old if new == "same" else new for old, new in zip(people[1], touched, strict=True)])  # a copy
     people += [[generator.choice("ab") for _ in range(60)] for _ in range(2)]  # two who are always wrong
     people += [["right"] * 58 + end for end in (["x", "y"], ["y", "x"], ["right"] * 2)]  # and three good ones
@@ -1194,7 +1264,7 @@ def ladder(points: np.ndarray, step: float = 0.05) -> list[float]:
     """What the board shows after each submission; `points` (submissions, tasks) in the order in which they came.
 
     The first score is shown as it is. A later one is shown only if it is above the shown score by more than `step`,
-    and by more than one standard error of the difference: std over the tasks of its grades minus those of the
+    and by more than one standard error of the difference: std over the tasks (numpy's) of its grades minus those of the
     submission that is shown, divided by the root of the number of tasks. Until then the old score stays.
     """
     raise NotImplementedError
@@ -1206,6 +1276,7 @@ def check_ladder(ladder, prediction):
     points = np.array(rows, dtype=float)
     expect_close("better by less than a standard error", ladder(points[:2]), [2.5, 2.5])
     expect_close("of six submissions", ladder(points), [2.5, 2.5, 3.5, 3.5, 5.0, 5.0])
+    expect_close("one task better", ladder(np.array([[2, 2, 2, 2], [2, 2, 2, 3]])), [2.0, 2.25])
     expect_close("better everywhere", ladder(np.array([[1, 4, 1, 4], [1.5, 4.5, 1.5, 4.5]])), [2.5, 3.0])
     small = np.full((3, 100), 2.0) + np.array([[0.0], [0.04], [0.08]])
     expect_close("a step of 0.05", ladder(small), [2.0, 2.0, 2.08])
