@@ -703,7 +703,7 @@ axes.invert_yaxis()
 axes.set(xlabel="change of the log-probability of an answer (nats, median)")
 axes.set_title("At the large rate the rejected answers fall far, and others with them")
 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-alt = "Three bars for each of four ways: chosen, rejected and unpaired answers. The rejected bars of the three DPO runs are the longest, to the left; at the large rate the others go left as well."
+alt = "Three bars for each of four ways. In the DPO runs the rejected answers fall furthest."
 plots.show(figure, alt=alt)
 
 # %% [markdown]
@@ -860,7 +860,7 @@ for place, i in enumerate(order):
 axes.set_yticks(range(len(order)), [systems[i] for i in order])
 axes.set(xlim=(0.9, 5), xlabel="score (mean of 1 to 5 points), with its 95 % interval")
 axes.set_title("A rank is a range")
-alt = "Scores with intervals and ranges of ranks: groups are far apart, neighbours within a group cannot be told apart."
+alt = "Scores with intervals and ranks: careless DPO and the three untuned systems lie lowest."
 plots.show(figure, alt=alt)
 
 
