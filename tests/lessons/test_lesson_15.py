@@ -3,10 +3,12 @@
 import ast
 import asyncio
 import copy
+import importlib.util
 import json
 import math
 import random
 import re
+import shutil
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -230,7 +232,8 @@ def names_of(*pieces: str, **given: object) -> dict:
 
 LANGUAGE = names_of("def byte_in(", "def may_end(", "def value_language(", "def pattern(")
 TOOLS = names_of("def order(item", "def schema_of(")
-SHOP = names_of("MENU, LIMIT_OF_SHOP", "def kitchen_page(", "class Elements(", "class TextBrowser", "def best_action(")
+SHOP_CELLS = ("MENU, LIMIT_OF_SHOP", "def kitchen_page(", "class Elements(", "class TextBrowser", "def best_action(")
+SHOP = names_of(*SHOP_CELLS)
 CALL_SCHEMAS = [TOOLS["schema_of"](tool) for tool in TOOLS["TOOLS"].values()]
 CALLS = LANGUAGE["either"](*(LANGUAGE["call_language"](schema, TOOLS["LIMITS"]) for schema in CALL_SCHEMAS))
 
@@ -370,6 +373,56 @@ def test_the_shop_takes_an_order_and_nothing_but_clicks_and_numbers() -> None:
         browser.act(SHOP["best_action"](browser.observe(), "7", dish))
     assert orders["v"] == [("7", dish)]
     assert all(not urlsplit(address).netloc for address in addresses)
+
+
+def browser_cell(piece: str) -> str:
+    return next(source for source in SOURCES if piece in source)
+
+
+def test_without_chromium_the_lesson_says_one_sentence_and_goes_on(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    names = {"shutil": shutil, "importlib": importlib}
+    line = next(line for line in browser_cell("CHROMIUM = ").split("\n") if line.startswith("CHROMIUM = "))
+    exec(line, names)
+    exec(browser_cell("if CHROMIUM and"), names)
+    assert (
+        capsys.readouterr().out == "Chromium or playwright is not installed: the text browser is the only one here.\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium here")
+def test_both_browsers_show_the_same_on_the_way_of_an_order() -> None:
+    names = names_of(*SHOP_CELLS, "class Site(", "SEEN = ", "class ChromiumBrowser:")
+    server = names["ThreadingHTTPServer"](("127.0.0.1", 0), names["Site"])
+    names["threading"].Thread(target=server.serve_forever, daemon=True).start()
+    names["SITE"] = f"http://127.0.0.1:{server.server_port}"
+    chromium = names["ChromiumBrowser"]()
+    text = names["TextBrowser"](lambda address: names["kitchen_page"](address, defaultdict(list)))
+    try:
+        for browser in (text, chromium):
+            browser.open("/v/menu")
+        dish = next(word for word in text.observe().removesuffix(";").split("; ") if word != "help")
+        for action in (
+            "click help",
+            "click back",
+            "click nothing",
+            f"click {dish}",
+            "type 7",
+            "click add",
+            "click pay",
+        ):
+            assert text.observe() == chromium.observe()
+            for browser in (text, chromium):
+                browser.act(action)
+        assert text.observe() == chromium.observe() == "done;"
+        assert names["ORDERS"]["v"] == [("7", dish)]
+    finally:
+        chromium.close()
+        server.shutdown()
+        server.server_close()
 
 
 def server_folder(tmp_path: Path) -> list[str]:
