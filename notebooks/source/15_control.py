@@ -29,8 +29,8 @@
 # | $L$ | number of moves of a plan |
 # | $i$, $k$ | an instruction, and a skill, such as fetching a thing |
 # | $\mathcal{L}$, $\mathcal{L}_1 \mathcal{L}_2$ | a language, which is a set of texts; a text of the first followed by one of the second |
-# | $\partial_b L$ | what may follow in $L$ once the byte $b$ is read |
-# | $y$, $V$ | a text that a model writes; the set of valid ones |
+# | $\partial_b \mathcal{L}$ | what may follow in $\mathcal{L}$ once the byte $b$ is read |
+# | $y$, $\mathcal{V}$ | a text that a model writes; the set of valid ones |
 # | $p(y)$, $q(y)$ | probability of a text under the model, and under the model with a mask |
 # | $a_t$ | share of probability that the mask allows at token $t$ |
 
@@ -370,7 +370,7 @@ def move_rows(number: int, stream: int) -> list[tuple[Layout, str]]:
     return rows[:number]
 
 
-BATCH = 24
+BATCH = 32
 taught = move_rows(BATCH * lesson.scaled(80), stream=2)
 kept_out = random.Random(f"goals/{seed}").sample(AWAY, len(AWAY) // 5)
 told = [away for away in AWAY if away not in kept_out]
@@ -1145,9 +1145,9 @@ def exactly(text: str) -> tuple:
     return reduce(lambda rest, character: then(byte_in(character), rest), reversed(text), END)
 
 # %% [markdown]
-# **The automaton.** Which texts may still follow after you have read one byte $b$? That set is the language's *derivative*, and Brzozowski (1964) found that it can be computed piece by piece. Write $L_1 L_2$ for one language after another, and $\partial_b L$ for the derivative:
+# **The automaton.** Which texts may still follow after you have read one byte $b$? That set is the language's *derivative*, and Brzozowski (1964) found that it can be computed piece by piece. Write $\mathcal{L}_1 \mathcal{L}_2$ for one language after another, and $\partial_b \mathcal{L}$ for the derivative:
 #
-# $$\partial_b (L_1 \cup L_2) = \partial_b L_1 \cup \partial_b L_2, \qquad \partial_b (L_1 L_2) = (\partial_b L_1) L_2 \;\cup\; \begin{cases} \partial_b L_2 & \text{if } L_1 \text{ holds the empty text} \\ \varnothing & \text{otherwise} \end{cases}$$
+# $$\partial_b (\mathcal{L}_1 \cup \mathcal{L}_2) = \partial_b \mathcal{L}_1 \cup \partial_b \mathcal{L}_2, \qquad \partial_b (\mathcal{L}_1 \mathcal{L}_2) = (\partial_b \mathcal{L}_1) \mathcal{L}_2 \;\cup\; \begin{cases} \partial_b \mathcal{L}_2 & \text{if } \mathcal{L}_1 \text{ holds the empty text} \\ \varnothing & \text{otherwise} \end{cases}$$
 #
 # A derivative is a language again. So languages are the *states* of an automaton, and reading a byte moves from one to the next. A text is valid if the state at its end holds the empty text.
 
@@ -1408,18 +1408,15 @@ def task(generator: random.Random, book: dict, trouble: str = "", later: bool = 
     return {"question": question, "fact": fact, "busy": busy, "renamed": renamed, "answer": answer}
 
 # %%
-def demonstrate(item: dict, book: dict, think: bool, messages: bool = True) -> list[tuple[str, bool]]:
-    """A trace in parts, each with whether the model is to write it; without messages all errors look alike."""
+def demonstrate(item: dict, book: dict, think: bool) -> list[tuple[str, bool]]:
+    """A trace in parts, each with whether the model is to write it."""
     parts, busy = [(f"Question: {item['question']}\n", False)], set(item["busy"])
     fact, town, thought = "twin", item["question"].split()[-1][:-1], f"first twin, then {item['fact']}"
     while True:
         line = f"Call: {fact} of {town}"
         result = answer_call(line, book, busy, item["renamed"])
-        result = result if messages or not is_error(result) else "error"
         parts += [((f"Thought: {thought}\n" if think else "") + line + "\n", True), (f"Result: {result}\n", False)]
-        if result == "error" and thought == "once more":
-            return [*parts, ("Answer: unknown\n", True)]
-        if result == "error" or result.startswith("busy"):
+        if result.startswith("busy"):
             thought = "once more"
         elif result.startswith("renamed"):
             town = result.split()[-1]
@@ -1470,14 +1467,14 @@ def tune(start: nn.Module, rows: Sequence[dict], batch_tokens: int = 560, speed:
     return tuned.eval().requires_grad_(False)
 
 # %%
-def traces(number: int, troubles: Sequence[str], stream: int, messages: bool = True) -> list[dict]:
+def traces(number: int, troubles: Sequence[str], stream: int) -> list[dict]:
     """Encoded demonstrations from sixty directories, with and without thoughts in turn."""
     generator, rows = random.Random(f"traces/{stream}/{seed}"), []
     books = [directory(201 + index) for index in range(60)]
     for index in range(number):
         book = generator.choice(books)
         item = task(generator, book, generator.choice(troubles))
-        rows.append(encode_parts(demonstrate(item, book, index % 2 == 0, messages)))
+        rows.append(encode_parts(demonstrate(item, book, index % 2 == 0)))
     return rows
 
 
@@ -1513,6 +1510,11 @@ with torch.random.fork_rng():
 show_table({", ".join(key): [str(valid_calls[key]), str(right_calls[key])] for key in valid_calls}, ["valid", "right"])
 broken = [text for text in written["temperature 1.2", "without mask"] if not is_valid(CALLS, text)]
 print("not valid, for example:", *broken[:2], sep="\n  ")
+both = zip(prompts, written["temperature 1.2", "with mask"], wanted, strict=True)
+missed = [f"{prompt.splitlines()[0]} -> {text}" for prompt, text, call in both if text != call]
+print("valid under the mask and wrong, for example:", *missed[:3], sep="\n  ")
+
+# %%
 bars = {f"{what}, {way}": {mask: table[way, mask] for mask in ("without mask", "with mask")}
          for what, table in {"valid": valid_calls, "right": right_calls}.items()
          for way in ("greedy", "temperature 1.2")}  # fmt: skip
@@ -1533,7 +1535,7 @@ lesson.report("calls under the mask at temperature 1.2 that are valid and wrong"
 print(f"valid and wrong under the mask at temperature 1.2: {wrong}")
 
 # %% [markdown]
-# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. At the higher temperature it also saves calls: one slip in a brace loses a whole call whose dish and number were right. What remains are calls that are valid and wrong, a wrong dish or a wrong number in perfect form. No parser finds those, and nothing points at them.
+# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. At the higher temperature it also saves calls: one slip in a brace loses a whole call whose dish and number were right. What remains are calls that are valid and wrong, as the printed ones: another argument, or another tool, in perfect form. No parser finds those. (Section 8 has a number that points at some of them.)
 
 # %% [markdown] tags=["further"]
 # ## 8 · A closer look: two libraries, and probabilities
@@ -1630,9 +1632,11 @@ said = ", ".join(map(str, ended.values()))
 lesson.report("calls of the untrained model that end, bounded and loose language", said)
 
 # %% [markdown]
-# **Probabilities.** Is sampling under a mask the same as sampling until a text is valid? It sounds so, and it is not. Let $p(y)$ be the probability of a text $y$ under the model, and $V$ the valid texts. Sampling until a text is valid gives
+# The loose language is a correct description of JSON, and useless here: the first gap is filled with white space until the room is used up. Bounds are part of the design.
 #
-# $$p(y \mid V) = \frac{p(y)}{p(V)}, \qquad y \in V.$$
+# **Probabilities.** Is sampling under a mask the same as sampling until a text is valid? It sounds so, and it is not. Let $p(y)$ be the probability of a text $y$ under the model, and $\mathcal{V}$ the valid texts. Sampling until a text is valid gives
+#
+# $$p(y \mid \mathcal{V}) = \frac{p(y)}{p(\mathcal{V})}, \qquad y \in \mathcal{V}.$$
 #
 # A mask instead renormalises at *every token*: with $a_t$ the share of probability that is allowed at token $t$, it gives $q(y) = \prod_t p(y_t \mid y_{<t}) / a_t = p(y) / \prod_t a_t$. The product differs from text to text. A path that begins with a likely token and then has nowhere good to go keeps the probability of its beginning. Park et al. (2024) call this a distortion of the model's distribution.
 #
@@ -1665,7 +1669,7 @@ def number_table(asked: nn.Module, item: str, count: int) -> dict[str, np.ndarra
     return dict(zip(begun, table.double().numpy(), strict=True))
 
 # %% [markdown]
-# **Both distributions.** A number is a path through the table: its digits, then closing. `free` multiplies the probabilities along it; `masked` divides each by the share that is allowed there. The *mass that is kept*, $p(V)$, is the sum of `free` over all valid numbers.
+# **Both distributions.** A number is a path through the table: its digits, then closing. `free` multiplies the probabilities along it; `masked` divides each by the share that is allowed there. The *mass that is kept*, $p(\mathcal{V})$, is the sum of `free` over all valid numbers.
 
 # %%
 def allowed_here(text: str) -> np.ndarray:
@@ -1708,7 +1712,7 @@ for name, share in apart.items():
     print(f"{name}: total variation {share:.2f}, mass kept {np.median(kept[name.split()[0]]):.1e} (median)")
 
 # %% [markdown]
-# **Check by rejection.** Draw numbers from the table without a mask, keep the valid ones, and compare with $p(y \mid V)$. With $n$ draws kept, the distance cannot be zero; its expected size from chance alone is estimated by drawing as often from $p(y \mid V)$ itself. Take a request above the limit for which both distributions differ. Almost no draw is kept there, so many are needed; from a table they cost nothing, from a model they would.
+# **Check by rejection.** Draw numbers from the table without a mask, keep the valid ones, and compare with $p(y \mid \mathcal{V})$. With $n$ draws kept, the distance cannot be zero; its expected size from chance alone is estimated by drawing as often from $p(y \mid \mathcal{V})$ itself. Take a request above the limit for which both distributions differ. Almost no draw is kept there, so many are needed; from a table they cost nothing, from a model they would.
 
 # %%
 def draw_numbers(table: dict[str, np.ndarray], draws: int, numpy_generator: np.random.Generator) -> np.ndarray:
@@ -1762,7 +1766,7 @@ lesson.claim("above the limit the mask and sampling until valid give different n
 lesson.claim("the mass that a mask keeps tells possible orders from impossible ones", detected, at_least=0.9)
 
 # %% [markdown]
-# **What you see.** Within the limit both distributions are the same, and the mask costs nothing. Above it the model wants a number that it may not write. The mask does not refuse: it sends another order, in perfect form, and with great confidence. But something does tell: the share of probability that was allowed, multiplied along the call. It costs nothing to compute, since the logits are there anyway. Log it, and look at calls for which it is small before you carry them out.
+# **What you see.** Within the limit both distributions are the same, and the mask costs nothing. Above it the model wants a number that it may not write. The mask does not refuse: it sends another order, in perfect form. But something does tell: the share of probability that was allowed, multiplied along the call. It costs nothing to compute, since the logits are there anyway. Log it, and look at calls for which it is small before you carry them out.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Thought, call, result: and when the tool says no
@@ -1771,13 +1775,12 @@ lesson.claim("the mass that a mask keeps tells possible orders from impossible o
 #
 # ReAct (Yao et al. 2023) lets the model write **thoughts** and **calls** in turn, and puts each **result** into the same text, where the next thought can read it. The loop around it is yours: it stops the model at the end of a line, runs the call if it is on the list of what is allowed, and appends the result. `assistant` has learned this from traces in which every call succeeds.
 #
-# Train it a little more in three ways, on equally many traces. `smooth` sees more traces that go well. `recovering` sees traces of which four in five have a trouble in them. `uninformed` sees the same troubles, but each time the directory says only `error`. Then the best one can do is to call once more, which helps if the directory was busy, and to give up if that fails.
+# Train it a little more in two ways, on equally many traces. `smooth` sees more traces that go well. `recovering` sees traces of which four in five have a trouble in them.
 
 # %%
 more = lesson.scaled(220, 16)
 smooth = tune(assistant, traces(more, [""], 1), speed=0.3)
 recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.3)
-uninformed = tune(assistant, traces(more, ["", *TROUBLES], 1, messages=False), speed=0.3)
 
 # %% [markdown]
 # **The loop.** All questions are worked on at once, one line each per round. Your program writes the first word, which decides whether there are thoughts. A question may use at most five calls. The tool's message can be kept from the model: `Result: error` then stands in its place.
@@ -1826,29 +1829,31 @@ answered = {
 recovered = {
     "perfect traces, messages": solved(smooth, hard_tasks),
     "traces with troubles, messages": solved(recovering, hard_tasks),
-    "traces with troubles, only `error`": solved(uninformed, hard_tasks, messages=False),
+    "traces with troubles, only `error`": solved(recovering, hard_tasks, messages=False),
 }
 show_table({name: [str(share)] for name, share in (answered | recovered).items()}, ["right"])
 busy_share = float(np.mean([bool(item["busy"]) for item in hard_tasks]))
 figure = plots.bars_with_intervals(recovered, title="Right answers where something went wrong on the way",
                                    xlabel="questions with a trouble in them that are answered right",
-                                   references={"busy, not renamed": busy_share})  # fmt: skip
-plots.show(figure, alt="Right answers after an error: by the model trained on perfect traces, and by those trained on "
-                       "troubles with the tool's message and with a bare error.")  # fmt: skip
-untaught, informed, bare = (share.accuracy for share in recovered.values())
+                                   references={"the most without messages": busy_share})  # fmt: skip
+plots.show(figure, alt="Right answers after an error: few by the model trained on perfect traces, many by the "
+                       "one trained on troubles, and fewer if the tool only says error.")  # fmt: skip
+untaught, informed, _ = (share.accuracy for share in recovered.values())
 lesson.claim("with a tool the model answers questions of two steps that it cannot know",
              answered["thoughts and calls"].accuracy, at_least=0.6, control=answered["answer at once"].accuracy,
              form=".0%")  # fmt: skip
 lesson.claim("a model trained on errors recovers from more of them than one trained on perfect traces",
              informed - untaught, at_least=0.2, form=".0%")  # fmt: skip
-lesson.claim("with messages that say what is wrong it recovers from more errors than one trained on bare ones",
-             informed - bare, at_least=0.2, form=".0%")  # fmt: skip
+lesson.claim("with messages the model recovers from more errors than anyone can without them",
+             informed - busy_share, at_least=0.1, form=".0%")  # fmt: skip
 lesson.report("two-step questions: at once, with calls, with thoughts and calls",
               ", ".join(f"{share.accuracy:.0%}" for share in answered.values()))  # fmt: skip
 print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 
 # %% [markdown]
-# **Read the table in pairs.** An answer at once can only be a guess, since every directory is invented. Calls with and without thoughts answer the same questions with the same model, so their difference is what the thoughts bring here. The last three rows are about questions with a trouble in them. Between the first two of them only the last traces of the training differ, in number equal; between the last two only what the tool says. The dashed line is the most that anyone can reach after a bare *error*: a busy directory answers when it is called again, and a new name cannot be guessed. So let your tools say what is wrong, and what would be right.
+# **What you see.** An answer at once can only be a guess, since every directory is invented. Calls with and without thoughts answer the same questions with the same model, so their difference is what the thoughts bring here. The bars are about questions with a trouble in them. Between the first two only the last traces of the training differ, in number equal.
+#
+# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A shop behind a browser
@@ -2179,7 +2184,7 @@ else:
     print("Chromium or playwright is not installed: the text browser is the only one here.")
 
 # %% [markdown]
-# **What you see.** The model has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. That is why agents are tested on text first.
+# **What you see.** The model has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is: with six dishes on a menu and numbers of two digits, about as many rows taught it the clicks, and not which dish.
 #
 # **A page can lie.** Whoever writes the page writes into the model's prompt (lesson 12 has attacks and defences). Put a second task into the text of a page, and count how often the action follows the page instead of the user.
 
@@ -2197,12 +2202,13 @@ followed = {"the user": 0, "the page": 0}
 for action, pair in zip(act_by_model(prompts), pairs, strict=True):
     for who, dish in zip(followed, pair, strict=True):
         followed[who] += action == dish
+followed["neither"] = len(pairs) - sum(followed.values())
 said = ", ".join(f"{who} {score(number, len(pairs))}" for who, number in followed.items())
 print(f"followed: {said}")
 lesson.report("with a second task in the page the action follows", said)
 
 # %% [markdown]
-# The prompt has no place where only the user can write. So what an action may do has to be limited outside of the model: `act` can click and type on this site, and it can do nothing else, whatever the page says.
+# The count is about one sentence, and one small model that was never taught to obey; a low number is no proof of safety. The prompt has no place where only the user can write. So what an action may do has to be limited outside of the model: `act` can click and type on this site, and it can do nothing else, whatever the page says.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Tools in another process: the Model Context Protocol
@@ -2538,12 +2544,12 @@ check("15.3", check_attempts, attempts)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 15.4, hard: from samples under the mask to samples of p(y | V), with a bounded number of tries.
+# Exercise 15.4, hard: from samples under the mask to samples of p given a valid call, with a bounded number of tries.
 def aligned(draw: Callable[[], tuple[str, float]], tries: int, generator: random.Random) -> str:
     """One valid call. `draw()` samples a call under the mask: the call, and the product of the masses kept along it.
 
     At most `tries` calls are drawn, and no more than needed. Calls that are accepted must have the distribution
-    p(y | V) of section 8. If none is accepted, return one of those that were drawn, each
+    p given a valid call (section 8). If none is accepted, return one of those that were drawn, each
     chosen with the weights that would make the choice right if there were very many of them.
     """
     raise NotImplementedError
@@ -2761,7 +2767,7 @@ check("15.6", check_forced, forced)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **A directory answers *Kuku is now Fegu* in place of *error*. Why does that help a model?**
+# **A directory answers *renamed to Fegu* in place of *error*. Why does that help a model?**
 #
 # - A. the message becomes part of the prompt, so the next call can use it
 # - B. the message changes the model's weights

@@ -341,18 +341,13 @@ def test_a_call_that_is_not_on_the_list_is_never_carried_out() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["", *DIRECTORY["TROUBLES"]])
-def test_a_demonstration_ends_in_the_right_answer_and_after_bare_errors_only_if_the_directory_was_busy(
-    trouble: str,
-) -> None:
+def test_a_demonstration_ends_in_the_right_answer_whatever_goes_wrong(trouble: str) -> None:
     generator, book = random.Random(trouble), DIRECTORY["directory"](1)
     for _ in range(50):
         item = DIRECTORY["task"](generator, book, trouble)
         parts = DIRECTORY["demonstrate"](item, book, True)
         assert parts[-1] == (f"Answer: {item['answer']}\n", True)
         assert any("busy" in text or "renamed" in text for text, _ in parts) == bool(trouble)
-        bare = DIRECTORY["demonstrate"](item, book, False, messages=False)
-        assert not any("busy" in text or "renamed" in text for text, _ in bare)
-        assert bare[-1][0] == f"Answer: {'unknown' if 'renamed' in trouble else item['answer']}\n"
 
 
 def test_the_shop_takes_an_order_and_nothing_but_clicks_and_numbers() -> None:
