@@ -1384,7 +1384,7 @@ for line in (f"Call: dish of {one}", f"Call: dish of {other}", f"Call: erase {on
     print(line, "->", answer_call(line, book, set(), {other: one}))
 
 # %% [markdown]
-# **Demonstrations.** A program that knows the right next step writes *traces*: thoughts and calls, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says. Half of the traces have thoughts, half have calls only.
+# **Demonstrations.** A program that knows the right next step writes *traces*: thoughts and calls, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says. After a trouble its thought also repeats the plan, so that the plan stands close to where it is needed. Half of the traces have thoughts, half have calls only.
 
 # %%
 ASKED = ("Which {} has the twin of {}?", "What is the {} of the twin of {}?", "Find the {} of the twin of {}.")
@@ -1411,18 +1411,20 @@ def task(generator: random.Random, book: dict, trouble: str = "", later: bool = 
 def demonstrate(item: dict, book: dict, think: bool) -> list[tuple[str, bool]]:
     """A trace in parts, each with whether the model is to write it."""
     parts, busy = [(f"Question: {item['question']}\n", False)], set(item["busy"])
-    fact, town, thought = "twin", item["question"].split()[-1][:-1], f"first twin, then {item['fact']}"
+    fact, town, plan = "twin", item["question"].split()[-1][:-1], f"first twin, then {item['fact']}"
+    thought = plan
     while True:
         line = f"Call: {fact} of {town}"
         result = answer_call(line, book, busy, item["renamed"])
         parts += [((f"Thought: {thought}\n" if think else "") + line + "\n", True), (f"Result: {result}\n", False)]
         if result.startswith("busy"):
-            thought = "once more"
+            thought = f"once more, {plan}"
         elif result.startswith("renamed"):
             town = result.split()[-1]
-            thought = f"it is {town} now"
+            thought = f"it is {town} now, {plan}"
         elif fact == "twin":
-            fact, town, thought = item["fact"], result, f"then {item['fact']}"
+            fact, town, plan = item["fact"], result, f"then {item['fact']}"
+            thought = plan
         else:
             return [*parts, (f"Answer: {result}\n", True)]
 
@@ -1783,9 +1785,9 @@ lesson.claim("the mass that a mask keeps tells possible orders from impossible o
 # Train it a little more in two ways, on equally many traces. `smooth` sees more traces that go well. `recovering` sees traces of which four in five have a trouble in them.
 
 # %%
-more = lesson.scaled(220, 16)
-smooth = tune(assistant, traces(more, [""], 1), speed=0.3)
-recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.3)
+more = lesson.scaled(250, 16)
+smooth = tune(assistant, traces(more, [""], 1), speed=0.4)
+recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.4)
 
 # %% [markdown]
 # **The loop.** All questions are worked on at once, one line each per round. Your program writes the first word, which decides whether there are thoughts. A question may use at most five calls. The tool's message can be kept from the model: `Result: error` then stands in its place.
@@ -1801,7 +1803,7 @@ def solve(asked: nn.Module, items: Sequence[dict], book: dict, think: bool = Tru
         open_runs = [run for run, length in zip(runs, lengths, strict=True) if run["said"] is None and length < 400]
         if not open_runs:
             break
-        lines = generate(asked, tokenizer, [run["text"] for run in open_runs], 20, stop=("\n",), batch_size=128)
+        lines = generate(asked, tokenizer, [run["text"] for run in open_runs], 32, stop=("\n",), batch_size=128)
         for run, written in zip(open_runs, lines, strict=True):
             run["text"] += written + "\n"
             line = run["text"].splitlines()[-1]
@@ -1873,6 +1875,7 @@ print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from html import escape
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -2019,11 +2022,12 @@ class Site(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         page = kitchen_page(self.path, ORDERS).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(page)))
-        self.end_headers()
-        self.wfile.write(page)
+        with suppress(ConnectionError):  # a browser may turn away before it has the page
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
 
     def log_message(self, *_) -> None:
         """Print nothing."""
