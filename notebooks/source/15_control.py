@@ -1384,7 +1384,7 @@ for line in (f"Call: dish of {one}", f"Call: dish of {other}", f"Call: erase {on
     print(line, "->", answer_call(line, book, set(), {other: one}))
 
 # %% [markdown]
-# **Demonstrations.** A program that knows the right next step writes *traces*: thoughts and calls, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says. After a trouble its thought also repeats the plan, so that the plan stands close to where it is needed. Half of the traces have thoughts, half have calls only.
+# **Demonstrations.** A program that knows the right next step writes *traces*: thoughts and calls, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says. After a trouble its thought also repeats the plan, so that the plan stands close to where it is needed. Two in three traces have thoughts, the others have calls only.
 
 # %%
 ASKED = ("Which {} has the twin of {}?", "What is the {} of the twin of {}?", "Find the {} of the twin of {}.")
@@ -1470,13 +1470,13 @@ def tune(start: nn.Module, rows: Sequence[dict], batch_tokens: int = 560, speed:
 
 # %%
 def traces(number: int, troubles: Sequence[str], stream: int) -> list[dict]:
-    """Encoded demonstrations from sixty directories, with and without thoughts in turn."""
+    """Encoded demonstrations from sixty directories, two in three with thoughts."""
     generator, rows = random.Random(f"traces/{stream}/{seed}"), []
     books = [directory(201 + index) for index in range(60)]
     for index in range(number):
         book = generator.choice(books)
         item = task(generator, book, generator.choice(troubles))
-        rows.append(encode_parts(demonstrate(item, book, index % 2 == 0)))
+        rows.append(encode_parts(demonstrate(item, book, index % 3 > 0)))
     return rows
 
 
@@ -1785,9 +1785,9 @@ lesson.claim("the mass that a mask keeps tells possible orders from impossible o
 # Train it a little more in two ways, on equally many traces. `smooth` sees more traces that go well. `recovering` sees traces of which four in five have a trouble in them.
 
 # %%
-more = lesson.scaled(250, 16)
-smooth = tune(assistant, traces(more, [""], 1), speed=0.4)
-recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.4)
+more = lesson.scaled(300, 16)
+smooth = tune(assistant, traces(more, [""], 1), speed=0.3)
+recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.3)
 
 # %% [markdown]
 # **The loop.** All questions are worked on at once, one line each per round. Your program writes the first word, which decides whether there are thoughts. A question may use at most five calls. The tool's message can be kept from the model: `Result: error` then stands in its place.
