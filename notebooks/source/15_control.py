@@ -1313,19 +1313,20 @@ for name, temperature in {"greedily": 0.0, "by sampling": 1.0}.items():
     lesson.equal(f"tokens under the mask that differ from generate's, {name}", 0 if same else int(mine.numel()))
 
 # %% [markdown]
-# **Teach the model to call.** A valid call is not yet a right one. Make requests in several wordings, with the call that each asks for. Dishes, towns and facts stand in quotation marks in the request, because then they are cut into the same tokens as in the call; copying them is easier for so small a model. One or two wordings of each tool are kept for the test.
+# **Teach the model to call.** A valid call is not yet a right one. Make requests in several wordings, with the call that each asks for. Dishes, towns and facts stand in quotation marks in the request, because then they are cut into the same tokens as in the call; copying them is easier for so small a model. A few wordings of each tool are kept for the test: most of their words occur in training, in other sentences.
 
 # %%
 WORDINGS = {
     "order": ('buy "{item}", count {count}', 'order "{item}", count {count}', 'I need count {count} of "{item}"',
               'we want "{item}" in town, count {count}', 'count {count} of "{item}"'),
-    "price": ('is there "{item}"', 'the price of "{item}"', 'are you out of "{item}"', 'what is the price of "{item}"'),
+    "price": ('is there "{item}"', 'the price of "{item}"', 'are you out of "{item}"', 'what is the price of "{item}"',
+              'is there "{item}" today', 'I need the price of "{item}"'),
     "look_up": ('what is the "{fact}" of "{town}"', 'tell the "{fact}" of "{town}"',
                 'find out about "{town}" the "{fact}"'),
 }  # fmt: skip
 KEPT_BACK = {
     "order": ('we need "{item}" soon, count {count}', 'buy count {count} of "{item}"'),
-    "price": ('the price of "{item}" today',),
+    "price": ('the price of "{item}" today', 'we need the price of "{item}"', 'what is "{item}" by price'),
     "look_up": ('I must find out the "{fact}" of "{town}"', 'what is "{town}" by "{fact}"'),
 }
 
@@ -1542,7 +1543,7 @@ lesson.report("calls under the mask at temperature 1.2 that are valid and wrong"
 print(f"valid and wrong under the mask at temperature 1.2: {wrong}")
 
 # %% [markdown]
-# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. At the higher temperature it also saves calls: one slip in a brace loses a whole call whose dish and number were right. What remains are calls that are valid and wrong, as the printed ones: another argument, or another tool, in perfect form. No parser finds those. (Section 8 has a number that points at some of them.)
+# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. At the higher temperature it also saves calls: one slip in a brace loses a whole call whose dish and number were right. What remains are calls that are valid and wrong, as the printed ones: another argument, or another tool, in perfect form. No parser finds those. Look at the line by tool, too. In new wordings a tool may be chosen nearly always or nearly never, and which of the two differs from run to run; a mean over tools hides it. (Section 8 has a number that points at some of them.)
 
 # %% [markdown] tags=["further"]
 # ## 8 · A closer look: two libraries, and probabilities
