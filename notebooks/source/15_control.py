@@ -2150,9 +2150,9 @@ figure = plots.bars_with_intervals(
     done, title="Orders done by the model and by random clicks", xlabel="orders done right"
 )
 plots.show(figure, alt="Orders done by the model for known and for new dishes, and by random clicks.")
-lesson.claim("on menus that it never saw the model orders the dishes that it was shown", at_least=0.6, form=".0%",
-             value=done["known dishes"].accuracy, control=done["at random, known dishes"].accuracy)  # fmt: skip
-lesson.report("orders done of dishes that no demonstration ordered", str(done["new dishes"]))
+lesson.report(
+    "orders done: known dishes, new dishes, random clicks", ", ".join(f"{s.accuracy:.0%}" for s in done.values())
+)
 
 # %% [markdown]
 # **The real browser.** A few more wishes, in Chromium. The text browser then replays the same actions; on every page both must have made the same observation, word for word.
@@ -2195,7 +2195,7 @@ else:
     print("Chromium or playwright is not installed: the text browser is the only one here.")
 
 # %% [markdown]
-# **What you see.** The model has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is: with six dishes on a menu and numbers of two digits, about as many rows taught it the clicks, and not which dish. And dishes that no demonstration ordered are harder for it: how many of them it finds differs much from run to run, so that is a report and not a claim.
+# **What you see.** The model has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is: with six dishes on a menu and numbers of two digits, about as many rows taught it the clicks, and not which dish. We wanted to claim that most orders are done. In some runs of this lesson with other seeds or sizes all orders of known dishes were, in others hardly any, so the number above is a report: it says what happened in this run.
 #
 # **A page can lie.** Whoever writes the page writes into the model's prompt (lesson 12 has attacks and defences). Put a second task into the text of a page, and count how often the action follows the page instead of the user.
 
