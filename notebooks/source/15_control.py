@@ -1861,7 +1861,7 @@ print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 # %% [markdown]
 # **What you see.** An answer at once can only be a guess, since every directory is invented. Calls with and without thoughts answer the same questions with the same model, so their difference is what the thoughts bring here. The bars are about questions with a trouble in them. Between the first two only the last traces of the training differ, in number equal.
 #
-# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next.
+# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next. Read the printed trace, too: nothing forces a call to follow its thought.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A shop behind a browser
@@ -2195,7 +2195,7 @@ else:
     print("Chromium or playwright is not installed: the text browser is the only one here.")
 
 # %% [markdown]
-# **What you see.** The model has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is: with six dishes on a menu and numbers of two digits, about as many rows taught it the clicks, and not which dish. We wanted to claim that most orders are done. In some runs of this lesson with other seeds or sizes all orders of known dishes were, in others hardly any, so the number above is a report: it says what happened in this run.
+# **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is: with six dishes on a menu and numbers of two digits, about as many rows taught it the clicks, and not which dish. We wanted to claim that most orders are done. In some runs of this lesson with other seeds or sizes all orders of known dishes were, in others hardly any, so the number above is a report: it says what happened in this run.
 #
 # **A page can lie.** Whoever writes the page writes into the model's prompt (lesson 12 has attacks and defences). Put a second task into the text of a page, and count how often the action follows the page instead of the user.
 
@@ -2218,7 +2218,7 @@ for lies in (False, True):
 lesson.report("with a second task in the page the action follows", said)
 
 # %% [markdown]
-# Compare the two lines. The second task need not be obeyed to do harm: it is enough that the first is not done. And the count is about one sentence and one small model, which was never taught to obey; a low number in the last column is no proof of safety. The prompt has no place where only the user can write. So what an action may do has to be limited outside of the model: `act` can click and type on this site, and it can do nothing else, whatever the page says.
+# Compare the two lines. Where the first is low, as for a model that cannot do the task, the second says nothing. Where it is high: a second task need not be obeyed to do harm, it is enough that the first is not done. And the count is about one sentence and one small model, which was never taught to obey; a low number in the last column is no proof of safety. The prompt has no place where only the user can write. So what an action may do has to be limited outside of the model: `act` can click and type on this site, and it can do nothing else, whatever the page says.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Tools in another process: the Model Context Protocol
