@@ -65,8 +65,6 @@ budget = 1.0  # share of all steps and items; the lesson's claims are asserted f
 
 # %%
 import copy
-import importlib.util
-import inspect
 import json
 import math
 import random
@@ -87,8 +85,6 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor, nn
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.utils import get_json_schema
 
 from helpers import plots
 from helpers.data import collate
@@ -98,8 +94,6 @@ from helpers.generation import generate, sequence_log_probs
 from helpers.lesson import Lesson, show_table
 from helpers.models import load_model
 from helpers.training import TrainConfig, train
-from helpers.world import World
-from helpers.world.words import DISHES
 
 lesson = Lesson("15", profile, model_id, seed, budget)
 machine = lesson.machine
@@ -1040,6 +1034,12 @@ for way in ("DAgger", "own successes"):
 # A *tool* is a function that the model may ask for. Here are three tools of a small kitchen on Shima. The model never runs anything. It writes text, and your program looks up the tool's name in a list of allowed tools.
 
 # %%
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import get_json_schema
+
+from helpers.world import World
+from helpers.world.words import DISHES
+
 world = World()
 model.float().requires_grad_(False)  # it stays as it is: what is trained from here on is a copy
 FACTS = ("trade", "animal", "dish", "instrument")
@@ -1078,6 +1078,8 @@ def look_up(town: str, fact: Literal[FACTS]) -> str:
 # **A schema from a function.** Type hints say what each argument may be, the docstring says what it is for. Together they make a *JSON schema*, the form in which tools are described to a model. `transformers` has a function for it; write your own in a few lines, and compare.
 
 # %%
+import inspect
+
 TOOLS = {tool.__name__: tool for tool in (order, price, look_up)}  # the list of what is allowed
 KINDS = {str: "string", int: "integer"}
 
@@ -1589,6 +1591,9 @@ lesson.equal("texts about which the automaton and Python's regular expressions d
 # **The library** `outlines_core` compiles a regular expression into such masks, in Rust; it is one of several that serve models use. Walk through all states that can be reached, of both at once, and compare the sets of allowed tokens. Where it is not installed, one sentence says so.
 
 # %%
+import importlib.util
+
+
 def differing_states(language: tuple) -> tuple[int, int]:
     """How many states outlines_core knows, and in how many the allowed tokens differ from ours."""
     from outlines_core import Index, Vocabulary
@@ -1873,6 +1878,7 @@ print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 # The kitchen has a web site: a menu, a page for each dish with a field for the number and a button, a basket, and a page that says that it is done. It runs in this notebook, on this machine alone. The task is to order a number of one dish. It takes four actions, and on every page the elements stand in another order.
 
 # %%
+import importlib.util
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
