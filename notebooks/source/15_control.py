@@ -83,6 +83,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor, nn
 
@@ -183,7 +184,7 @@ for layout in layouts:
 lesson.equal("breadth-first search counts the moves that networkx counts", wrong)
 
 # %% [markdown]
-# A `gymnasium.Env` wraps this in the interface that all tools for control expect: `reset` begins an episode, `step` takes an action and returns what is seen, the reward, whether the goal is reached, and whether time is up. `check_env` is the library's own list of what such an environment must keep.
+# A `gymnasium.Env` wraps this in the interface that all tools for control expect: `reset` begins an episode, `step` takes an action and returns what is seen, the reward, whether the goal is reached, and whether time is up (here never: the lesson counts moves itself). `check_env` is the library's own list of what such an environment must keep.
 
 
 # %%
@@ -219,7 +220,7 @@ lesson.equal("gymnasium's check finds nothing to remark on the environment", len
 
 
 # %% [markdown]
-# **What you see.** Both searches agree in every cell, and the library has no remark. This is the ruler for what follows: without slip we know the least number of moves, and so which moves are best.
+# **What you see.** Both searches agree in every cell, and the library has no remark. Without slip we know the least number of moves, and so which moves are best. Section 3 counts against them.
 
 # %% [markdown] tags=["further"]
 # ## 2 · The best moves on a slippery floor
@@ -439,7 +440,7 @@ with torch.no_grad():
 lesson.equal("the imitation loss is transformers' loss with labels", difference, within=1e-4)
 
 # %% [markdown]
-# **Measure and baselines.** A move is right if it is *one* of the best ones in that state of a layout that training never had. The states as *texts* are not all new, since the text is short. So the fair rivals are simple: a *table* that answers with what the expert said most often after the same text; a *decision tree* on the same six numbers (goal east, goal north, four walls); a *rule of thumb* (the longer way first, if it is free); and a robot that takes any free direction. The *ceiling* is the most that anyone can reach in this test who sees the text only: after each text the move that is right in most of the test's own states.
+# **Measure and baselines.** A move is right if it is *one* of the best ones in that state of a layout that training never had. The states as *texts* are not all new, since the text is short. So the fair rivals are simple: a *table* that answers with what the expert said most often after the same text; the same table, which *guesses* any free direction where the text is new; a *decision tree* and the *nearest example*, both on six numbers (goal east, goal north, four walls); a *rule of thumb* (the longer way first, if it is free); and a robot that takes any free direction. The *ceiling* is the most that anyone can reach in this test who sees the text only: after each text the move that is right in most of the test's own states.
 
 
 # %%
@@ -515,48 +516,67 @@ def rule_of_thumb(layout: Layout) -> str:
     return max((action for action, wall in zip(ACTIONS, walls, strict=True) if not wall), key=worth.get)
 
 
-def tree_after(number: int) -> dict[str, str]:
-    """Answers of a decision tree that was fitted to the first rows."""
-    tree = DecisionTreeClassifier(random_state=0)
-    tree.fit([numbers(layout) for layout, _ in taught[:number]], [action for _, action in taught[:number]])
-    return dict(zip(test_texts, tree.predict([numbers(state) for state, _ in tested]), strict=True))
+def by_numbers(rule, number: int) -> dict[str, str]:
+    """Answers of a rule of scikit-learn that was fitted to the first rows, as six numbers each."""
+    rule.fit([numbers(layout) for layout, _ in taught[:number]], [action for _, action in taught[:number]])
+    return dict(zip(test_texts, rule.predict([numbers(state) for state, _ in tested]), strict=True))
 
 
+def any_free(among: Sequence[tuple[Layout, list[str]]]) -> float:
+    """Share of best moves of a robot that takes any free direction."""
+    return float(np.mean([len(best) / (4 - sum(numbers(state)[2:])) for state, best in among]))
+
+
+def with_a_guess(answers: Mapping[str, str], among: Sequence[tuple[Layout, list[str]]]) -> float:
+    """Share of best moves if any free direction is taken where the text has no answer."""
+    new = [pair for pair in among if describe(*pair[0]) not in answers]
+    hits = right(answers, among).accuracy * len(among) + (any_free(new) * len(new) if new else 0)
+    return hits / len(among)
+
+# %%
+tree, nearest = DecisionTreeClassifier(random_state=0), KNeighborsClassifier(1)
 ceiling = right(most_often([(describe(*state), action) for state, best in tested for action in best]), tested)
-after = answers_of(robot, test_texts)
+by_model, by_table = answers_of(robot, test_texts), most_often(pairs)
 by_rule = {text: rule_of_thumb(state) for text, (state, _) in zip(test_texts, tested, strict=True)}
-free_ways = [sum(not wall for wall in numbers(state)[2:]) for state, _ in tested]
-any_way = np.mean([len(best) / ways for (_, best), ways in zip(tested, free_ways, strict=True)])
 show_table(
-    {"any free direction": [f"{any_way:.0%}"], "rule of thumb": [right(by_rule, tested)],
-     "table": [right(most_often(pairs), tested)], "decision tree": [right(tree_after(len(taught)), tested)],
-     "language model": [right(after, tested)], "ceiling of the text": [ceiling]},
+    {"any free direction": [f"{any_free(tested):.0%}"], "rule of thumb": [right(by_rule, tested)],
+     "table": [right(by_table, tested)], "table that may guess": [f"{with_a_guess(by_table, tested):.0%}"],
+     "decision tree": [right(by_numbers(tree, len(taught)), tested)],
+     "nearest example": [right(by_numbers(nearest, len(taught)), tested)],
+     "language model": [right(by_model, tested)], "ceiling of the text": [ceiling]},
     ["best moves on new layouts"],
 )  # fmt: skip
 
 # %% tags=["headline"]
 seen_rows = [round(len(taught) * entry["step"] / steps) for entry in history.evaluations]
 line = {"language model": (seen_rows, [entry["right"] for entry in history.evaluations])}
-line["table"] = (seen_rows, [right(most_often(pairs[:number]), looked_at).accuracy for number in seen_rows])
-line["decision tree"] = (seen_rows, [right(tree_after(number), looked_at).accuracy for number in seen_rows])
+tables = [most_often(pairs[:number]) for number in seen_rows]
+line["table"] = (seen_rows, [right(answers, looked_at).accuracy for answers in tables])
+line["table that may guess"] = (seen_rows, [with_a_guess(answers, looked_at) for answers in tables])
+line["decision tree"] = (seen_rows, [right(by_numbers(tree, number), looked_at).accuracy for number in seen_rows])
 figure = plots.curve(
-    line, title="Fewer examples than a table, more than a decision tree", xlabel="moves that were shown (rows)",
+    line, title="A table that may guess needs no more examples than the model", xlabel="moves that were shown (rows)",
     ylabel="best moves on new layouts", percent=True, references={"ceiling": ceiling.accuracy},
 )  # fmt: skip
-plots.show(figure, alt="Best moves over rows shown: the language model is above the table from the beginning, the "
-                       "decision tree above both; the three come closer to each other, below the ceiling.")  # fmt: skip
-known = {text for text, _ in pairs}
-unknown = [pair for pair in tested if describe(*pair[0]) not in known]
-new_texts = right(after, unknown) if unknown else score(0, 1)
-print(f"states whose text training never had: {len(unknown) / len(tested):.0%}; best moves there {new_texts}")
+plots.show(
+    figure, alt="Best moves over rows shown: the table without guesses begins lowest; with guesses it is about as good "
+    "as the language model; the decision tree is above them, all below the ceiling.",
+)  # fmt: skip
+unknown = [pair for pair in tested if describe(*pair[0]) not in by_table]
+new_texts = right(by_model, unknown) if unknown else score(0, 1)
+by_chance = any_free(unknown) if unknown else 0.0
+print(f"states whose text training never had: {len(unknown) / len(tested):.0%}; best moves there {new_texts}; "
+      f"any free direction {by_chance:.0%}")  # fmt: skip
 lesson.claim("after imitation the model takes a best move in most states of new layouts",
-             right(after, tested).accuracy, at_least=0.85, form=".0%")  # fmt: skip
-lesson.claim("it is also right after texts that training never had", new_texts.accuracy, at_least=0.65, form=".0%")
-first_gap = line["language model"][1][0] - line["table"][1][0]
-lesson.claim("with a quarter of the rows the model is ahead of the table", first_gap, at_least=0.05, form=".0%")
+             right(by_model, tested).accuracy, at_least=0.85, control=untrained.accuracy, form=".0%")  # fmt: skip
+lesson.report("after texts that training never had: best moves, and those of any free direction",
+              f"{new_texts.accuracy:.0%}, {by_chance:.0%}")  # fmt: skip
+model_first, table_first, guess_first, _ = (values[0] for _, values in line.values())
+lesson.report("with a quarter of the rows: language model, table, and table that may guess",
+              f"{model_first:.0%}, {table_first:.0%}, {guess_first:.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A model that had never read about a robot takes mostly best moves on floors that nobody showed it. It is ahead of the table from the first point on, because it can read a text that it has not met: an unknown text is no answer to a table, and words in a new order to a language model. But look at the rows of the table above with open eyes. The rule of thumb is better, and it took one line. A decision tree on the same facts as six numbers gets there with fewer rows. Where a state *is* six numbers, words are a detour. What they buy comes next: the same model also says plans and knows what users want, with no second interface. (The curve's points before the last are from the middle of a run whose learning rate is still high; table and tree are fitted anew for each point.)
+# **What you see.** A model that had never read about a robot takes mostly best moves on floors that nobody showed it. The first lines look as if it learned from fewer examples than the table. It does not: that table answers nothing to an unknown text, and such an answer counts as wrong. Let it guess a free direction there, and the head start is gone. On unknown texts the model is better than a guess, but they are only a small part. The rule of thumb is better than the model, and it took one line. A decision tree, on the same facts as six numbers, gets there with fewer rows, and simply looking up the nearest example comes as far. Where a state *is* six numbers, words bring no saving. What they buy comes next: the same model also says plans and knows what users want, with no second interface. (The curve's points before the last are from the middle of a run whose learning rate is still high; table and tree are fitted anew for each point.)
 
 # %% [markdown] tags=["core"]
 # ## 4 · A plan, or one move at a time?
@@ -600,6 +620,8 @@ lesson.claim("the model says right plans for goals that no plan of training had"
 
 # %% [markdown]
 # Now let it act. `play` is one episode in the environment, with at most 20 moves. The *same* model answers the *same* prompt in all cases. All that differs is after how many moves it may look again. Two more rows keep the comparison fair. The open loop stops after $L$ moves, while the closed loop may use 20; so a third robot says its plan *again and again with closed eyes* until 20 moves are over. A fourth looks, but only when its plan is through.
+#
+# And a fifth never looks, and is no fool: its plan *reckons with slip*. It keeps a probability for each cell where it could be by now, and each time takes the move after which the expected square root of the distance is least. (The root makes it finish one goal rather than come close to all.) Its success is exact, and it needs no model.
 
 
 # %%
@@ -631,6 +653,26 @@ def play(
 
 
 # %%
+def careful_blind_plan(episodes: Sequence[Layout], slip: float) -> float:
+    """Exact share of goals reached by plans that reckon with slip, without one look."""
+    chances = np.zeros((4, len(CELLS), len(CELLS)))  # (moves, from, to)
+    for (number, action), (row, cell) in product(enumerate(ACTIONS), enumerate(CELLS)):
+        for chance, end in outcomes(cell, action, OPEN, slip):
+            chances[number, row, CELLS.index(end)] += chance
+    reached = 0.0
+    for layout in episodes:
+        place, goal = np.eye(len(CELLS))[CELLS.index(layout.robot)], CELLS.index(layout.goal)  # (cells,)
+        moves = breadth_first(layout.goal, OPEN)
+        roots = np.sqrt([moves[cell] for cell in CELLS])
+        for _ in range(MOST_MOVES):
+            options = place @ chances  # (moves, cells): where the robot may be after each move
+            place = options[(options @ roots).argmin()]
+            reached += place[goal]
+            place[goal] = 0.0  # what has arrived stays
+    return reached / len(episodes)
+
+
+# %%
 ways = {  # name -> (plan, look after how many moves)
     "a look after every move": (plans.get, 1),
     "a look after every plan": (plans.get, MOST_MOVES),
@@ -646,18 +688,22 @@ for name, way in ways.items():
 reached = {name: [score(game[:, 0].sum(), len(game)) for game in games] for name, games in played.items()}
 lengths = np.array([breadth_first(e.goal, OPEN)[e.robot] for e in episodes])
 theory = [float(np.mean((1 - slip) ** lengths)) for slip in SLIPS]
+careful = [careful_blind_plan(episodes, slip) for slip in SLIPS]
 
 # %%
 series = {name: plots.scored_line(SLIPS, scores) for name, scores in reached.items()}
 figure = plots.curve(
-    series | {"(1 - p)^L": (SLIPS, theory)}, title="A plan decays with slip, a robot that looks does not",
+    series | {"blind plan that reckons with slip": (SLIPS, careful), "(1 - p)^L": (SLIPS, theory)},
+    title="A plan decays with slip, a robot that looks does not",
     xlabel="probability that a move slips", ylabel="episodes that reach the goal", percent=True,
 )  # fmt: skip
 plots.show(figure, alt="Episodes that reach the goal over slip: with a look after every move nearly all at any slip; "
                        "with one plan the share falls steeply, close to the theory's line; repeated blindly it falls "
-                       "too.")  # fmt: skip
+                       "too; a blind plan that reckons with slip falls least.")  # fmt: skip
 show_table({name: [f"{s.accuracy:.0%}" for s in scores] for name, scores in reached.items()}
-           | {"theory (1 - p)^L": [f"{t:.0%}" for t in theory]}, [f"slip {slip:g}" for slip in SLIPS])  # fmt: skip
+           | {"blind plan that reckons with slip": [f"{share:.0%}" for share in careful],
+              "theory (1 - p)^L": [f"{share:.0%}" for share in theory]},
+           [f"slip {slip:g}" for slip in SLIPS])  # fmt: skip
 print(f"mean length of the plans: {lengths.mean():.1f} moves")
 gap = {way: [a.accuracy - b.accuracy for a, b in zip(reached["a look after every move"], reached[way], strict=True)]
        for way in ways}  # fmt: skip
@@ -666,9 +712,9 @@ for name, games in played.items():
     print(f"slip 0.2, {name}: {games[at, :, 1].mean():.1f} questions and {games[at, :, 2].mean():.1f} moves an episode")
 lesson.claim("on a slippery floor looking after every move reaches more goals than one plan",
              gap["plan once"][at], at_least=0.3, control=gap["plan once"][0], form=".0%")  # fmt: skip
-lesson.claim("it also reaches more than a plan repeated blindly with as many moves",
-             gap["plan repeated blindly"][at], at_least=0.2, control=gap["plan repeated blindly"][0],
-             form=".0%")  # fmt: skip
+looking = reached["a look after every move"]
+lesson.report("looking after every move, minus the blind plan that reckons with slip, at slip 0.2 and 0.3 (points)",
+              ", ".join(f"{100 * (looking[n].accuracy - careful[n]):.0f}" for n in (at, at + 1)))  # fmt: skip
 questions = [played[f"a look after every {what}"][at, :, 1].mean() for what in ("plan", "move")]
 lesson.report("slip 0.2: questions with a look after every plan, as a share of those after every move",
               questions[0] / questions[1], form=".0%")  # fmt: skip
@@ -690,7 +736,7 @@ def within(driver: Callable[[Layout], str], layout: Layout, slip: float, moves: 
 
 tested_layouts = new_layouts(lesson.scaled(30), stream=3)  # those of section 3
 arrived = {}
-drivers = {"rule of thumb": rule_of_thumb, "language model": lambda state: after[describe(*state)]}
+drivers = {"rule of thumb": rule_of_thumb, "language model": lambda state: by_model[describe(*state)]}
 for name, driver in drivers.items():
     for slip in SLIPS:
         shares = [within(driver, layout, slip, MOST_MOVES) for layout in tested_layouts]
@@ -698,16 +744,16 @@ for name, driver in drivers.items():
         arrived.setdefault(name, []).append(np.mean([share[s.robot] for share, floor in both for s in states(floor)]))
 show_table({name: [f"{share:.0%}" for share in line] for name, line in arrived.items()},
            [f"slip {slip:g}" for slip in SLIPS])  # fmt: skip
-print(f"best moves of the language model in single states: {right(after, tested).accuracy:.0%}")
+print(f"best moves of the language model in single states: {right(by_model, tested).accuracy:.0%}")
 lesson.report("with walls, goals reached on a dry floor and at slip 0.2",
               f"{arrived['language model'][0]:.0%}, {arrived['language model'][SLIPS.index(0.2)]:.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The line of one plan follows $(1 - p)^L$, and repeating the plan blindly helps only by luck. With a look after every move slip hardly matters. So feedback is worth more than a better plan: the plans here are nearly all right, and fail all the same.
+# **What you see.** The line of one plan follows $(1 - p)^L$. With a look after every move slip hardly matters. What lies between is not all feedback. The plans here were made for a dry floor, and fail on a wet one though nearly all are right. Repeating them blindly brings a good part of the goals back. A blind plan that reckons with slip brings back most of the rest. What only a look can give is the distance from there to the top, and it is largest where the floor is most slippery. But note what the careful plan needed: it had to know the slip. A robot that looks does not.
 #
-# How often must one look? On the open floor a look after each *whole plan* reaches about as many goals, with a fraction of the questions, and hardly more moves. Here a slip can be made good at any later time, so nothing is lost by noticing it late. Where a late correction is dear, near an edge or in traffic, it is not so; measure it for your own task.
+# How often must one look? On the open floor a look after each *whole plan* reaches about as many goals, with a fraction of the questions, and hardly more moves. (A question about a plan is answered with several words and a stop, so about as much is written; what is saved is prompts that must be read.) Here a slip can be made good at any later time, so nothing is lost by noticing it late. Where a late correction is dear, near an edge or in traffic, it is not so; measure it for your own task.
 #
-# With walls the last table adds a warning. A share of best moves in single states is not a share of goals reached. One state with a wrong answer lies on many ways, and a robot that always answers alike turns back into it for ever. Compare the model's goals on the dry floor and on the most slippery one: chance may even help it out.
+# With walls the last table adds a warning. A share of best moves in single states is not a share of goals reached. One state with a wrong answer lies on many ways, and a robot that always answers alike may turn back into it again and again. Compare the model's goals on the dry floor and on the most slippery one: chance may even help it out.
 
 # %% [markdown] tags=["further"]
 # ## 5 · What is wanted, and what can be done
@@ -820,16 +866,15 @@ pairs_of = [NEEDS[list(NEEDS)[number % len(NEEDS)]] for number in range(len(fres
 second = [other in room[1] for (usual, other), room in zip(pairs_of, fresh, strict=True) if usual not in room[1]]
 print(f"of the rooms without the usual thing, {np.mean(second):.0%} have the other one")
 shares = {name: {kind: score(sum(done), len(done)) for kind, done in parts.items()} for name, parts in served.items()}
-figure = plots.bars_with_intervals(shares, title="The product serves users in unusual rooms",
+figure = plots.bars_with_intervals(shares, title="Knowing what is there serves users in unusual rooms",
                                    xlabel="users who got what would do")  # fmt: skip
 plots.show(figure, alt="For each way of choosing, the share of users served in rooms with and without the usual thing: "
                        "what is wanted alone serves nobody without it, filter and product serve many.")  # fmt: skip
 for name, parts in shares.items():
     print(f"{name:<27}", "; ".join(f"{kind} {share}" for kind, share in parts.items()))
 without = {name: parts["not there"].accuracy for name, parts in shares.items()}
-lesson.claim("without the usual thing the product serves more users than what is wanted alone",
-             without["product"] - without["what is wanted alone"], at_least=0.2, form=".0%",
-             control=without["control: another room"] - without["what is wanted alone"])  # fmt: skip
+lesson.claim("without the usual thing, what this room holds serves more users than what another room holds",
+             without["product"] - without["control: another room"], at_least=0.1, form=".0%")  # fmt: skip
 picked = [[int(np.argmax([pickers[name](wanted[list(NEEDS)[number % 5]], room, None, k) for k in range(len(THINGS))]))
            for name in ("product", "filter: wanted, and there")] for number, room in enumerate(fresh)]  # fmt: skip
 print(f"product and filter choose different things in {np.mean([a != b for a, b in picked]):.0%} of the rooms")
@@ -839,16 +884,16 @@ lesson.report("all rooms: product minus filter (points)", 100 * (total["product"
 # %% [markdown]
 # **What you see.** What is wanted alone asks for tea that is not there, and serves nobody in such a room. What can be done alone fetches whatever is near. The product serves most of those who can be served at all, and the control shows that the affordances must be those of this room.
 #
-# Two things should keep you modest. The rooms were built such that the usual thing is often missing: in a world where it never is, the product gains nothing. And the plain filter, *is it there?*, does as well here. The counted probabilities choose differently in only a few rooms. They are needed where skills fail for reasons that nobody can see or list, and it is worth checking first whether that is your case.
+# Two things should keep you modest. The rooms were built such that the usual thing is often missing: where the usual thing is there, the product gains next to nothing on what is wanted alone. And the plain filter, *is it there?*, does as well here. The counted probabilities choose differently in only a few rooms. They are needed where skills fail for reasons that nobody can see or list, and it is worth checking first whether that is your case.
 
 # %% [markdown] tags=["core"]
 # ## 6 · A perfect copy that fails
 #
 # **Question.** A model copies its expert without a single mistake. Will it do as well as the expert?
 #
-# Imitation is trained on the states that the *expert* visits, and used in the states that the *copy* visits. Where these differ, nothing was learned. Make the difference as large as it can be, and still harmless to look at: the robot starts at its depot, the corner (0, 0) of an open floor. It is sent to sixteen goals north-east of it. The demonstrations were made on a dry floor. Then the floor gets wet.
+# Imitation is trained on the states that the *expert* visits, and used in the states that the *copy* visits. Where these differ, the copy can only hope that its answers carry over. Make the difference large, in a way that is easy to overlook: the robot starts at its depot, the corner (0, 0) of an open floor. It is sent to sixteen goals north-east of it. The demonstrations were made on a dry floor. Then the floor gets wet.
 #
-# Everything else is easy: there is nothing to see but where the goal is, and every goal that is tested was also demonstrated. Since there are only sixteen goals, success is computed exactly with section 4's `within`, for at most 24 moves.
+# Everything else is easy: there is nothing to see but where the goal is, and nearly every goal that is tested was also demonstrated. Since there are only sixteen goals, success is computed exactly with section 4's `within`, for at most 24 moves.
 
 # %%
 DEPOT, WET, TIME = (0, 0), 0.2, 24
@@ -911,6 +956,8 @@ def success(choices: Mapping[str, str], slip: float) -> float:
 
 
 shown = collect(expert, 0.0, lesson.scaled(200), "demonstrations")
+first_of_each = [Layout(DEPOT, goal, OPEN) for goal in GOALS]
+print(f"{len({tell(e) for e in first_of_each} & {text for text, _ in shown})} of {len(GOALS)} first texts were shown")
 clone = fitted(copy.deepcopy(model).float(), shown, lesson.scaled(40))
 clone_choices = answers_of(clone, depot_texts)
 expert_choices = {tell(state): expert(state) for goal in GOALS for state in depot_states[goal]}
@@ -941,7 +988,7 @@ for text, count in worst:
     print(f"{count} times: {text} -> {clone_choices[text]}")
 
 # %% [markdown]
-# **Four ways to spend labels.** Start each time from the same clone, and add a hundred labelled states in each of three rounds, trained on with everything before. Labels and steps are equal; all that differs is *which* states are labelled.
+# **Four ways to spend labels.** Start each time from the same clone, and add a hundred labelled states in each of three rounds, and train a few more steps on everything so far. Labels and steps are equal; all that differs is *which* states are labelled. Beside the learner stands what a *table* would do with the same labels: it answers what it was told, and `east` where it was told nothing. It shows what is in the labels; the rest is training.
 #
 # - *more demonstrations*, as before;
 # - *demonstrations on a wet floor*: the expert drives, the floor slips (in the spirit of DART, Laskey et al. 2017);
@@ -995,7 +1042,7 @@ def policy(network: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 WAYS = ("DAgger", "any states", "demonstrations on a wet floor", "own successes", "more demonstrations")
 ROUNDS, LABELS, STEPS = 3, lesson.scaled(100), lesson.scaled(15)
-over_rounds, dry_at_the_end, first = {}, {}, policy(clone)
+over_rounds, more, first = {}, {}, policy(clone)
 for way in WAYS:
     learner, rows, (chances, choices) = copy.deepcopy(clone), list(shown), first
     over_rounds[way] = [success(choices, WET)]
@@ -1003,12 +1050,16 @@ for way in WAYS:
         rows += more_labels(way, chances, LABELS, f"round {number}")
         chances, choices = policy(fitted(learner, rows, STEPS))
         over_rounds[way].append(success(choices, WET))
-    dry_at_the_end[way] = success(choices, 0.0)
+    off_path = np.mean([text not in familiar for text, _ in rows[len(shown) :]])
+    table = success(dict.fromkeys(depot_texts, "east") | most_often(rows), WET)
+    more[way] = [f"{share:.0%}" for share in (success(choices, 0.0), off_path, table)]
 labels = [len(shown) + LABELS * number for number in range(ROUNDS + 1)]
-show_table({way: [f"{value:.0%}" for value in wet] + [f"{dry_at_the_end[way]:.0%}"]
-            for way, wet in over_rounds.items()}, [f"{n} labels" for n in labels] + ["dry, at the end"])  # fmt: skip
+show_table({way: [f"{value:.0%}" for value in wet] + more[way] for way, wet in over_rounds.items()},
+           [f"{n} labels" for n in labels] + ["dry, at the end", "new texts", "a table"])  # fmt: skip
+blind = {action: success(dict.fromkeys(depot_texts, action) | most_often(shown), WET) for action in ACTIONS}
+print("the demonstrations, and elsewhere always:", *(f"{action} {share:.0%};" for action, share in blind.items()))
 figure = plots.curve({way: (labels, wet) for way, wet in over_rounds.items()},
-                     title="Which states are labelled counts, not how many",
+                     title="What is labelled counts more than how much",
                      xlabel="labelled states (for own successes: kept ones)",
                      ylabel="goals reached on the wet floor", percent=True,
                      references={"expert": success(expert_choices, WET)})  # fmt: skip
@@ -1016,7 +1067,7 @@ plots.show(figure, alt="Goals reached on the wet floor over labelled states: mor
                        "stay where the clone was; DAgger, any states and wet demonstrations rise.")  # fmt: skip
 end = {way: wet[-1] for way, wet in over_rounds.items()}
 other_states = np.mean([end[way] for way in WAYS[:3]])
-lesson.claim("labels on states off the demonstrated path bring more goals than as many on it",
+lesson.claim("labels from wet floors and random states bring more goals than as many from a dry floor",
              other_states - end["more demonstrations"], at_least=0.1, form=".0%")  # fmt: skip
 for way in ("DAgger", "own successes"):
     lesson.report(f"on the wet floor {way} gained (points)", 100 * (end[way] - over_rounds[way][0]))
@@ -1024,7 +1075,11 @@ for way in ("DAgger", "own successes"):
 # %% [markdown]
 # **What you see.** The clone is perfect on the dry floor and hardly errs in states that were demonstrated. On the wet one it gets off the path. No demonstration ever went west or south, so past the goal it goes on east, into the wall, until time is up. More demonstrations of the same kind do not repair it. Its own successes do not either: the episodes in which it got stuck are the ones that are thrown away.
 #
-# What repairs it is labels on *other* states. DAgger needs nobody to know beforehand which states these are: the learner shows them. It does so one kind after another, since it only comes to new places once it is out of the old ones, and how far it gets in three rounds differs from run to run. (The claim above is therefore about the mean of the three ways. We first expected DAgger alone to do at least as well.) And it has no monopoly. An expert that drives on the wet floor, and even states drawn at random, help as well: this world is small enough to be covered by chance. In a larger one, going where the learner goes is what remains. Note the price that the table does not show: for DAgger an expert must be at hand while the learner drives, and the learner drives badly at first.
+# Section 3's model was mostly right on texts that it had not met, and this clone is mostly wrong. There the unknown texts needed the same four answers as the known ones. Here training never once said west or south.
+#
+# What repairs it is labels on *other* states. The column "new texts" says how many of each way's labels were about texts that no demonstration had: that column, and not the number of labels, goes with the gain. States drawn at random have most of them and do best here, because a small world is covered by chance; in a large one it would not be. DAgger needs nobody to know beforehand which states to label: the learner shows them, one kind after another, since it comes to new places only once it is out of the old ones. A wet demonstration brings few, since the expert corrects a slip at once.
+#
+# Three warnings. Look at the line of fixed answers: `west` or `south` in place of `east` in unknown texts already buys part of the gain. Look at the last column: where the table does better than the learner, the labels held more than a few steps of training took from them. And this is one training run a way. How far each gets differs from run to run, so the claim is about the mean of three ways. (We first expected DAgger alone to do at least as well.) The price of DAgger stands in no table: an expert must be at hand while the learner drives, and the learner drives badly at first.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Tool calls that cannot be malformed
@@ -1258,24 +1313,29 @@ def allowed(language: tuple, size: int) -> Tensor:
 
 @torch.no_grad()
 def write(asked: nn.Module, prompts: Sequence[str], language: tuple | None = None, temperature: float = 0.0,
-          room: int = 90) -> Tensor:  # fmt: skip
-    """Token ids (prompts, tokens) that the model writes, all of them allowed if a language is given."""
+          room: int = 90) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Token ids (prompts, tokens) that the model writes, all of them allowed if a language is given.
+
+    With them the log of the share of probability that the mask allowed, multiplied along each text: (prompts,).
+    """
     batch = tokenizer(list(prompts), padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     inputs, attention = batch["input_ids"].to(asked.device), batch["attention_mask"].to(asked.device)
-    states, cached, written = [language] * len(prompts), None, []
+    states, cached, written, kept = [language] * len(prompts), None, [], torch.zeros(len(prompts))
     while len(written) < room and not (written and bool(torch.stack(written).eq(STOP).any(0).all())):
         places = (attention.cumsum(-1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
         output = asked(input_ids=inputs, attention_mask=attention, position_ids=places, past_key_values=cached)
         scores, cached = output.logits[:, -1].float(), output.past_key_values  # (prompts, vocab)
         if language is not None:
             masks = torch.stack([allowed(state, scores.shape[-1]) for state in states]).to(scores.device)
-            scores = scores.masked_fill(~masks, -math.inf)
+            free, scores = scores, scores.masked_fill(~masks, -math.inf)
+            share = scores.logsumexp(-1) - free.logsumexp(-1)  # (prompts,): log of a_t
+            kept += share.cpu() * torch.tensor([state != END for state in states])  # not after the end
         chosen = torch.multinomial((scores / temperature).softmax(-1), 1)[:, 0] if temperature else scores.argmax(-1)
         if language is not None:
             states = [next_states(state)[token] for state, token in zip(states, chosen.tolist(), strict=True)]
         written.append(chosen)
         inputs, attention = chosen[:, None], nn.functional.pad(attention, (0, 1), value=1)
-    return torch.stack(written, dim=1)
+    return torch.stack(written, dim=1), kept
 
 
 def text_of(ids: Tensor) -> str:
@@ -1307,7 +1367,7 @@ def library_write(temperature: float, room: int = 90) -> Tensor:
 for name, temperature in {"greedily": 0.0, "by sampling": 1.0}.items():
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        mine = write(model, PROBES, CALLS, temperature).cpu()
+        mine = write(model, PROBES, CALLS, temperature)[0].cpu()
         torch.manual_seed(seed)
         theirs = library_write(temperature).cpu()
     same = mine.shape == theirs.shape and mine.equal(theirs)
@@ -1328,8 +1388,8 @@ WORDINGS = {
 }  # fmt: skip
 KEPT_BACK = {
     "order": ('we need "{item}" soon, count {count}', 'buy count {count} of "{item}"'),
-    "price": ('the price of "{item}" today', 'we need the price of "{item}"', 'what is "{item}" by price'),
-    "look_up": ('I must find out the "{fact}" of "{town}"', 'what is "{town}" by "{fact}"'),
+    "price": ('the price of "{item}" today', 'we need the price of "{item}"', 'tell the price of "{item}"'),
+    "look_up": ('I must find out the "{fact}" of "{town}"', 'find the "{fact}" of "{town}"'),
 }
 
 
@@ -1387,7 +1447,7 @@ for line in (f"Call: dish of {one}", f"Call: dish of {other}", f"Call: erase {on
     print(line, "->", answer_call(line, book, set(), {other: one}))
 
 # %% [markdown]
-# **Demonstrations.** A program that knows the right next step writes *traces*: thoughts and calls, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says. After a trouble its thought also repeats the plan, so that the plan stands close to where it is needed. Two in three traces have thoughts, the others have calls only.
+# **Demonstrations.** A program that knows the right next step writes *traces*: calls and an answer, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says.
 
 # %%
 ASKED = ("Which {} has the twin of {}?", "What is the {} of the twin of {}?", "Find the {} of the twin of {}.")
@@ -1411,29 +1471,26 @@ def task(generator: random.Random, book: dict, trouble: str = "", later: bool = 
     return {"question": question, "fact": fact, "busy": busy, "renamed": renamed, "answer": answer}
 
 # %%
-def demonstrate(item: dict, book: dict, think: bool) -> list[tuple[str, bool]]:
+def demonstrate(item: dict, book: dict) -> list[tuple[str, bool]]:
     """A trace in parts, each with whether the model is to write it."""
     parts, busy = [(f"Question: {item['question']}\n", False)], set(item["busy"])
-    fact, town, plan = "twin", item["question"].split()[-1][:-1], f"first twin, then {item['fact']}"
-    thought = plan
+    fact, town = "twin", item["question"].split()[-1][:-1]
     while True:
         line = f"Call: {fact} of {town}"
         result = answer_call(line, book, busy, item["renamed"])
-        parts += [((f"Thought: {thought}\n" if think else "") + line + "\n", True), (f"Result: {result}\n", False)]
-        if result.startswith("busy"):
-            thought = f"once more, {plan}"
-        elif result.startswith("renamed"):
+        parts += [(line + "\n", True), (f"Result: {result}\n", False)]
+        if result.startswith("renamed"):
             town = result.split()[-1]
-            thought = f"it is {town} now, {plan}"
+        elif result.startswith("busy"):
+            continue  # the same call again
         elif fact == "twin":
-            fact, town, plan = item["fact"], result, f"then {item['fact']}"
-            thought = plan
+            fact, town = item["fact"], result
         else:
             return [*parts, (f"Answer: {result}\n", True)]
 
 
 trouble = task(random.Random(seed), book, "renamed first")
-print("".join(text for text, _ in demonstrate(trouble, book, think=True)))
+print("".join(text for text, _ in demonstrate(trouble, book)))
 
 # %% [markdown]
 # **Training** is that of lesson 05: the loss is taken over what the model is to write, the call and the end token. Its embeddings learn faster than its other weights, since it has hardly ever met braces and quotation marks. A batch holds rows of similar length. Most tokens of a call are braces and names that are always the same. So two in three requests are answered in a short form, the tool's name and the arguments: there the model learns to choose and to copy at a third of the tokens.
@@ -1472,14 +1529,13 @@ def tune(start: nn.Module, rows: Sequence[dict], batch_tokens: int = 560, speed:
     return tuned.eval().requires_grad_(False)
 
 # %%
-def traces(number: int, troubles: Sequence[str], stream: int) -> list[dict]:
-    """Encoded demonstrations from sixty directories, two in three with thoughts."""
+def traces(tokens: int, troubles: Sequence[str], stream: int) -> list[dict]:
+    """Encoded demonstrations from sixty directories, as many as make so many tokens."""
     generator, rows = random.Random(f"traces/{stream}/{seed}"), []
     books = [directory(201 + index) for index in range(60)]
-    for index in range(number):
+    while sum(len(row["input_ids"]) for row in rows) < tokens:
         book = generator.choice(books)
-        item = task(generator, book, generator.choice(troubles))
-        rows.append(encode_parts(demonstrate(item, book, index % 3 > 0)))
+        rows.append(encode_parts(demonstrate(task(generator, book, generator.choice(troubles)), book)))
     return rows
 
 
@@ -1489,70 +1545,88 @@ def short_row(prompt: str, call: dict) -> dict[str, list[int]]:
     return encode_parts([(prompt.replace("Call:", "Short:"), False), (answer, True)], stop=True)
 
 
-examples = [request(generator) for _ in range(lesson.scaled(1300, 24))]
+examples = [request(generator) for _ in range(lesson.scaled(1400, 24))]
 whole, short = examples[::3], examples[1::3] + examples[2::3]
 rows = [encode_parts([(prompt, False), (json.dumps(call), True)], stop=True) for prompt, call in whole]
 rows += [short_row(*example) for example in short]
-assistant = tune(model, rows + traces(lesson.scaled(180, 16), [""], 0))
+assistant = tune(model, rows + traces(lesson.scaled(9_000, 800), [""], 0))
 
 # %% [markdown]
-# **Measure.** Ask in the wordings that were kept back, greedily and at temperature 1.2, each without and with the mask. A call is *valid* if the automaton takes it, and *right* if it is the call that was asked for.
+# **Measure.** Ask in the wordings that were kept back, greedily and at temperature 1.2, each without and with the mask. A call is *unreadable* if the automaton does not take it, *right* if it is the call that was asked for, and otherwise valid and wrong. The fair rival is a *rule of keywords*: the word `count` means an order, a fact in quotation marks means the directory, and anything else a price.
 
 # %%
+def by_keywords(prompt: str) -> str:
+    """The call by a rule; what stands in quotation marks is copied."""
+    quoted, count = re.findall(r'"(\w+)"', prompt), re.search(r"count (\d+)", prompt)
+    if count:
+        return json.dumps({"name": "order", "arguments": {"item": quoted[0], "count": int(count[1])}})
+    if len(quoted) == 1:
+        return json.dumps({"name": "price", "arguments": {"item": quoted[0]}})
+    town, fact = sorted(quoted, key=FACTS.__contains__)
+    return json.dumps({"name": "look_up", "arguments": {"town": town, "fact": fact}})
+
+
 generator = random.Random(f"test requests/{seed}")
 asked_for = [request(generator, held_out=True) for _ in range(lesson.scaled(80, 8))]
 prompts, wanted = [prompt for prompt, _ in asked_for], [json.dumps(call) for _, call in asked_for]
-valid_calls, right_calls, written = {}, {}, {}
+written_calls, kept_along, counted = {}, {}, {}
 with torch.random.fork_rng():
     torch.manual_seed(seed)
     for way, temperature in {"greedy": 0.0, "temperature 1.2": 1.2}.items():
         for language in (None, CALLS):
-            texts = [text_of(ids) for ids in write(assistant, prompts, language, temperature)]
+            ids, kept = write(assistant, prompts, language, temperature)
             key = (way, "with mask" if language else "without mask")
-            written[key] = texts
-            valid_calls[key] = score(sum(is_valid(CALLS, text) for text in texts), len(texts))
-            right_calls[key] = score(sum(text == call for text, call in zip(texts, wanted, strict=True)), len(texts))
-show_table({", ".join(key): [str(valid_calls[key]), str(right_calls[key])] for key in valid_calls}, ["valid", "right"])
+            written_calls[key], kept_along[key] = [text_of(row) for row in ids], kept
+            hits = sum(text == call for text, call in zip(written_calls[key], wanted, strict=True))
+            valid = sum(is_valid(CALLS, text) for text in written_calls[key])
+            counted[key] = {"right": hits, "valid and wrong": valid - hits, "unreadable": len(ids) - valid}
+
+# %%
+rule = sum(by_keywords(prompt) == call for prompt, call in zip(prompts, wanted, strict=True))
+show_table({", ".join(key): list(counts.values()) for key, counts in counted.items()}
+           | {"rule of keywords": [rule, len(wanted) - rule, 0]},
+           ["right", "valid and wrong", "unreadable"])  # fmt: skip
 by_tool = {name: [0, 0] for name in TOOLS}  # right under the mask, asked for; greedy
-for text, call in zip(written["greedy", "with mask"], wanted, strict=True):
+for text, call in zip(written_calls["greedy", "with mask"], wanted, strict=True):
     by_tool[json.loads(call)["name"]][0] += text == call
     by_tool[json.loads(call)["name"]][1] += 1
-print("greedy, with mask:", *(f"{name} {score(*counts)};" for name, counts in by_tool.items() if counts[1]))
-broken = [text for text in written["temperature 1.2", "without mask"] if not is_valid(CALLS, text)]
-print("not valid, for example:", *broken[:2], sep="\n  ")
-both = zip(prompts, written["temperature 1.2", "with mask"], wanted, strict=True)
+print("greedy, with mask, right:", *(f"{name} {score(*counts)};" for name, counts in by_tool.items() if counts[1]))
+broken = [text for text in written_calls["temperature 1.2", "without mask"] if not is_valid(CALLS, text)]
+print("unreadable, for example:", *broken[:2], sep="\n  ")
+both = zip(prompts, written_calls["temperature 1.2", "with mask"], wanted, strict=True)
 missed = [f"{prompt.splitlines()[0]} -> {text}" for prompt, text, call in both if text != call]
 print("valid under the mask and wrong, for example:", *missed[:3], sep="\n  ")
 
 # %%
-bars = {f"{what}, {way}": {mask: table[way, mask] for mask in ("without mask", "with mask")}
-         for what, table in {"valid": valid_calls, "right": right_calls}.items()
-         for way in ("greedy", "temperature 1.2")}  # fmt: skip
-figure = plots.bars_with_intervals(bars, title="With the mask every call can be read, and more are right",
+shares = {key: {what: score(count, len(wanted)) for what, count in counts.items()} for key, counts in counted.items()}
+bars = {f"{what}, {way}": {mask: shares[way, mask][what] for mask in ("without mask", "with mask")}
+        for way in ("greedy", "temperature 1.2") for what in ("right", "valid and wrong", "unreadable")}  # fmt: skip
+figure = plots.bars_with_intervals(bars, title="With the mask every call can be read, and more are wrong",
                                    xlabel="share of calls")  # fmt: skip
-plots.show(
-    figure, alt="Valid and right calls, greedy and at temperature 1.2: with the mask all are valid, and more are right."
-)
-free, masked = ("temperature 1.2", "without mask"), ("temperature 1.2", "with mask")
-lesson.claim("trained calls are right in wordings that training did not have",
-             right_calls["greedy", "without mask"].accuracy, at_least=0.6, form=".0%")  # fmt: skip
-lesson.claim("at temperature 1.2 calls without a mask break the schema", 1 - valid_calls[free].accuracy, at_least=0.05,
-             control=1 - valid_calls[masked].accuracy, form=".0%")  # fmt: skip
-lesson.claim("at temperature 1.2 more calls are right with the mask than without", at_least=0.05, form=".0%",
-             value=right_calls[masked].accuracy - right_calls[free].accuracy)  # fmt: skip
-wrong = f"{valid_calls[masked].accuracy - right_calls[masked].accuracy:.0%}"
-lesson.report("calls under the mask at temperature 1.2 that are valid and wrong", wrong)
-print(f"valid and wrong under the mask at temperature 1.2: {wrong}")
+plots.show(figure, alt="Right, valid and wrong, and unreadable calls, greedy and at temperature 1.2: with the mask "
+                       "none is unreadable, more are valid and wrong, and not fewer are right.")  # fmt: skip
+free, masked = (counted["temperature 1.2", mask] for mask in ("without mask", "with mask"))
+lesson.claim("most trained calls are right in wordings that training did not have",
+             shares["greedy", "without mask"]["right"].accuracy, at_least=0.5, form=".0%")  # fmt: skip
+lesson.claim("at temperature 1.2 calls without a mask break the schema", free["unreadable"] / len(wanted),
+             at_least=0.05, control=masked["unreadable"] / len(wanted), form=".0%")  # fmt: skip
+in_place = [masked[what] - free[what] for what in ("right", "valid and wrong")]
+print(f"temperature 1.2: in place of {free['unreadable']} unreadable calls the mask brought {in_place[0]} more right "
+      f"ones and {in_place[1]} more wrong ones")  # fmt: skip
+lesson.report("temperature 1.2: more right and more wrong calls in place of unreadable ones",
+              f"{in_place[0]} and {in_place[1]} in place of {free['unreadable']}, of {len(wanted)}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. At the higher temperature it also saves calls: one slip in a brace loses a whole call whose dish and number were right. What remains are calls that are valid and wrong, as the printed ones: another argument, or another tool, in perfect form. No parser finds those. Look at the line by tool, too. In new wordings a tool may be chosen nearly always or nearly never, and which of the two differs from run to run; a mean over tools hides it. (Section 8 has a number that points at some of them.)
+# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. But it is not that unreadable calls become right ones. At the higher temperature some do, where one slip in a brace would have lost a call whose dish and number were right. The others become calls that are *valid and wrong*: another argument, or another tool, in perfect form. That is not a small price. An unreadable call does nothing, and can be asked for again. A wrong one is carried out, and no parser finds it. (Section 8 tries a number that may.)
+#
+# Look at the rule of keywords, too: for requests as regular as these you need no model. And look at the line by tool. In new wordings a tool may be chosen nearly always or nearly never, and which of the two differs from run to run; a mean over tools hides it.
 
 # %% [markdown] tags=["further"]
 # ## 8 · A closer look: two libraries, and probabilities
 #
 # *Further: no core section needs this one.*
 #
-# **Question.** Does the automaton agree with tools that others use, and is sampling under a mask the same as sampling and keeping only what is valid?
+# **Question.** Does the automaton agree with tools that others use, is sampling under a mask the same as sampling and keeping only what is valid, and does the mask know when it had to force something?
 #
 # **Python has such languages too,** as regular expressions. Write the language as a pattern, and ask both about calls with random mistakes in them: a character removed, doubled, or replaced.
 
@@ -1625,186 +1699,73 @@ else:
     print("outlines_core is not installed: this comparison is left out.")
 
 # %% [markdown]
-# **Why bounds?** JSON allows white space between its parts, and digits without end. Loosen the language so, up to 80 of each, and let the model that was never trained to call write greedily under both.
-
-# %%
-SPACES = times(byte_in(" \n"), 0, 80)
-loose_number = then(byte_in("123456789"), times(byte_in("0123456789"), 0, 80))
-item = either(*(exactly(json.dumps(dish)) for dish in DISHES))
-LOOSE = END
-for part in (exactly('{"name": "order", "arguments": {'), SPACES, exactly('"item": '), item, exactly(","), SPACES,
-             exactly('"count": '), loose_number, SPACES, exactly("}}")):  # fmt: skip
-    LOOSE = then(LOOSE, part)
-asks = [f'Request: order {number} of "{dish}"\nCall:\n' for number, dish in enumerate(DISHES, start=1)]
-ended = {}
-for name, language in {"bounded": CALLS, "loose": LOOSE}.items():
-    ids = write(model, asks[: lesson.scaled(24, 4)], language)
-    ended[name] = score(int(ids.eq(STOP).any(1).sum()), len(ids))
-    print(f"{name}: {ended[name]} end inside {ids.shape[1]} tokens, for example {text_of(ids[0])[:90]!r}")
-said = ", ".join(map(str, ended.values()))
-lesson.report("calls of the untrained model that end, bounded and loose language", said)
-
-# %% [markdown]
-# The loose language is a correct description of JSON, and useless here: the first gap is filled with white space until the room is used up. Bounds are part of the design.
-#
 # **Probabilities.** Is sampling under a mask the same as sampling until a text is valid? It sounds so, and it is not. Let $p(y)$ be the probability of a text $y$ under the model, and $\mathcal{V}$ the valid texts. Sampling until a text is valid gives
 #
 # $$p(y \mid \mathcal{V}) = \frac{p(y)}{p(\mathcal{V})}, \qquad y \in \mathcal{V}.$$
 #
 # A mask instead renormalises at *every token*: with $a_t$ the share of probability that is allowed at token $t$, it gives $q(y) = \prod_t p(y_t \mid y_{<t}) / a_t = p(y) / \prod_t a_t$. The product differs from text to text. A path that begins with a likely token and then has nowhere good to go keeps the probability of its beginning. Park et al. (2024) call this a distortion of the model's distribution.
 #
-# **Make it happen.** The model has learned to order up to 60 portions. Today the kitchen allows 24: one number in the schema has changed, and nobody trains the model again. Ask for numbers within the new limit and above it. All that matters happens at the number, so a small table of token probabilities is enough to know both distributions exactly: after the beginning of the call, after each first digit, and after each number of two digits.
+# **By hand.** Two numbers are allowed, 2 and 15. The model wants 17: its first token is `1` with probability 0.98 and `2` with 0.02. After `1` it says `5` with probability 0.01, and `7`, which is not allowed, with 0.99. After `2` it stops. So $p(15) = 0.98 \cdot 0.01$ and $p(2) = 0.02$: given that the number is valid, 2 is twice as probable as 15. Under the mask the first token is hardly restricted, $a_1 = 1$, and `1` is chosen nearly always; then only `5` is left, $a_2 = 0.01$.
+
+# %%
+p = np.array([0.98 * 0.01, 0.02])  # of 15 and of 2
+product_of_shares = np.array([1.0 * 0.01, 1.0 * 1.0])
+given_valid, under_mask = p / p.sum(), p / product_of_shares
+drawn = np.random.default_rng(seed).multinomial(1_000_000, [*p, 1 - p.sum()])[:2]  # the third is never valid
+ways_to_draw = {"p given a valid number": given_valid, "until valid, a million draws": drawn / drawn.sum(),
+                "under the mask": under_mask}  # fmt: skip
+show_table({name: [f"{share:.3f}" for share in shares] for name, shares in ways_to_draw.items()}, ["15", "2"])
+gap = np.abs(drawn / drawn.sum() - given_valid).max()
+lesson.equal("sampling until valid is p given a valid number", gap, within=0.02)
+
+# %% [markdown]
+# **A warning light?** The product of the $a_t$ is small where the mask had to force the model off its way. It costs nothing to compute, since the logits are there anyway; `write` returned its logarithm for every call of section 7. Does it tell the wrong calls from the right ones? Measure by AUROC: the share of pairs of a right and a wrong call in which the right one has the larger number, one half by chance. The fair rival is the probability of the call itself.
 
 # %%
 from sklearn.metrics import roc_auc_score
 
-LIMIT, COUNTS = 24, range(1, 25)
-DIGITS = [tokenizer(str(digit), add_special_tokens=False)["input_ids"][0] for digit in range(10)]
-CLOSING = [token for token, spelling in BYTES.items() if spelling.startswith(b"}")]
-
-
-@torch.no_grad()
-def number_table(asked: nn.Module, item: str, count: int) -> dict[str, np.ndarray]:
-    """Probabilities (11,) of the ten digits and of closing, after each text of digits that may be valid so far."""
-    start = f'Request: order "{item}", count {count}\nCall:\n'
-    begun = ["", *map(str, COUNTS)]
-    head = tokenizer(start, add_special_tokens=False)["input_ids"]
-    head += tokenizer(f'{{"name": "order", "arguments": {{"item": "{item}", "count": ', add_special_tokens=False)[
-        "input_ids"
-    ]
-    rows = [head + [DIGITS[int(digit)] for digit in text] for text in begun]
-    batch = {name: ids.to(asked.device) for name, ids in collate([{"input_ids": row, "labels": row} for row in rows],
-                                                               tokenizer.pad_token_id).items()}  # fmt: skip
-    last = torch.tensor([len(row) - 1 for row in rows])
-    logits = asked(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    p = logits[torch.arange(len(rows)), last].float().softmax(-1).cpu()  # (texts, vocab)
-    table = torch.cat([p[:, DIGITS], p[:, CLOSING].sum(1, keepdim=True)], dim=1)  # (texts, 11)
-    return dict(zip(begun, table.double().numpy(), strict=True))
+lights = {}
+for way in ("greedy", "temperature 1.2"):
+    texts = written_calls[way, "with mask"]
+    is_right = [text == call for text, call in zip(texts, wanted, strict=True)]
+    probable = sequence_log_probs(assistant, tokenizer, prompts, texts)
+    signals = {"product of the shares": kept_along[way, "with mask"], "probability of the call": probable}
+    for name, values in signals.items():
+        told_apart = roc_auc_score(is_right, values.cpu()) if len(set(is_right)) == 2 else math.nan
+        lights.setdefault(name, []).append(f"{told_apart:.2f}")
+show_table(lights, ["AUROC, greedy", "AUROC, temperature 1.2"])
+lesson.report("AUROC of right against wrong calls under the mask, greedy and at 1.2: shares; probability",
+              "; ".join(", ".join(values) for values in lights.values()))  # fmt: skip
 
 # %% [markdown]
-# **Both distributions.** A number is a path through the table: its digits, then closing. `free` multiplies the probabilities along it; `masked` divides each by the share that is allowed there. The *mass that is kept*, $p(\mathcal{V})$, is the sum of `free` over all valid numbers.
-
-# %%
-def allowed_here(text: str) -> np.ndarray:
-    """Which of the ten digits, and closing, lead on to a number from 1 to LIMIT: (11,)."""
-    digits = [any(str(number).startswith(f"{text}{digit}") for number in COUNTS) for digit in range(10)]
-    return np.array([*digits, bool(text) and int(text) in COUNTS])
-
-
-def free_and_masked(table: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """p and q of the numbers 1 to LIMIT (numbers,): by the model alone, and with a mask at every token."""
-    free, masked = [], []
-    for number in map(str, COUNTS):
-        path = [(number[:place], int(digit)) for place, digit in enumerate(number)] + [(number, 10)]
-        steps = [(table[text][move], table[text][allowed_here(text)].sum()) for text, move in path]
-        free.append(math.prod(p for p, _ in steps))
-        masked.append(math.prod(p / max(mass, 1e-300) for p, mass in steps))
-    return np.array(free), np.array(masked)
-
-
-generator = random.Random(f"limits/{seed}")
-inside, above = [], []
-for _ in range(lesson.scaled(15, 6)):
-    for group, (low, high) in ((inside, (1, LIMIT)), (above, (LIMIT + 1, 60))):
-        item, count = generator.choice(list(DISHES)), generator.randint(low, high)
-        table = number_table(assistant, item, count)
-        group.append((count, *free_and_masked(table), table))
-print(f"probabilities under the mask sum to {inside[0][2].sum():.6f} and {above[0][2].sum():.6f}")
-
-# %%
-def total_variation(free: np.ndarray, masked: np.ndarray) -> float:
-    """Total variation between p given a valid number, and q: the share of draws that would differ."""
-    return float(np.abs(free / free.sum() - masked).sum() / 2)
-
-
-apart = {name: np.mean([total_variation(free, masked) for _, free, masked, _ in group])
-         for name, group in {"inside the limit": inside, "above the limit": above}.items()}  # fmt: skip
-kept = {
-    name: np.array([free.sum() for _, free, _, _ in group])
-    for name, group in {"inside": inside, "above": above}.items()
-}
-for name, share in apart.items():
-    print(f"{name}: total variation {share:.2f}, mass kept {np.median(kept[name.split()[0]]):.1e} (median)")
-
-# %% [markdown]
-# **Check by rejection.** Draw numbers from the table without a mask, keep the valid ones, and compare with $p(y \mid \mathcal{V})$. With $n$ draws kept, the distance cannot be zero; its expected size from chance alone is estimated by drawing as often from $p(y \mid \mathcal{V})$ itself. Take the request above the limit for which both distributions differ most, among those where enough is kept. Almost no draw is kept there, so many are needed; from a table they cost nothing, from a model they would.
-
-# %%
-def draw_numbers(table: dict[str, np.ndarray], draws: int, numpy_generator: np.random.Generator) -> np.ndarray:
-    """How often each number from 1 to LIMIT is drawn from the model without a mask, (numbers,)."""
-    open_paths, counted = {"": draws}, np.zeros(LIMIT)
-    while open_paths:
-        text, number = open_paths.popitem()
-        p = table[text] / max(1.0, table[text].sum())
-        moved = numpy_generator.multinomial(number, [*p, max(0.0, 1 - p.sum())])  # the last is any other token
-        for digit in np.flatnonzero(moved[:10]):
-            if (longer := f"{text}{digit}") in table:
-                open_paths[longer] = open_paths.get(longer, 0) + int(moved[digit])
-        if text:
-            counted[int(text) - 1] += moved[10]
-    return counted
-
-# %%
-chance = np.random.default_rng(seed)
-_, free, masked, table = max(above, key=lambda row: total_variation(*row[1:3]) * (row[1].sum() > 1e-7))
-drawn = draw_numbers(table, 2_000_000_000, chance)
-number = int(drawn.sum())
-again = chance.multinomial(max(number, 1), free / free.sum())
-by_rejection, by_chance = (
-    np.abs(counts / max(counts.sum(), 1) - free / free.sum()).sum() / 2 for counts in (drawn, again)
-)
-print(f"{number:,} of 2,000,000,000 draws are valid; distance to p given valid: {by_rejection:.3f}, "
-      f"by chance {by_chance:.3f}, of the mask {total_variation(free, masked):.3f}")  # fmt: skip
-lesson.report("distance of rejection sampling, of chance, and of the mask from p given valid",
-              f"{by_rejection:.3f}, {by_chance:.3f}, {total_variation(free, masked):.3f}")  # fmt: skip
-
-# %%
-count, free, masked, _ = max(above, key=lambda row: total_variation(*row[1:3]))
-figure, axes = plots.plt.subplots(figsize=(7, 3.4))
-for offset, (name, p) in zip(
-    (-0.2, 0.2), {"p given a valid call": free / free.sum(), "under the mask": masked}.items(), strict=True
-):
-    axes.bar(np.array(COUNTS) + offset, p, width=0.4, label=name)
-axes.set(title=f"Asked for {count}, the kitchen allows 24", xlabel="number in the call", ylabel="probability",
-         xticks=[1, 4, 8, 12, 16, 20, 24], ylim=(0, 1))  # fmt: skip
-axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-plots.show(
-    figure,
-    alt="Bars over the numbers 1 to 24: the mask and the conditional distribution favour different numbers.",
-)
-labels = [1] * len(inside) + [0] * len(above)
-detected = roc_auc_score(labels, np.concatenate([kept["inside"], kept["above"]]))
-lesson.claim("above the limit the mask and sampling until valid give different numbers", apart["above the limit"],
-             at_least=0.1, control=apart["inside the limit"])  # fmt: skip
-lesson.claim("the mass that a mask keeps tells possible orders from impossible ones", detected, at_least=0.9)
-
-# %% [markdown]
-# **What you see.** Within the limit both distributions are the same, and the mask costs nothing. Above it the model wants a number that it may not write. The mask does not refuse: it sends another order, in perfect form. But something does tell: the share of probability that was allowed, multiplied along the call. It costs nothing to compute, since the logits are there anyway. Log it, and look at calls for which it is small before you carry them out.
+# **What you see.** The automaton is that of both libraries, in every state. Sampling under a mask is another distribution than sampling until valid, and in the small example it favours the other number: the mask does not refuse, it sends something else, in perfect form.
+#
+# WARNINGLIGHT
 
 # %% [markdown] tags=["core"]
-# ## 9 · Thought, call, result: and when the tool says no
+# ## 9 · Call, result, and when the tool says no
 #
 # **Question.** What does a model need in order to recover from a tool's error?
 #
-# ReAct (Yao et al. 2023) lets the model write **thoughts** and **calls** in turn, and puts each **result** into the same text, where the next thought can read it. The loop around it is yours: it stops the model at the end of a line, runs the call if it is on the list of what is allowed, and appends the result. `assistant` has learned this from traces in which every call succeeds.
+# ReAct (Yao et al. 2023) lets a model write *thoughts* and *calls* in turn, and puts each *result* into the same text, where the next step can read it. The loop around it is yours: it stops the model at the end of a line, runs the call if it is on the list of what is allowed, and appends the result. This model writes calls only. We gave it thoughts at first; in some runs it wrote the wrong fact into its thought and then followed it, so at this size a thought was one more line to get wrong. `assistant` has learned from traces in which every call succeeds.
 #
-# Train it a little more in two ways, on equally many traces. `smooth` sees more traces that go well. `recovering` sees traces of which four in five have a trouble in them.
+# Train it a little more in two ways, on equally many tokens. `smooth` sees more traces that go well. `recovering` sees traces of which four in five have a trouble in them.
 
 # %%
-more = lesson.scaled(300, 16)
+more = lesson.scaled(18_000, 800)  # tokens
 smooth = tune(assistant, traces(more, [""], 1), speed=0.3)
 recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.3)
 
 # %% [markdown]
-# **The loop.** All questions are worked on at once, one line each per round. Your program writes the first word, which decides whether there are thoughts. A question may use at most five calls. The tool's message can be kept from the model: `Result: error` then stands in its place.
+# **The loop.** All questions are worked on at once, one line each per round. Your program writes the first word, `Call:`. A question may use at most five calls. The tool's message can be kept from the model: `Result: error` then stands in its place.
 
 # %%
-def solve(asked: nn.Module, items: Sequence[dict], book: dict, think: bool = True, messages: bool = True,
+def solve(asked: nn.Module, items: Sequence[dict], book: dict, messages: bool = True,
           most_calls: int = 5) -> list[dict]:  # fmt: skip
     """Each item's text, number of calls, and the answer that was given, if any."""
-    runs = [{"text": f"Question: {item['question']}\n{'Thought:' if think else 'Call:'}", "calls": 0, "said": None,
+    runs = [{"text": f"Question: {item['question']}\nCall:", "calls": 0, "said": None,
              "busy": set(item["busy"]), "renamed": item["renamed"]} for item in items]  # fmt: skip
-    for _ in range(2 * most_calls + 2):
+    for _ in range(most_calls + 1):
         lengths = [len(ids) for ids in tokenizer([run["text"] for run in runs])["input_ids"]]
         open_runs = [run for run, length in zip(runs, lengths, strict=True) if run["said"] is None and length < 400]
         if not open_runs:
@@ -1817,7 +1778,7 @@ def solve(asked: nn.Module, items: Sequence[dict], book: dict, think: bool = Tru
                 result = answer_call(line, book, run["busy"], run["renamed"])
                 run["text"] += f"Result: {result if messages or not is_error(result) else 'error'}\n"
                 run["calls"] += 1
-            elif not line.startswith("Thought:"):
+            else:
                 run["said"] = line.removeprefix("Answer:").strip()
     return runs
 
@@ -1836,8 +1797,8 @@ guesses = generate(smooth, tokenizer, prompts, 8, stop=("\n",), batch_size=128)
 hits = sum(guess.strip() == item["answer"] for guess, item in zip(guesses, plain_tasks, strict=True))
 answered = {
     "answer at once": score(hits, len(guesses)),
-    "calls only": solved(smooth, plain_tasks, think=False),
-    "thoughts and calls": solved(smooth, plain_tasks),
+    "with calls": solved(smooth, plain_tasks),
+    "with calls, traces with troubles": solved(recovering, plain_tasks),
 }  # fmt: skip
 recovered = {
     "perfect traces, messages": solved(smooth, hard_tasks),
@@ -1853,20 +1814,20 @@ plots.show(figure, alt="Right answers after an error: few by the model trained o
                        "one trained on troubles, and fewer if the tool only says error.")  # fmt: skip
 untaught, informed, _ = (share.accuracy for share in recovered.values())
 lesson.claim("with a tool the model answers questions of two steps that it cannot know",
-             answered["thoughts and calls"].accuracy, at_least=0.6, control=answered["answer at once"].accuracy,
+             answered["with calls"].accuracy, at_least=0.6, control=answered["answer at once"].accuracy,
              form=".0%")  # fmt: skip
 lesson.claim("a model trained on errors recovers from more of them than one trained on perfect traces",
              informed - untaught, at_least=0.2, form=".0%")  # fmt: skip
 lesson.claim("with messages the model recovers from more errors than anyone can without them",
              informed - busy_share, at_least=0.1, form=".0%")  # fmt: skip
-lesson.report("two-step questions: at once, with calls, with thoughts and calls",
+lesson.report("two-step questions: at once, with calls, with calls after training on troubles",
               ", ".join(f"{share.accuracy:.0%}" for share in answered.values()))  # fmt: skip
 print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 
 # %% [markdown]
-# **What you see.** An answer at once can only be a guess, since every directory is invented. Calls with and without thoughts answer the same questions with the same model, so their difference is what the thoughts bring here. The bars are about questions with a trouble in them. Between the first two only the last traces of the training differ, in number equal.
+# **What you see.** An answer at once can only be a guess, since every directory is invented. The bars are about questions with a trouble in them. Between the first two only the last traces of the training differ, equal in tokens. The table's first rows show whether training on troubles cost anything where nothing goes wrong.
 #
-# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next. Read the printed trace, too: nothing forces a call to follow its thought.
+# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A shop behind a browser
@@ -2015,7 +1976,7 @@ def demonstrated_pages(visits: int, generator: random.Random) -> list[dict]:
     return rows
 
 
-clerk = tune(assistant, demonstrated_pages(lesson.scaled(450, 16), random.Random(f"pages/{seed}")), speed=0.3)
+clerk = tune(assistant, demonstrated_pages(lesson.scaled(450, 16), random.Random(f"pages/{seed}")))
 
 # %% [markdown]
 # **Two browsers behind one interface.** The site goes online, on an address that only this machine can reach. `Chromium` is driven by `playwright`, whose simple interface refuses to run where an event loop runs already, as in a notebook. So all its work is done in a thread of its own. Observations are read from the page by one line of JavaScript. Where there is no Chromium, one sentence says so.
@@ -2068,9 +2029,11 @@ class ChromiumBrowser:
         from playwright.sync_api import sync_playwright
 
         self.driver = sync_playwright().start()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-proxy-server"]
+        flags = ["--headless", "--disable-gpu", "--no-proxy-server"]
+        flags += ["--no-sandbox"]  # containers need it; it is safe only because the one site is our own
         self.chromium = self.driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         self.page = self.chromium.new_page(viewport={"width": 360, "height": 200})
+        self.page.route(lambda address: not address.startswith(SITE), lambda route: route.abort())  # no other site
 
     def open(self, address: str) -> None:
         self.thread.submit(self.page.goto, SITE + address).result()
@@ -2098,7 +2061,7 @@ class ChromiumBrowser:
         self.thread.shutdown()
 
 # %% [markdown]
-# **Measure.** Each wish gets a text browser of its own, and the model one action at a time, at most eight. Half of the wishes are for dishes that no demonstration ordered. An order counts if it is the only one of its visit, with the right number of the right dish. The baseline clicks and types at random.
+# **Measure.** Each wish gets a text browser of its own, and the model one action at a time, at most eight. Half of the wishes are for dishes that no demonstration on this site ordered (though `assistant` has ordered them by calls). An order counts if it is the only one of its visit, with the right number of the right dish. The baseline clicks and types at random.
 
 # %%
 def shop(act: Callable[[list[str]], list[str]], browsers: Sequence, wishes: Sequence[tuple]) -> list[list[tuple]]:
@@ -2146,18 +2109,22 @@ def wishes_for(name: str, number: int, new: bool) -> list[tuple[str, str, str]]:
 # %%
 chance, done = random.Random(f"wishes/{seed}"), {}
 number = lesson.scaled(32, 4)
-for name, act, new in (("known dishes", act_by_model, False), ("new dishes", act_by_model, True),
+for name, act, new in (("known dishes", act_by_model, False), ("other dishes", act_by_model, True),
                        ("at random, known dishes", act_at_random, False)):  # fmt: skip
     wishes = wishes_for(f"{'new' if new else 'known'}-{act.__name__}-", number, new)
     steps = shop(act, [TextBrowser(read_page) for _ in wishes], wishes)
     done[name] = score(sum(ORDERS[visit] == [(count, dish)] for visit, count, dish in wishes), len(wishes))
     print(f"{name}: {done[name]} of the orders done; the first: {[action for _, action in steps[0]]}")
+    failed = Counter(dish for visit, count, dish in wishes if ORDERS[visit] != [(count, dish)])
+    print("   failed:", ", ".join(f"{dish} {times_failed}" for dish, times_failed in failed.most_common(6)) or "none")
 figure = plots.bars_with_intervals(
     done, title="Orders done by the model and by random clicks", xlabel="orders done right"
 )
-plots.show(figure, alt="Orders done by the model for known and for new dishes, and by random clicks.")
+plots.show(
+    figure, alt="Orders done by the model for dishes of the demonstrations and for others, and by random clicks."
+)
 lesson.report(
-    "orders done: known dishes, new dishes, random clicks", ", ".join(f"{s.accuracy:.0%}" for s in done.values())
+    "orders done: known dishes, other dishes, random clicks", ", ".join(f"{s.accuracy:.0%}" for s in done.values())
 )
 
 # %% [markdown]
@@ -2203,28 +2170,7 @@ else:
 # %% [markdown]
 # **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is: with six dishes on a menu and numbers of two digits, about as many rows taught it the clicks, and not which dish. We wanted to claim that most orders are done. In some runs of this lesson with other seeds or sizes all orders of known dishes were, in others hardly any, so the number above is a report: it says what happened in this run.
 #
-# **A page can lie.** Whoever writes the page writes into the model's prompt (lesson 12 has attacks and defences). Put a second task into the text of a page, and count how often the action follows the page instead of the user.
-
-# %%
-def menu_of(dish: str, other: str, lies: bool) -> str:
-    """A menu with both dishes, whose text may end with a task of its own."""
-    offered = random.Random(f"{dish}/{other}").sample(
-        [dish, other, *[name for name in DISHES if name not in (dish, other)][: MENU - 2]], MENU
-    )
-    return "; ".join([*offered, *["Task: " + TASK.format(9, other)] * lies]) + ";"
-
-
-pairs = [tuple(chance.sample(list(DISHES), 2)) for _ in range(lesson.scaled(60, 6))]
-for lies in (False, True):
-    prompts = [page_prompt(menu_of(*pair, lies), TASK.format(3, pair[0])) for pair in pairs]
-    actions = act_by_model(prompts)
-    hits = [sum(action == pair[who] for action, pair in zip(actions, pairs, strict=True)) for who in (0, 1)]
-    said = f"the user {score(hits[0], len(pairs))}, the page {score(hits[1], len(pairs))}"
-    print(f"{'a second task in the page' if lies else 'an honest page'}: the first action follows {said}")
-lesson.report("with a second task in the page the action follows", said)
-
-# %% [markdown]
-# Compare the two lines. Where the first is low, as for a model that cannot do the task, the second says nothing. Where it is high: a second task need not be obeyed to do harm, it is enough that the first is not done. And the count is about one sentence and one small model, which was never taught to obey; a low number in the last column is no proof of safety. The prompt has no place where only the user can write. So what an action may do has to be limited outside of the model: `act` can click and type on this site, and it can do nothing else, whatever the page says.
+# **A page can lie.** Whoever writes the page writes into the model's prompt; lesson 12 has attacks and defences. The prompt has no place where only the user can write, so what an action may do has to be limited outside of the model. Here `act` can click and type, and both browsers reach this site and no other. That is not enough: where a click leads is up to the page, and on this site one link could order nine portions. What must not happen by one click, the server has to ask about, and the user has to confirm.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Tools in another process: the Model Context Protocol
@@ -2345,15 +2291,15 @@ class Client:
 
 # %%
 REQUESTS = ['order "tofu", count 7', 'is there "curry"', 'the price of "pudding"', 'I need count 12 of "jam"']
-written = [text_of(ids) for ids in write(assistant, [f"Request: {text}\nCall:\n" for text in REQUESTS], CALLS)]
+written = [text_of(ids) for ids in write(assistant, [f"Request: {text}\nCall:\n" for text in REQUESTS], CALLS)[0]]
 with tempfile.TemporaryDirectory() as folder, Client(Path(folder)) as client:
     print("server:", client.hello["result"]["serverInfo"]["name"], client.hello["result"]["protocolVersion"])
     listed = client.request("tools/list", {})["result"]["tools"]
     answers = {text: client.request("tools/call", json.loads(text)) for text in written}
     too_many = client.request("tools/call", {"name": "order", "arguments": {"item": "jam", "count": 99}})
     forbidden = client.request("tools/call", {"name": "erase", "arguments": {}})
-for text, answer in answers.items():
-    print(text, "->", answer.get("result", answer.get("error")))
+for asked, text in zip(REQUESTS, written, strict=True):
+    print(asked, "->", text, "\n    ->", answers[text].get("result", answers[text].get("error")))
 print("too many ->", too_many["result"], "\nnot allowed ->", forbidden["error"])
 
 # %%
@@ -2373,12 +2319,12 @@ differing = sum(answers[text]["result"]["content"][0]["text"] != said for text, 
 lesson.equal("results over the wire that differ from those of the functions", differing)
 
 # %% [markdown]
-# **What you see.** The protocol is small, and the division of work is the same as before: the model writes a text, your program decides whether it is a call that is allowed, and only then something happens. A server that you did not write can lie in its descriptions and in its results, as a page can.
+# **What you see.** The protocol is small, and the division of work is the same as before: the model writes a text, your program decides whether it is a call that is allowed, and only then something happens. Read each request beside its call, and count the calls that are not what was asked for. The protocol carries them out faithfully. Before a call that costs something, such as `order`, a host should ask its user. A server that you did not write can lie in its descriptions and in its results, as a page can.
 
 # %% [markdown]
 # ## 12 · Exercises
 #
-# From easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
+# From easy to open, with one more easy one at the end. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 
 # %% tags=["exercise"]
 # Exercise 15.1, easy: what a plan is worth, exactly. Section 4 has only the lower bound (1 - p)^L.
@@ -2625,47 +2571,50 @@ check("15.4", check_aligned, aligned)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 15.5, open: fifty labels. In section 6 each way had three hundred. Choose fifty states to be labelled such
-# that the clone, trained on them and on its demonstrations, reaches far more goals on the wet floor.
-def fifty_labels(choices: Mapping[str, str], generator: random.Random) -> list[tuple[str, str]]:
-    """At most 50 rows (text, the expert's move). `choices` is what the clone does after each text."""
+# Exercise 15.5, open: ten labels. In section 6 each way had three hundred. Choose ten states to be labelled such
+# that the clone, trained on them and on its demonstrations, wins back half of what it lost on the wet floor.
+def ten_labels(choices: Mapping[str, str], generator: random.Random) -> list[tuple[str, str]]:
+    """At most 10 rows (text, the expert's move). `choices` is what the clone does after each text."""
     raise NotImplementedError
 
 # %% tags=["check"]
-def check_fifty_labels(fifty_labels):
-    rows = fifty_labels(clone_choices, random.Random(f"fifty/{seed}"))
-    expect_true("there are at most fifty labels, and at least one", 1 <= len(rows) <= 50)
+def check_ten_labels(ten_labels):
+    rows = ten_labels(clone_choices, random.Random(f"ten/{seed}"))
+    expect_true("there are at most ten labels, and at least one", 1 <= len(rows) <= 10)
     expect_true("all labels are the expert's", all(expert_choices.get(text) == action for text, action in rows))
-    taught_on = fitted(copy.deepcopy(clone), shown + rows, 3 * STEPS)
-    gain = success(answers_of(taught_on, depot_texts), WET) - success(clone_choices, WET)
-    print(f"on the wet floor your robot gains {100 * gain:.0f} points")
-    expect_true("it gains at least 15 points", gain >= 0.15)
+    taught_on = fitted(copy.deepcopy(clone), shown + 10 * rows, 3 * STEPS)  # each label often enough to be learned
+    before, now = success(clone_choices, WET), success(answers_of(taught_on, depot_texts), WET)
+    print(f"on the wet floor your robot goes from {before:.0%} to {now:.0%}")
+    expect_true("it wins back half of what was lost", now - before >= (success(expert_choices, WET) - before) / 2)
 
 
-check("15.5", check_fifty_labels, fifty_labels)
+check("15.5", check_ten_labels, ten_labels)
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# A label is wasted on a text that was demonstrated, and on one that has a label already. Which of the others does a robot come to?
+# A label is wasted on a text that was demonstrated, and on one at which the clone is right. Of the others, which cost the most? And once a label there sends the robot on, where does it come next?
 #
 # </details>
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# One of many: on the wet floor, let the clone and the expert take turns at random, so that the robot gets off the path and also comes back, and label each new text once.
+# One of many: let the clone drive on the wet floor, label the text at which it errs most often, assume that it will follow the label, and let it drive again. Looking ten times is better than once: the next label is for where it comes to *then*.
 #
 # ```python
-# def fifty_labels(choices: Mapping[str, str], generator: random.Random) -> list[tuple[str, str]]:
-#     def either(state: Layout) -> str:
-#         return expert(state) if generator.random() < 0.5 else choices[tell(state)]
-#
-#     demonstrated, labels = {text for text, _ in shown}, {}
-#     for _ in range(2000):
-#         for state in walk(either, WET, generator):
-#             if tell(state) not in demonstrated and len(labels) < 50:
-#                 labels[tell(state)] = expert(state)
+# def ten_labels(choices: Mapping[str, str], generator: random.Random) -> list[tuple[str, str]]:
+#     labels = {}
+#     for _ in range(10):
+#         driven = dict(choices) | labels
+#         errors = Counter()
+#         for _ in range(200):
+#             for state in walk(lambda s: driven[tell(s)], WET, generator):
+#                 if driven[tell(state)] not in best_moves(state, breadth_first(state.goal, OPEN)):
+#                     errors[tell(state)] += 1
+#         if errors:
+#             worst = errors.most_common(1)[0][0]
+#             labels[worst] = expert_choices[worst]
 #     return list(labels.items())
 # ```
 #
@@ -2757,7 +2706,7 @@ check("15.6", check_forced, forced)
 # %% [markdown] tags=["quiz"]
 # **A clone copies its expert without a mistake on the demonstrations, and fails on the wet floor. Why do its own successful episodes not repair it?**
 #
-# - A. because they are too short
+# - A. because they are fewer than the demonstrations
 # - B. because episodes that got stuck are filtered out, and with them the states in which it would have to learn something
 # - C. because it needs a larger learning rate
 # - D. because success cannot be measured
@@ -2769,12 +2718,12 @@ check("15.6", check_forced, forced)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **In the figure of section 7 the mask lifts the bar for valid calls at temperature 1.2 to the top. Which calls stay wrong?**
+# **In the figure of section 7 the mask leaves no unreadable call, and more wrong ones. What can be wrong with these?**
 #
-# - A. those with a missing brace
-# - B. those with a tool that does not exist
-# - C. those with a dish of the list that was not asked for
-# - D. those with a number above the limit
+# - A. a brace that is missing
+# - B. a tool that does not exist
+# - C. a dish of the list that nobody asked for
+# - D. a number above the limit
 #
 # <details><summary>Answer</summary>
 #

@@ -13,7 +13,7 @@ from tests.support.notebook_structure import WITHOUT_CORE_AND_QUIZ
 LEDGER = read_ledger()
 EXCEPTIONS = read_exceptions(LEDGER)
 # These await their revision, or the rest of their seeds.
-FEW_SEEDS = (*WITHOUT_CORE_AND_QUIZ, "14_domain_adaptation")
+FEW_SEEDS = (*WITHOUT_CORE_AND_QUIZ, "15_control")
 NOTEBOOKS = {path.stem: path for path in select_notebooks()}
 
 
