@@ -1001,7 +1001,7 @@ for text, count in worst:
 # %%
 def own_successes(chances: Mapping[str, np.ndarray], number: int, stream: str) -> list[tuple[str, str]]:
     """What the learner itself did, sampled, in episodes that reached the goal."""
-    generator, rows = random.Random(f"{stream}/{seed}"), []
+    generator, rows, trail = random.Random(f"{stream}/{seed}"), [], []
 
     def driver(state: Layout) -> str:
         action = generator.choices(ACTIONS, chances[tell(state)])[0]
@@ -1206,7 +1206,7 @@ def exactly(text: str) -> tuple:
 #
 # $$\partial_b (\mathcal{L}_1 \cup \mathcal{L}_2) = \partial_b \mathcal{L}_1 \cup \partial_b \mathcal{L}_2, \qquad \partial_b (\mathcal{L}_1 \mathcal{L}_2) = (\partial_b \mathcal{L}_1) \mathcal{L}_2 \;\cup\; \begin{cases} \partial_b \mathcal{L}_2 & \text{if } \mathcal{L}_1 \text{ holds the empty text} \\ \varnothing & \text{otherwise} \end{cases}$$
 #
-# A derivative is a language again. So languages are the *states* of an automaton, and reading a byte moves from one to the next. A text is valid if the state at its end holds the empty text.
+# Take the texts `ab` and `ac`. After `a`, what may follow is `b` or `c`; after `ab`, only the empty text, so `ab` is complete; after `ax`, nothing at all, so no valid text begins like this. A derivative is a language again. So languages are the *states* of an automaton, and reading a byte moves from one to the next. A text is valid if the state at its end holds the empty text.
 
 # %%
 @cache
@@ -1300,7 +1300,7 @@ first = sorted(tokenizer.decode([token]) for token in next_states(CALLS))
 print(f"of {len(BYTES):,} tokens the first of a call is one of {len(first)}: {first}")
 
 # %% [markdown]
-# **Writing under a mask.** Before each token is chosen, the logits of all tokens that are not allowed become $-\infty$. That is all. The loop below reads the prompts once, keeps keys and values, and then goes token by token, greedily or by sampling.
+# **Writing under a mask.** Before each token is chosen, the logits of all tokens that are not allowed become $-\infty$. That is all. The loop below reads the prompts once, keeps keys and values of what it has read, and then goes token by token, greedily or by sampling. Shorter prompts are padded on the left, so that all end at the same place; `places` counts real tokens only.
 
 # %%
 @cache
@@ -2156,8 +2156,8 @@ if CHROMIUM and importlib.util.find_spec("playwright"):
         for page, action in steps:
             differing += page != replayed.observe()
             replayed.act(action)
-    right = sum(ORDERS[visit] == [(count, dish)] for visit, count, dish in wishes)
-    print(f"{sum(map(len, all_steps))} pages; {right} of {len(wishes)} orders done in Chromium")
+    finished = sum(ORDERS[visit] == [(count, dish)] for visit, count, dish in wishes)
+    print(f"{sum(map(len, all_steps))} pages; {finished} of {len(wishes)} orders done in Chromium")
     lesson.equal("pages that the two browsers observe differently", differing)
     figure, axes = plt.subplots(figsize=(4.5, 2.8))
     axes.imshow(plt.imread(BytesIO(picture)))
@@ -2229,7 +2229,12 @@ def answer(method, given):
 
 
 for line in sys.stdin:
-    message = json.loads(line)
+    try:
+        message = json.loads(line)
+    except ValueError:
+        error = {"code": -32700, "message": "this is no JSON"}
+        print(json.dumps({"jsonrpc": "2.0", "id": None, "error": error}), flush=True)
+        continue
     if "id" in message:
         said = {"jsonrpc": "2.0", "id": message["id"], **answer(message["method"], message.get("params") or {})}
         print(json.dumps(said), flush=True)

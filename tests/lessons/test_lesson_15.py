@@ -32,6 +32,7 @@ from torch import nn
 from course import notebooks
 from helpers.profiles import ROOT
 from helpers.world import World
+from helpers.world.words import DISHES
 from tests.support.exercise_proof import planted, prove_check, read_exercises
 from tests.support.lesson_run import run_lesson
 
@@ -236,7 +237,7 @@ def names_of(*pieces: str, **given: object) -> dict:
 LANGUAGE = names_of("def byte_in(", "def may_end(", "def value_language(", "def pattern(")
 TOOLS = names_of("def order(item", "def schema_of(")
 SHOP_CELLS = ("MENU, LIMIT_OF_SHOP", "def kitchen_page(", "class Elements(", "class TextBrowser", "def best_action(")
-SHOP = names_of(*SHOP_CELLS)
+SHOP = names_of(*SHOP_CELLS, DISHES=DISHES)
 CALL_SCHEMAS = [TOOLS["schema_of"](tool) for tool in TOOLS["TOOLS"].values()]
 CALLS = LANGUAGE["either"](*(LANGUAGE["call_language"](schema, TOOLS["LIMITS"]) for schema in CALL_SCHEMAS))
 
@@ -393,7 +394,7 @@ def test_without_chromium_the_lesson_says_one_sentence_and_goes_on(
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium here")
 def test_both_browsers_show_the_same_on_the_way_of_an_order() -> None:
-    names = names_of(*SHOP_CELLS, "class Site(", "SEEN = ", "class ChromiumBrowser:")
+    names = names_of(*SHOP_CELLS, "class Site(", "SEEN = ", "class ChromiumBrowser:", DISHES=DISHES)
     server = names["ThreadingHTTPServer"](("127.0.0.1", 0), names["Site"])
     names["threading"].Thread(target=server.serve_forever, daemon=True).start()
     names["SITE"] = f"http://127.0.0.1:{server.server_port}"
