@@ -1567,7 +1567,7 @@ def by_keywords(prompt: str) -> str:
 
 
 generator = random.Random(f"test requests/{seed}")
-asked_for = [request(generator, held_out=True) for _ in range(lesson.scaled(80, 8))]
+asked_for = [request(generator, held_out=True) for _ in range(lesson.scaled(64, 8))]
 prompts, wanted = [prompt for prompt, _ in asked_for], [json.dumps(call) for _, call in asked_for]
 written_calls, kept_along, counted = {}, {}, {}
 with torch.random.fork_rng():
@@ -1740,7 +1740,7 @@ lesson.report("AUROC of right against wrong calls under the mask, greedy and at 
 # %% [markdown]
 # **What you see.** The automaton is that of both libraries, in every state. Sampling under a mask is another distribution than sampling until valid, and in the small example it favours the other number: the mask does not refuse, it sends something else, in perfect form.
 #
-# WARNINGLIGHT
+# The product of the shares is a good warning light for these calls: a right call has the larger number in most pairs. But the plain probability of the call is as good, so the light is nothing that only a mask has. Either comes with the logits. Log it, choose a threshold on calls of your own, and ask the user before a call below it is carried out. These are a few wrong calls of one small model.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Call, result, and when the tool says no
@@ -1976,7 +1976,7 @@ def demonstrated_pages(visits: int, generator: random.Random) -> list[dict]:
     return rows
 
 
-clerk = tune(assistant, demonstrated_pages(lesson.scaled(450, 16), random.Random(f"pages/{seed}")))
+clerk = tune(assistant, demonstrated_pages(lesson.scaled(320, 16), random.Random(f"pages/{seed}")))
 
 # %% [markdown]
 # **Two browsers behind one interface.** The site goes online, on an address that only this machine can reach. `Chromium` is driven by `playwright`, whose simple interface refuses to run where an event loop runs already, as in a notebook. So all its work is done in a thread of its own. Observations are read from the page by one line of JavaScript. Where there is no Chromium, one sentence says so.
@@ -2168,7 +2168,7 @@ else:
     print("Chromium or playwright is not installed: the text browser is the only one here.")
 
 # %% [markdown]
-# **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is: with six dishes on a menu and numbers of two digits, about as many rows taught it the clicks, and not which dish. We wanted to claim that most orders are done. In some runs of this lesson with other seeds or sizes all orders of known dishes were, in others hardly any, so the number above is a report: it says what happened in this run.
+# **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed: where the demonstrations of this site ordered a dish, the clerk orders it; where they did not, it often clicks a dish that it knows, even one that is not on the page. It has learned which words are clicked, and only in part to copy the word of the task. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. How far it gets differs much from run to run, so these numbers are reports, and the dishes of a kind are only a few.
 #
 # **A page can lie.** Whoever writes the page writes into the model's prompt; lesson 12 has attacks and defences. The prompt has no place where only the user can write, so what an action may do has to be limited outside of the model. Here `act` can click and type, and both browsers reach this site and no other. That is not enough: where a click leads is up to the page, and on this site one link could order nine portions. What must not happen by one click, the server has to ask about, and the user has to confirm.
 
