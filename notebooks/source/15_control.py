@@ -672,7 +672,6 @@ def careful_blind_plan(episodes: Sequence[Layout], slip: float) -> float:
     return reached / len(episodes)
 
 
-# %%
 ways = {  # name -> (plan, look after how many moves)
     "a look after every move": (plans.get, 1),
     "a look after every plan": (plans.get, MOST_MOVES),
@@ -1470,7 +1469,7 @@ def task(generator: random.Random, book: dict, trouble: str = "", later: bool = 
         town = book[town]["twin"] if name == "first" else town
     return {"question": question, "fact": fact, "busy": busy, "renamed": renamed, "answer": answer}
 
-# %%
+
 def demonstrate(item: dict, book: dict) -> list[tuple[str, bool]]:
     """A trace in parts, each with whether the model is to write it."""
     parts, busy = [(f"Question: {item['question']}\n", False)], set(item["busy"])
@@ -1601,10 +1600,10 @@ print("valid under the mask and wrong, for example:", *missed[:3], sep="\n  ")
 shares = {key: {what: score(count, len(wanted)) for what, count in counts.items()} for key, counts in counted.items()}
 bars = {f"{what}, {way}": {mask: shares[way, mask][what] for mask in ("without mask", "with mask")}
         for way in ("greedy", "temperature 1.2") for what in ("right", "valid and wrong", "unreadable")}  # fmt: skip
-figure = plots.bars_with_intervals(bars, title="With the mask every call can be read, and more are wrong",
+figure = plots.bars_with_intervals(bars, title="A mask turns unreadable calls into right and wrong ones",
                                    xlabel="share of calls")  # fmt: skip
 plots.show(figure, alt="Right, valid and wrong, and unreadable calls, greedy and at temperature 1.2: with the mask "
-                       "none is unreadable, more are valid and wrong, and not fewer are right.")  # fmt: skip
+                       "none is unreadable, and more are right, and more are valid and wrong.")  # fmt: skip
 free, masked = (counted["temperature 1.2", mask] for mask in ("without mask", "with mask"))
 lesson.claim("most trained calls are right in wordings that training did not have",
              shares["greedy", "without mask"]["right"].accuracy, at_least=0.5, form=".0%")  # fmt: skip
@@ -1617,7 +1616,7 @@ lesson.report("temperature 1.2: more right and more wrong calls in place of unre
               f"{in_place[0]} and {in_place[1]} in place of {free['unreadable']}, of {len(wanted)}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. But it is not that unreadable calls become right ones. At the higher temperature some do, where one slip in a brace would have lost a call whose dish and number were right. The others become calls that are *valid and wrong*: another argument, or another tool, in perfect form. That is not a small price. An unreadable call does nothing, and can be asked for again. A wrong one is carried out, and no parser finds it. (Section 8 tries a number that may.)
+# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. But not all of the unreadable calls become right ones. Some do, where one slip in a brace had lost a call whose dish and number were right. Others become *valid and wrong*: another argument, or another tool, in perfect form. The printed line counts both for the higher temperature. That is the price of the mask. An unreadable call does nothing, and can be asked for again. A wrong one is carried out, and no parser finds it. (Section 8 tries a number that may.)
 #
 # Look at the rule of keywords, too: for requests as regular as these you need no model. And look at the line by tool. In new wordings a tool may be chosen nearly always or nearly never, and which of the two differs from run to run; a mean over tools hides it.
 
@@ -2324,7 +2323,7 @@ differing = sum(answers[text]["result"]["content"][0]["text"] != said for text, 
 lesson.equal("results over the wire that differ from those of the functions", differing)
 
 # %% [markdown]
-# **What you see.** The protocol is small, and the division of work is the same as before: the model writes a text, your program decides whether it is a call that is allowed, and only then something happens. Read each request beside its call, and count the calls that are not what was asked for. The protocol carries them out faithfully. Before a call that costs something, such as `order`, a host should ask its user. A server that you did not write can lie in its descriptions and in its results, as a page can.
+# **What you see.** The protocol is small, and the division of work is the same as before: the model writes a text, your program decides whether it is a call that is allowed, and only then something happens. Read each request beside its call. Where a call is not what was asked for, the protocol carries it out all the same. Before a call that costs something, such as `order`, a host should ask its user. A server that you did not write can lie in its descriptions and in its results, as a page can.
 
 # %% [markdown]
 # ## 12 · Exercises
