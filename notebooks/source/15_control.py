@@ -83,7 +83,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor, nn
 
@@ -534,6 +533,8 @@ def with_a_guess(answers: Mapping[str, str], among: Sequence[tuple[Layout, list[
     return hits / len(among)
 
 # %%
+from sklearn.neighbors import KNeighborsClassifier
+
 tree, nearest = DecisionTreeClassifier(random_state=0), KNeighborsClassifier(1)
 ceiling = right(most_often([(describe(*state), action) for state, best in tested for action in best]), tested)
 by_model, by_table = answers_of(robot, test_texts), most_often(pairs)
@@ -1446,18 +1447,18 @@ for line in (f"Call: dish of {one}", f"Call: dish of {other}", f"Call: erase {on
     print(line, "->", answer_call(line, book, set(), {other: one}))
 
 # %% [markdown]
-# **Demonstrations.** A program that knows the right next step writes *traces*: calls and an answer, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says.
+# **Demonstrations.** A program that knows the right next step writes *traces*: calls and an answer, which the model is to learn, and results, which the tool gives. It can be sent through trouble, at the first call or at the second: a town has been renamed, or the directory is busy. What it does next depends on what the result says. All questions are about dishes: with four facts to choose from, a model as small as this one followed the towns in our runs and chose the fact at random in some of them.
 
 # %%
-ASKED = ("Which {} has the twin of {}?", "What is the {} of the twin of {}?", "Find the {} of the twin of {}.")
-ASKED_LATER = ("Say the {} of the twin of {}.", "I must know the {} of the twin of {}.")
+ASKED = ("Which dish has the twin of {}?", "What is the dish of the twin of {}?", "Find the dish of the twin of {}.")
+ASKED_LATER = ("Say the dish of the twin of {}.", "I must know the dish of the twin of {}.")
 TROUBLES = ("renamed first", "renamed second", "busy first", "busy second")
 
 
 def task(generator: random.Random, book: dict, trouble: str = "", later: bool = False) -> dict:
     """A question of two steps with its right answer, and what will go wrong on the way."""
-    town, fact = generator.choice(list(book)), generator.choice(FACTS)
-    question = generator.choice(ASKED_LATER if later else ASKED).format(fact, town)
+    town = generator.choice(list(book))
+    question = generator.choice(ASKED_LATER if later else ASKED).format(town)
     renamed, busy = {}, set()
     for name in ("first", "second"):
         if trouble == f"renamed {name}":
@@ -1465,25 +1466,24 @@ def task(generator: random.Random, book: dict, trouble: str = "", later: bool = 
         elif trouble == f"busy {name}":
             busy.add(town)
         town = renamed.get(town, town)
-        answer = book[town][fact]
+        answer = book[town]["dish"]
         town = book[town]["twin"] if name == "first" else town
-    return {"question": question, "fact": fact, "busy": busy, "renamed": renamed, "answer": answer}
+    return {"question": question, "busy": busy, "renamed": renamed, "answer": answer}
 
 
 def demonstrate(item: dict, book: dict) -> list[tuple[str, bool]]:
     """A trace in parts, each with whether the model is to write it."""
-    parts, busy = [(f"Question: {item['question']}\n", False)], set(item["busy"])
-    fact, town = "twin", item["question"].split()[-1][:-1]
+    parts = [(f"Question: {item['question']}\n", False)]
+    fact, town, busy = "twin", item["question"].split()[-1][:-1], set(item["busy"])
     while True:
-        line = f"Call: {fact} of {town}"
-        result = answer_call(line, book, busy, item["renamed"])
+        result = answer_call(line := f"Call: {fact} of {town}", book, busy, item["renamed"])
         parts += [(line + "\n", True), (f"Result: {result}\n", False)]
         if result.startswith("renamed"):
             town = result.split()[-1]
         elif result.startswith("busy"):
             continue  # the same call again
         elif fact == "twin":
-            fact, town = item["fact"], result
+            fact, town = "dish", result
         else:
             return [*parts, (f"Answer: {result}\n", True)]
 
@@ -2018,7 +2018,7 @@ SEEN = """() => [...document.querySelectorAll('a, p, button, input:not([type=hid
 
 # %%
 class ChromiumBrowser:
-    """The same interface over a real browser; every method works in one thread."""
+    """The same interface over a real browser, on this site only; every method works in one thread."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(max_workers=1)
@@ -2028,11 +2028,11 @@ class ChromiumBrowser:
         from playwright.sync_api import sync_playwright
 
         self.driver = sync_playwright().start()
-        flags = ["--headless", "--disable-gpu", "--no-proxy-server"]
-        flags += ["--no-sandbox"]  # containers need it; it is safe only because the one site is our own
+        # containers need --no-sandbox; it is safe only because the one site is our own
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-proxy-server"]
         self.chromium = self.driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         self.page = self.chromium.new_page(viewport={"width": 360, "height": 200})
-        self.page.route(lambda address: not address.startswith(SITE), lambda route: route.abort())  # no other site
+        self.page.route(lambda address: not address.startswith(SITE), lambda route: route.abort())
 
     def open(self, address: str) -> None:
         self.thread.submit(self.page.goto, SITE + address).result()
@@ -2041,14 +2041,13 @@ class ChromiumBrowser:
         return self.thread.submit(self.page.evaluate, SEEN).result()
 
     def act(self, action: str) -> None:
-        number, word = matched.groups() if (matched := ACTION.fullmatch(action)) else ("", "")
-        if number or word:
+        if matched := ACTION.fullmatch(action):
+            number, word = matched.groups()
             self.thread.submit(self._act, number, word).result()
 
     def _act(self, number: str | None, word: str | None) -> None:
         field, named = self.page.locator("input:not([type=hidden])"), self.page.locator("a, button")
-        target = field if number else named.filter(has_text=re.compile(f"^{word}$"))
-        if target.count():
+        if (target := field if number else named.filter(has_text=re.compile(f"^{word}$"))).count():
             target.first.fill(number) if number else target.first.click()
 
     def picture(self) -> bytes:
