@@ -1752,8 +1752,8 @@ lesson.report("AUROC of right against wrong calls under the mask, greedy and at 
 
 # %%
 more = lesson.scaled(18_000, 800)  # tokens
-smooth = tune(assistant, traces(more, [""], 1), speed=0.3)
-recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.3)
+smooth = tune(assistant, traces(more, [""], 1), speed=0.5)
+recovering = tune(assistant, traces(more, ["", *TROUBLES], 1), speed=0.5)
 
 # %% [markdown]
 # **The loop.** All questions are worked on at once, one line each per round. Your program writes the first word, `Call:`. A question may use at most five calls. The tool's message can be kept from the model: `Result: error` then stands in its place.
@@ -1817,8 +1817,8 @@ lesson.claim("with a tool the model answers questions of two steps that it canno
              form=".0%")  # fmt: skip
 lesson.claim("a model trained on errors recovers from more of them than one trained on perfect traces",
              informed - untaught, at_least=0.2, form=".0%")  # fmt: skip
-lesson.claim("with messages the model recovers from more errors than anyone can without them",
-             informed - busy_share, at_least=0.1, form=".0%")  # fmt: skip
+lesson.report("right with messages after training on troubles, and the most without messages",
+              f"{informed:.0%}, {busy_share:.0%}")  # fmt: skip
 lesson.report("two-step questions: at once, with calls, with calls after training on troubles",
               ", ".join(f"{share.accuracy:.0%}" for share in answered.values()))  # fmt: skip
 print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
