@@ -1618,7 +1618,7 @@ lesson.report("temperature 1.2: more right and more wrong calls in place of unre
 # %% [markdown]
 # **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. But not all of the unreadable calls become right ones. Some do, where one slip in a brace had lost a call whose dish and number were right. Others become *valid and wrong*: another argument, or another tool, in perfect form. The printed line counts both for the higher temperature. That is the price of the mask. An unreadable call does nothing, and can be asked for again. A wrong one is carried out, and no parser finds it. (Section 8 tries a number that may.)
 #
-# Look at the rule of keywords, too: for requests as regular as these you need no model. And look at the line by tool. In new wordings a tool may be chosen nearly always or nearly never, and which of the two differs from run to run; a mean over tools hides it.
+# Look at the rule of keywords, too: for requests as regular as these you need no model. And look at the line by tool. The tools are not equally easy in new wordings, and how far they lie apart differs from run to run; a mean over tools hides it.
 
 # %% [markdown] tags=["further"]
 # ## 8 · A closer look: two libraries, and probabilities
@@ -1826,7 +1826,7 @@ print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 # %% [markdown]
 # **What you see.** An answer at once can only be a guess, since every directory is invented. The bars are about questions with a trouble in them. Between the first two only the last traces of the training differ, equal in tokens. The table's first rows show whether training on troubles cost anything where nothing goes wrong.
 #
-# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next.
+# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. How far the second bar gets above the line differed much between our training runs, so it is a report. Where it stayed low, the model had followed the message and lost its place in the task: it asked for a dish before it had the twin. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A shop behind a browser
@@ -1975,7 +1975,7 @@ def demonstrated_pages(visits: int, generator: random.Random) -> list[dict]:
     return rows
 
 
-clerk = tune(assistant, demonstrated_pages(lesson.scaled(320, 16), random.Random(f"pages/{seed}")))
+clerk = tune(assistant, demonstrated_pages(lesson.scaled(450, 16), random.Random(f"pages/{seed}")))
 
 # %% [markdown]
 # **Two browsers behind one interface.** The site goes online, on an address that only this machine can reach. `Chromium` is driven by `playwright`, whose simple interface refuses to run where an event loop runs already, as in a notebook. So all its work is done in a thread of its own. Observations are read from the page by one line of JavaScript. Where there is no Chromium, one sentence says so.
@@ -2166,7 +2166,7 @@ else:
     print("Chromium or playwright is not installed: the text browser is the only one here.")
 
 # %% [markdown]
-# **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed: where the demonstrations of this site ordered a dish, the clerk orders it; where they did not, it often clicks a dish that it knows, even one that is not on the page. It has learned which words are clicked, and only in part to copy the word of the task. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. How far it gets differs much from run to run, so these numbers are reports, and the dishes of a kind are only a few.
+# **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed. In most of our runs the clerk ordered nearly all dishes that the demonstrations of this site ordered, and few of the others: there it clicks a dish that it knows, even one that is not on the page. It has learned which words are clicked, and only in part to copy the word of the task. With fewer demonstrations it got through no order at all. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. How far it gets differs from run to run, so these numbers are reports, and the dishes of a kind are only a few.
 #
 # **A page can lie.** Whoever writes the page writes into the model's prompt; lesson 12 has attacks and defences. The prompt has no place where only the user can write, so what an action may do has to be limited outside of the model. Here `act` can click and type, and both browsers reach this site and no other. That is not enough: where a click leads is up to the page, and on this site one link could order nine portions. What must not happen by one click, the server has to ask about, and the user has to confirm.
 
