@@ -1580,7 +1580,6 @@ with torch.random.fork_rng():
             valid = sum(is_valid(CALLS, text) for text in written_calls[key])
             counted[key] = {"right": hits, "valid and wrong": valid - hits, "unreadable": len(ids) - valid}
 
-# %%
 rule = sum(by_keywords(prompt) == call for prompt, call in zip(prompts, wanted, strict=True))
 show_table({", ".join(key): list(counts.values()) for key, counts in counted.items()}
            | {"rule of keywords": [rule, len(wanted) - rule, 0]},
