@@ -219,7 +219,7 @@ def defines(statement: ast.stmt) -> bool:
     """Whether a statement of a cell defines something without running the lesson: functions, classes, constants."""
     if isinstance(statement, ast.Assign):
         targets = [node.id for node in ast.walk(statement.targets[0]) if isinstance(node, ast.Name)]
-        return all(name.isupper() and name not in ("CALLS", "SETTINGS") for name in targets)
+        return all(name.isupper() and name not in ("CALLS", "SETTINGS", "SITE") for name in targets)
     return isinstance(statement, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom)
 
 

@@ -19,6 +19,7 @@ HOSTS = frozenset(
         "arxiv.org",
         "colab.research.google.com",
         "github.com",
+        "huggingface.co",
         "joschu.net",
         "keepachangelog.com",
         "semver.org",
