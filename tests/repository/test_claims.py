@@ -12,8 +12,8 @@ from tests.support.notebook_structure import WITHOUT_CORE_AND_QUIZ
 
 LEDGER = read_ledger()
 EXCEPTIONS = read_exceptions(LEDGER)
-# These await their revision, or the rest of their seeds.
-FEW_SEEDS = (*WITHOUT_CORE_AND_QUIZ, "15_control", "16_reasoning", "17_competition")
+# These await their revision, and the rest of their seeds.
+FEW_SEEDS = WITHOUT_CORE_AND_QUIZ
 NOTEBOOKS = {path.stem: path for path in select_notebooks()}
 
 
