@@ -1,6 +1,5 @@
 """What the cards of the models and of the data set share: their header, as the Hugging Face hub reads it."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from huggingface_hub import CardData, EvalResult, ModelCardData
 
 from helpers.colab import REPOSITORY
 from helpers.evaluation import Score
+from helpers.files import sha256
 
 HUB_OWNER = "llm-workbook"  # `python -m course publish --owner` puts another in its place
 DATASET = f"{HUB_OWNER}/shima"
@@ -58,9 +58,3 @@ def header(data: CardData) -> str:
 def weights_line(folder: Path) -> str:
     """Which weights the card speaks about: `python -m course publish` refuses others."""
     return f"`model.safetensors`, SHA-256 `{sha256(folder / 'model.safetensors')}`"
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

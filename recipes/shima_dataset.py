@@ -18,11 +18,11 @@ from datasets import Dataset, disable_progress_bars
 from huggingface_hub import DatasetCardData
 
 from helpers.errors import CourseError, exit_cleanly
-from helpers.files import replacing_folder
+from helpers.files import replacing_folder, sha256
 from helpers.profiles import ROOT
 from helpers.world import CHAT_TASKS, RELATIONS, Question, World
 from recipes.base_model import FREQUENT_RANKS, ability_questions
-from recipes.cards import COURSE, TAGS, header, sha256
+from recipes.cards import COURSE, TAGS, header
 
 FOLDER = ROOT / "build" / "shima"
 FORMATS = ("parquet", "jsonl")
@@ -68,7 +68,8 @@ def configurations(export: Export) -> Iterator[tuple[str, dict[str, Rows]]]:
         for item in items
     ]
     yield "questions", {"test": asked}
-    yield "chats", {"train": training_chats(world, export), "test": held_out_chats(world, export)}
+    trained = [chat(question) for question in world.training_chats(export.chats, export.seed)]
+    yield "chats", {"train": trained, "test": held_out_chats(world, export)}
     yield (
         "preferences",
         {
@@ -76,12 +77,6 @@ def configurations(export: Export) -> Iterator[tuple[str, dict[str, Rows]]]:
             "test": preferences(world, export.seed, export.test_preferences, held_out=True),
         },
     )
-
-
-def training_chats(world: World, export: Export) -> Rows:
-    """The rows of `helpers.data.instruction_dataset` with this seed, as messages."""
-    rng = random.Random(f"instructions/{export.seed}")
-    return [chat(world.chat(rng, rng.choice(CHAT_TASKS))) for _ in range(export.chats)]
 
 
 def held_out_chats(world: World, export: Export) -> Rows:

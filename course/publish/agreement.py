@@ -1,6 +1,5 @@
 """Whether a folder holds what its card says: the files, by their hashes, and the measured numbers."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from helpers.evaluation import Score
+from helpers.files import sha256
 
 DATA = {".safetensors", ".parquet", ".jsonl"}  # each such file stands in the card, with its hash
 BESIDE = {".json", ".jinja", ".md"}
@@ -35,7 +35,7 @@ def disagreements(folder: Path) -> Iterator[str]:
             yield f"{name} stands in README.md, and is not there"
         elif name not in named:
             yield f"{name} is there, and README.md says nothing about it"
-        elif hashlib.sha256(files[name].read_bytes()).hexdigest() != named[name]:
+        elif sha256(files[name]) != named[name]:
             yield f"{name} is not the file that README.md speaks about"
     try:
         header = ModelCard(card).data

@@ -72,7 +72,7 @@ import re
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from itertools import product
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -83,10 +83,10 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor, nn
 
 from helpers import plots
+from helpers.chat import encode_answer
 from helpers.data import collate
 from helpers.evaluation import Score, score
 from helpers.exercises import check, expect_close, expect_equal, expect_true
@@ -390,12 +390,7 @@ for part in parts.values():
     print(*part[0], "|", len(tokenizer("".join(part[0]))["input_ids"]), "tokens")
 
 
-def encode(prompt: str, answer: str) -> dict[str, list[int]]:
-    """Token ids of both, and labels, which are -100 in the prompt."""
-    asked, said = tokenizer([prompt, answer], add_special_tokens=False)["input_ids"]
-    return {"input_ids": asked + said, "labels": [-100] * len(asked) + said}
-
-
+encode = partial(encode_answer, tokenizer)  # (prompt, answer) -> tokens, and labels that are -100 in the prompt
 # each part is spread evenly over the run
 encoded = [(index / len(part), encode(*row)) for part in parts.values() for index, row in enumerate(part)]
 examples = [example for _, example in sorted(encoded, key=lambda pair: pair[0])]
@@ -534,6 +529,7 @@ def with_a_guess(answers: Mapping[str, str], among: Sequence[tuple[Layout, list[
 
 # %%
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.tree import DecisionTreeClassifier
 
 tree, nearest = DecisionTreeClassifier(random_state=0), KNeighborsClassifier(1)
 ceiling = right(most_often([(describe(*state), action) for state, best in tested for action in best]), tested)

@@ -67,6 +67,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -77,6 +78,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import plots
+from helpers.chat import encode_answer
 from helpers.data import PaddedBatches, collate
 from helpers.evaluation import Score, bootstrap_interval, exact_match, pass_at_k, score
 from helpers.exercises import check, expect_close, expect_equal, expect_true
@@ -273,10 +275,7 @@ print("".join(shown_routes[0]).strip())
 
 
 # %%
-def encode(prompt: str, text: str) -> dict[str, list[int]]:
-    """Tokens of a prompt and of the text that is to follow; the labels of the prompt are -100."""
-    given, said = tokenizer([prompt, text], add_special_tokens=False)["input_ids"]
-    return {"input_ids": given + said, "labels": [-100] * len(given) + said}
+encode = partial(encode_answer, tokenizer)  # (prompt, answer) -> tokens, and labels that are -100 in the prompt
 
 
 def fine_tune(start: nn.Module, texts: Sequence[tuple[str, str]], steps: int, share: float = 1.0,
@@ -416,17 +415,22 @@ print(f"one sample: {right.mean():.0%} right, {written:.1f} tokens; {len(routes)
 
 # %%
 @torch.no_grad()
+def states_at_the_end(texts: list[str]) -> Tensor:
+    """The policy's last hidden state at the last token of each text: (texts, hidden)."""
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    width = max(map(len, ids))
+    padded = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]  # on the right: nothing sees it
+    hidden = policy.model(input_ids=torch.tensor(padded, device=machine.device)).last_hidden_state
+    ends = torch.tensor([len(row) - 1 for row in ids], device=machine.device)
+    return hidden[torch.arange(len(ids), device=machine.device), ends]
+
+
 def last_states(items: Sequence[tuple[tuple[str, str], str]]) -> np.ndarray:
     """The policy's last hidden state at the last town of each route, divided by 10: (routes, hidden)."""
     states = []
     for start in range(0, len(items), 128):
         texts = [f"{route_prompt(*way)} {text}" for way, text in items[start : start + 128]]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        width = max(map(len, ids))
-        padded = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]  # on the right: nothing sees it
-        hidden = policy.model(input_ids=torch.tensor(padded, device=machine.device)).last_hidden_state
-        ends = torch.tensor([len(row) - 1 for row in ids], device=machine.device)
-        states.append(hidden[torch.arange(len(ids), device=machine.device), ends].float().cpu().numpy() / 10)
+        states.append(states_at_the_end(texts).float().cpu().numpy() / 10)
     return np.concatenate(states) if states else np.zeros((0, policy.config.hidden_size))
 
 
@@ -600,12 +604,7 @@ roads_believed = verdict(weights["process, from steps"], np.eye(len(TOWNS) ** 2)
 def next_towns(nodes: Sequence[tuple[tuple[str, str], list[str]]]) -> np.ndarray:
     """The policy's probabilities of the next town after each unfinished route: (nodes, towns), each row sums to 1."""
     texts = [f"{route_prompt(*way)} {' - '.join(towns)} -" for way, towns in nodes]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    width = max(map(len, ids))
-    padded = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids]
-    hidden = policy.model(input_ids=torch.tensor(padded, device=machine.device)).last_hidden_state
-    ends = torch.tensor([len(row) - 1 for row in ids], device=machine.device)
-    logits = policy.lm_head(hidden[torch.arange(len(ids), device=machine.device), ends]).float().cpu()
+    logits = policy.lm_head(states_at_the_end(texts)).float().cpu()
     return logits[:, town_ids].softmax(-1).numpy()
 
 
@@ -1160,9 +1159,8 @@ def log_probs_of(network: nn.Module, prompts: list[str], texts: list[str]) -> tu
 
 
 def policy_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
-    """-A log p, summed over the tokens; the ratio is 1 by construction and carries the gradient."""
-    ratio = (log_probs - log_probs.detach()).exp()  # (batch, seq - 1)
-    return -(ratio * advantages[:, None] * mask).sum() / len(advantages)
+    """-A log p, summed over the tokens and averaged over the answers."""
+    return -(log_probs * advantages[:, None] * mask).sum() / len(advantages)
 
 
 learner, gradients = copy.deepcopy(policy).requires_grad_(True), []

@@ -13,10 +13,11 @@ from course.publish.agreement import disagreements
 from course.publish.upload import Item, contents, publish
 from helpers.errors import CourseError
 from helpers.evaluation import score
+from helpers.files import sha256
 from helpers.models import MODEL_FOLDERS
 from helpers.profiles import ROOT
 from recipes import assistant, shima_dataset
-from recipes.cards import sha256, weights_line
+from recipes.cards import weights_line
 
 
 class Hub:
