@@ -2044,6 +2044,7 @@ class ChromiumBrowser:
         field, named = self.page.locator("input:not([type=hidden])"), self.page.locator("a, button")
         if (target := field if number else named.filter(has_text=re.compile(f"^{word}$"))).count():
             target.first.fill(number) if number else target.first.click()
+            self.page.wait_for_load_state()  # a click returns when the next page begins to arrive
 
     def picture(self) -> bytes:
         """The page as PNG."""
