@@ -1011,6 +1011,12 @@ def own_successes(chances: Mapping[str, np.ndarray], number: int, stream: str) -
     return rows[:number]
 
 
+def policy(network: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The learner's probabilities in all states around the depot, and its choices."""
+    chances = dict(zip(depot_texts, ask(network, depot_texts), strict=True))
+    return chances, {text: ACTIONS[row.argmax()] for text, row in chances.items()}
+
+
 def any_states(number: int, stream: str) -> list[tuple[str, str]]:
     """States drawn at random, each with the expert's move."""
     generator = random.Random(f"{stream}/{seed}")
@@ -1030,12 +1036,6 @@ def more_labels(way: str, chances: Mapping[str, np.ndarray], number: int, stream
 
 
 # %%
-def policy(network: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The learner's probabilities in all states around the depot, and its choices."""
-    chances = dict(zip(depot_texts, ask(network, depot_texts), strict=True))
-    return chances, {text: ACTIONS[row.argmax()] for text, row in chances.items()}
-
-
 WAYS = ("DAgger", "any states", "demonstrations on a wet floor", "own successes", "more demonstrations")
 ROUNDS, LABELS, STEPS = 3, lesson.scaled(100), lesson.scaled(15)
 wet, more, first = {way: [] for way in WAYS}, {way: [] for way in WAYS}, policy(clone)
@@ -1050,8 +1050,6 @@ for again, way in product(range(lesson.scaled(3, 1)), WAYS):  # other labels and
     table = success(dict.fromkeys(depot_texts, "east") | most_often(rows), WET)
     more[way].append((success(choices, 0.0), off_path, table))
 labels = [len(shown) + LABELS * number for number in range(ROUNDS + 1)]
-
-# %%
 mean_of = {way: [*np.mean(wet[way], 0), *np.mean(more[way], 0)] for way in WAYS}
 show_table({way: [f"{share:.0%}" for share in shares] for way, shares in mean_of.items()},
            [f"{n} labels" for n in labels] + ["dry, at the end", "new texts", "a table"])  # fmt: skip
@@ -2042,8 +2040,7 @@ class ChromiumBrowser:
 
     def act(self, action: str) -> None:
         if matched := ACTION.fullmatch(action):
-            number, word = matched.groups()
-            self.thread.submit(self._act, number, word).result()
+            self.thread.submit(self._act, *matched.groups()).result()
 
     def _act(self, number: str | None, word: str | None) -> None:
         field, named = self.page.locator("input:not([type=hidden])"), self.page.locator("a, button")

@@ -221,6 +221,9 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: cell_with(n, "## 2 · Its ends").update(source="## 2 · Its ends"),
         lambda n: n.cells.extend(new_code_cell("1") for _ in range(45)),
     ],
+    structure.its_core_path_uses_no_name_of_a_further_section: [
+        lambda n: cell_with(n, "seed = 0").update(source='profile = ""\nseed = len(ends)'),
+    ],
     structure.there_is_a_quiz_of_five_questions: [
         lambda n: n.cells.remove(cell_with(n, "Which line")),
         lambda n: n.cells.remove(cell_with(n, "## Quiz")),

@@ -252,7 +252,8 @@ def resize(page, width: int) -> None:
 
 
 # A lesson holds up to 20,000 pieces of coloured code, and axe would look at each. One of each kind stays, with the
-# colours that all of its kind have; a formula, drawn in the colour of the text, stays as a name.
+# colours that all of its kind have; a formula, drawn in the colour of the text, stays as a name; of a long table the
+# first rows stay.
 ONE_OF_EACH_KIND = """() => {
     const seen = new Set();
     for (const span of document.querySelectorAll('.highlight pre span')) {
@@ -261,6 +262,7 @@ ONE_OF_EACH_KIND = """() => {
         seen.add(kind);
     }
     for (const pre of document.querySelectorAll('pre')) pre.normalize();
+    for (const row of document.querySelectorAll('tbody tr:nth-child(n + 9)')) row.remove();
     for (const drawing of document.querySelectorAll('mjx-container > *')) drawing.replaceWith('formula');
     const style = document.createElement('style');
     style.textContent = '* {transition: none !important}';
