@@ -69,7 +69,6 @@ import itertools
 import math
 import os
 import time
-from dataclasses import replace
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: threads slow such small fits down
 
@@ -252,7 +251,7 @@ largest = max(abs(x - 1) for x in exactness)
 lesson.equal("6ND with attention is within 1 % of the count", largest, within=0.01)
 
 # %% [markdown]
-# **What you see.** The first column is the embedding's share of the parameters, the others are shares of the counted operations. With the attention term the formula is the count. Without it, $6ND$ misses a part that shrinks with the width, because $N$ grows with the square of the width and attention with its first power. Leaving the embedding out misses most of the smallest model and little of the largest. Remember that column: it is where Kaplan et al. (2020) and Hoffmann et al. (2022) part ways in section 8. From here on $C = 6ND$ with all parameters, as in the Chinchilla paper.
+# **What you see.** The first column is the embedding's share of the parameters, the others are shares of the counted operations. With the attention term the formula is the count. Without it, $6ND$ misses a part that shrinks with the width, because $N$ grows with the square of the width and attention with its first power. Leaving the embedding out misses most of the smallest model's operations and under a fifth of the largest's. Remember that column: it is where Kaplan et al. (2020) and Hoffmann et al. (2022) part ways in section 8. From here on $C = 6ND$ with all parameters, as in the Chinchilla paper.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The sweep
@@ -261,7 +260,7 @@ lesson.equal("6ND with attention is within 1 % of the count", largest, within=0.
 #
 # Cells do not depend on each other, so they can run wherever there is room. All that is asked of a runner is one call, `submit(function, cell)`, which returns at once something with `done()` and `result()`. Python's process pool offers exactly that, and so does [submitit](https://github.com/facebookincubator/submitit) for a Slurm cluster: there the executor is `sweep.slurm("build/sweep", slurm_partition="cpu")`, and nothing else changes. `sweep.run_sweep` submits what is not done yet and replaces its file of results after each cell, so that a sweep which is stopped goes on where it was.
 #
-# The shipped results were made with `python -m recipes.scaling_sweep`, one process, one thread. You now run four cells of widths and budgets that are not in the file, in processes of your own. (About 45 s.)
+# The shipped results were made with `python -m recipes.scaling_sweep`, one process, one thread. You now run four cells of widths and budgets that are not in the file, in processes of your own. (About half a minute.)
 
 # %%
 LIVE_CELLS = ((20, 350_000), (40, 400_000), (56, 300_000), (80, 350_000))
@@ -808,7 +807,8 @@ found, sizes = curves(RUNS), 4
 inside = [c for c, _ in valleys(found, in_reach(found, 9, sizes))]
 figure, axes = plt.subplots()
 shades = plt.cm.plasma(np.linspace(0, 0.85, 3))
-for c, shade in zip((inside[0], inside[len(inside) // 2], inside[-1]), shades, strict=True):
+chosen = (inside[0], inside[len(inside) // 2], inside[-1])
+for c, shade in zip(chosen, shades, strict=True):
     x, y = measured_at(found, c)
     fine = np.linspace(x.min(), x.max(), 50)
     parabola = np.polyfit(x, y, 2)
