@@ -280,7 +280,7 @@ for row in LIVE:
     print(f"D = {row['tokens_seen']:,}, loss {row['loss']:.4f}")
 
 # %% [markdown]
-# Now the shipped sweep. `RUNS` holds the cells that follow the rule: fresh text, the full cosine, the rule's learning rate. Runs of 125,000 tokens are in the file, too. They are left out everywhere below: so early a model still learns the format of the text, its loss falls in steps, and no power law describes it. Small models vary more from seed to seed, so some of their cells were run with two or three seeds. All cells of 2 M tokens, and all of the largest model, are single runs.
+# Now the shipped sweep. `RUNS` holds the cells that follow the rule: fresh text, the full cosine, the rule's learning rate. Runs of 125,000 tokens are in the file, too. They are left out everywhere below: so early a model still learns the format of the text, its loss falls in steps, and no power law describes it. Some cells were run with two or three seeds. All cells of 2 M tokens, and all of the largest model, are single runs.
 
 # %%
 everything = list(sweep.read_results(sweep.RESULTS).values())
@@ -432,7 +432,7 @@ def huber_and_gradient(theta, log_n, log_d, log_loss, delta=1e-3):
 
 
 # %% [markdown]
-# The function has many flat valleys, so L-BFGS is started from a grid of points and the best end is kept. The sum of the Huber losses is tiny. It is multiplied by a million before the optimiser sees it, with a tight tolerance: otherwise the optimiser stops before it has arrived (the section beside this one shows it).
+# The function has many flat valleys, so L-BFGS is started from a grid of points and the best end is kept. The sum of the Huber losses is tiny. It is multiplied by a million before the optimiser sees it, with a tight tolerance: otherwise the optimiser may stop before it has arrived (the section beside this one shows it).
 
 # %%
 def lowest_end(objective, starts, options):
@@ -496,25 +496,30 @@ lesson.equal("all fifteen constants are recovered within 2 %", worst, within=0.0
 #
 # *Further: no core section needs this one.*
 #
-# **Question.** Why do two fits to the same experiment, Hoffmann's and Besiroglu's, differ so much?
+# **Question.** Can two fits to the same runs differ as much as Hoffmann's and Besiroglu's?
 #
-# Besiroglu et al. (2024) name two causes. One is rounding, which section 7 shows. The other is an optimiser that stopped too early, because the loss was averaged over the runs instead of summed and so was very small. Try both: sum or mean, each with a tight tolerance and with the optimiser's default. The data are the replication's law with noise of 0.3 %.
+# Besiroglu et al. (2024) name two causes of the difference. One is rounding, which section 7 shows. The other is an optimiser that stopped too early, because the scale of its objective was badly chosen: a mean over the runs is far smaller than a sum. Try both: sum or mean, each with a tight tolerance and with the optimiser's default. The data are five draws of the replication's law with noise of 0.3 %.
 
 # %%
-law = PUBLISHED["Besiroglu"]
-draw = np.random.default_rng(seed).standard_normal(len(sizes))
-noisy = loss_by(law, sizes, tokens) * np.exp(0.003 * draw)
-rows = {"truth": [f"{law[key]:.4g}" for key in law]}
-for total, scale in {"sum": 1.0, "mean": 1 / len(sizes)}.items():
-    for tolerance, options in {"tight": TIGHT, "default": {}}.items():
-        found = fit_law(sizes, tokens, noisy, STARTS[::6], scale, options)
-        rows[f"{total}, {tolerance} tolerance"] = [f"{found[key]:.4g}" for key in law]
-        a = found["beta"] / (found["alpha"] + found["beta"])
-        lesson.report(f"beta / (alpha + beta), {total}, {tolerance} tolerance", a)
-show_table(rows, LAW_KEYS)
+law, fits = PUBLISHED["Besiroglu"], {}
+for draw in range(5):
+    noise = np.random.default_rng(draw).standard_normal(len(sizes))
+    noisy = loss_by(law, sizes, tokens) * np.exp(0.003 * noise)
+    for total, scale in {"sum": 1.0, "mean": 1 / len(sizes)}.items():
+        for tolerance, options in {"tight": TIGHT, "default": {}}.items():
+            found = fit_law(sizes, tokens, noisy, STARTS[::6], scale, options)
+            fits.setdefault(f"{total}, {tolerance} tolerance", []).append(found)
+rows = {"truth": [f"{law['E']:.2f}, {law['beta']:.2f}"] * 5}
+for name, laws in fits.items():
+    rows[name] = [f"{found['E']:.2f}, {found['beta']:.2f}" for found in laws]
+    exponents = [found["beta"] / (found["alpha"] + found["beta"]) for found in laws]
+    told = f"{min(exponents):.2f} to {max(exponents):.2f}"
+    lesson.report(f"exponent a in five draws, {name}", told)
+print("fitted E and beta")
+show_table(rows, [f"draw {draw}" for draw in range(5)])
 
 # %% [markdown]
-# **What you see.** With a tight tolerance, sum and mean give the same law, close to the truth. With the default tolerance the mean ends far from it. The sum is better, and not reliable either: repeat the cell with other seeds. So it is not the mean by itself that does the harm but a small objective together with a tolerance made for larger ones. A fit that has not arrived gives no warning: its numbers look like any others.
+# **What you see.** With a tight tolerance, sum and mean give the same law in every draw, close to the truth. With the default tolerance the mean ends far from it each time. The sum mostly arrives, but look for a draw in which it does not. So the mean by itself does no harm: a small objective does, together with a tolerance made for larger ones. None of these fits gave a warning. That this happened in 2022 is what the authors of the replication conclude; the cell shows that it can happen.
 
 # %% [markdown] tags=["core"]
 # ## 5 · The law of our sweep
@@ -619,7 +624,7 @@ alt = "Misfit over E: flat for two budgets; shallow, lowest above the truth, for
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$, but weakly. It prefers an $E$ above the truth. One reason can be seen in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it can follow such a bend only by taking the slow end for the approach to a floor.
+# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$, but weakly. It prefers an $E$ above the truth. A likely reason is in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it follows such a bend by taking the slow end for the approach to a floor.
 #
 # Look at the columns $a = \beta / (\alpha + \beta)$ as well. It is the exponent with which the best size grows with compute (section 6). Laws that the misfit can hardly tell apart give very different $a$. **A law can be good for predicting runs nearby and say little about its own constants.** On real text, where nobody knows $E$, nothing would warn you.
 
@@ -854,7 +859,7 @@ lesson.report("exponent a, approach 3 with the true E", with_truth, form=".2f")
 
 
 # %% [markdown]
-# **What you see.** On the made sweep both approaches find the true exponent, so the code is right. On ours they do not measure it. The intervals of approaches 1 and 2 contain Chinchilla's 0.50 as well as Kaplan's 0.73, and much more. How many sizes one asks for, a choice without a right answer, moves the result of approach 1 by more than the approaches differ. The interval of approach 3 is narrower, because it trusts the form of the law. But the law with the true $E$ gives a lower $a$ than the law with the fitted one. The honest result is: *the best size grows with compute, and this sweep does not say how fast*. It spans one decade of compute. Hoffmann et al. had over 400 runs and about four decades, and reported 0.50, 0.49 and 0.46.
+# **What you see.** On the made sweep both approaches find the true exponent, so the code is right. On ours they do not measure it. The intervals of approaches 1 and 2 contain Chinchilla's 0.50 as well as Kaplan's 0.73, and much more. How many sizes one asks for, a choice without a right answer, moves the result of approach 1 by more than the approaches differ. The interval of approach 3 is narrower. It rests on the form of the law, and it was made in another way, so the widths cannot be compared exactly. And the law with the true $E$ gives a lower $a$ than the law with the fitted one. The honest result is: *the best size grows with compute, and this sweep does not say how fast*. With four sizes at each compute it spans one decade. Hoffmann et al. had over 400 runs of up to 16 billion parameters, and reported 0.50, 0.49 and 0.46.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Twenty tokens a parameter
@@ -892,7 +897,7 @@ lesson.report("tokens per parameter at Chinchilla's compute: Hoffmann printed, T
 
 
 # %% [markdown]
-# **What you see.** The replication stays near twenty over eight decades of compute, like approach 1 of Hoffmann et al. (20 to 22 in table 3 of their paper), because its $\alpha$ and $\beta$ are almost equal. The constants that Hoffmann et al. *printed* ask for many more, and ever more with scale. A good part of that is print: with the digits of their TeX source the same law says far fewer at Chinchilla's compute, and less than two thirds at $10^{26}$. The rest is a difference between the fits. The second decimal of an exponent looks like a detail. At $10^{26}$ operations it decides between a model of hundreds of billions of parameters and one of a thousand billions.
+# **What you see.** The replication stays between 15 and 30 over eight decades of compute, near approach 1 of Hoffmann et al. (20 to 22 in table 3 of their paper), because its $\alpha$ and $\beta$ are almost equal. The constants that Hoffmann et al. *printed* ask for many more, and ever more with scale. A good part of that is print: with the digits of their TeX source the same law says far fewer at Chinchilla's compute, and less than two thirds at $10^{26}$. The rest is a difference between the fits. The second decimal of an exponent looks like a detail. At $10^{26}$ operations it decides between a model of hundreds of billions of parameters and one of a thousand billions.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Kaplan against Chinchilla
@@ -950,7 +955,7 @@ for sizes in (3, 4, 5):
 # %% [markdown]
 # **What you see.** A world in which Chinchilla's law is true shows an exponent near Kaplan's to those who leave the embeddings out. The exponent is not constant: it starts near Kaplan's, is much steeper around a million parameters, where the embedding gives way to the inside, and comes down to the true one only for large models. The overall number is an average that a straight line takes over all of that, so it can lie above both ends.
 #
-# Do our own runs show it, too? They cannot. The number of sizes that one asks for decides whether there are enough valleys at all, and whether a value above or below Kaplan's comes out. (Fitting the runs of 125,000 tokens as well would give a number close to Kaplan's. It would be a fit to models that still learn the format.) Porian et al. (2024) repeated Kaplan's experiment step by step, and found two more causes: a warm-up too long for small models, and optimiser settings not tuned for each size. What all of these papers share: say what $N$ and $C$ count, end each schedule where the run ends, and tune each size.
+# Do our own runs show it, too? They cannot. The number of sizes that one asks for decides whether there are enough valleys at all, and whether a value above or below Kaplan's comes out. Porian et al. (2024) repeated Kaplan's experiment step by step, and found two more causes: a warm-up too long for small models, and optimiser settings not tuned for each size. What all of these papers share: say what $N$ and $C$ count, end each schedule where the run ends, and tune each size.
 
 # %% [markdown] tags=["further"]
 # ## 9 · Losses read in mid-schedule
@@ -982,7 +987,7 @@ told = ", ".join(f"{end:.4f}" for end in ends)
 print(f"excess at the end of a run of width 32, constant rate and cosine: {told}")
 
 # %% [markdown]
-# **What you see.** In mid-schedule the excess is higher in all cells of the table, and on average by far more than the spread of section 3 allows for a mean over seven sizes. (Each long run is a single one.) So losses must be compared at the end of their own schedules. Whether this also moves the *exponent* is disputed: Hoffmann et al. named it as a cause, Porian et al. (2024) found that decay is not essential to close the gap. Our sweep cannot decide that.
+# **What you see.** In mid-schedule the excess is higher in all cells of the table, and on average by far more than the spread of section 3 allows for a mean over seven sizes. (Each long run is a single one.) The run whose rate stays constant to its end has a higher excess there than the cosine's, which points the same way. So losses must be compared at the end of their own schedules. Whether this also moves the *exponent* is disputed: Hoffmann et al. named it as a cause, Porian et al. (2024) found that decay is not essential to close the gap. Our sweep cannot decide that.
 
 # %% [markdown] tags=["further"]
 # ## 10 · When the data run out
@@ -1042,7 +1047,7 @@ lesson.report("nats above fresh text after 2 and after 64 readings", told)
 
 
 # %% [markdown]
-# **What you see.** In these runs a second and a fourth reading are almost as good as fresh text. After that the worth falls quickly, and faster than for the large models of Muennighoff et al. At 32 readings the loss on unseen text is worse than that of the shortest run of the sweep: the model has learnt its few hundred documents by heart. The formula has no term for that. It says that repetition becomes useless, never that it does harm.
+# **What you see.** In these runs a second and a fourth reading are almost as good as fresh text. How good exactly, single runs cannot say: where a line of section 3 is nearly flat, the spread between seeds is worth many tokens. From eight readings on the worth falls far beyond that spread, and faster than for the large models of Muennighoff et al. At 32 readings the loss on unseen text is worse than that of the shortest run of the sweep. Probably the model has learnt its few hundred documents by heart. The formula has no term for that. It says that repetition becomes useless, never that it does harm.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Cheap to train, or cheap to use?
@@ -1078,7 +1083,7 @@ off = abs(6 * n0 * d0 / 5.76e23 - 1)
 lesson.equal("without use, the cheapest model is compute-optimal", off, within=0.01)
 
 # %% [markdown]
-# **What you see.** Under this law, smaller models with more tokens win as soon as about as many tokens are served as the model was trained on. The last column is saved against the compute-optimal model with the same use. Training beyond the compute-optimal point is called *overtraining*, though nothing is overdone. (All of it is arithmetic on one published law, far outside of the ratios that it was fitted to.)
+# **What you see.** Under this law, the more tokens are served, the smaller the cheapest model. Little is saved while no more tokens are served than the model was trained on, and much at ten times as many. The last column is saved against the compute-optimal model with the same use. Training beyond the compute-optimal point is called *overtraining*, though nothing is overdone. (All of it is arithmetic on one published law, far outside of the ratios that it was fitted to.)
 
 # %% [markdown] tags=["core"]
 # ## 12 · Abilities that seem to emerge
@@ -1114,10 +1119,10 @@ for name, y, color in zip(names, values, plots.COLORS, strict=False):
     axes.plot(losses_now, y, "o", color=color, markersize=5, label=name)
 axes.invert_xaxis()
 axes.yaxis.set_major_formatter(plots.PERCENT)
-axes.set(title="The same answers: the harder the metric, the later the rise")
+axes.set(title="The same answers: sheets of six rise late, single answers early")
 axes.set(xlabel="loss (nats per token), falling to the right", ylabel="score")
 axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
-alt = "Over falling loss the log-probability rises first, six of six right last."
+alt = "Over falling loss, answers and log-probability rise early, six of six late."
 plots.show(figure, alt=alt)
 weak = SCORES[:, 0] == 0  # models without a single sheet of six right answers
 print(f"{weak.sum()} of {len(ASKED)} models have no sheet of six right;", end=" ")
@@ -1130,7 +1135,7 @@ told = f"{SCORES[weak, 1].max():.0%}, {way:.0%}"
 lesson.report("models without a sheet: answers right, way of log-probability", told)
 
 # %% [markdown]
-# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the same models have come far, and their log-probability has made most of its way. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that a smooth metric would have announced it.
+# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the same models have come far, and their log-probability has made most of its way. (These two rise together here; the second is scaled so that the best model has 100 %.) The share of sheets is roughly the sixth power of the share of answers, as the formula says. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that another metric would have announced it.
 
 # %% [markdown] tags=["core"]
 # ## 13 · Tasks that get worse
@@ -1189,7 +1194,7 @@ for name, task in TASKS.items():
                  known, at_most=0.25, control=unknown, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Over all questions, models that know more do worse. The split shows how: on facts that a model does not know it is near the coin, whatever its size; on facts that it knows it is nearly always wrong. Larger and longer trained models do not get worse at either kind. They know more facts, so more of the questions are of the kind on which recalling is wrong. More scale alone does not cure that; text in which the shortcut fails might.
+# **What you see.** Over all questions, models that know more do worse. The split shows how: on facts that a model does not know it is a little below the coin, in all five groups; on facts that it knows it is nearly always wrong. Within each kind the groups differ by a few points, over all questions by far more. Models that know more have more questions of the kind on which recalling is wrong, and that makes up most of the fall. Within this sweep, scale does not cure it.
 
 # %% [markdown] tags=["core"]
 # ## 14 · More samples or a larger model?
@@ -1242,28 +1247,28 @@ told = ", ".join(f"{ends[i]:.0%}" for i in (0, -2, -1))
 lesson.report("pass@64 on facts: smallest, largest model, uniform guess", told)
 
 # %% [markdown]
-# **What you see.** Read without the dashed line, this would be a success: a small model with many samples overtakes a large one with a single sample. With it, the message is gone. At 64 samples a uniform guess is as good as any of the models, and "knows or guesses" is at least as good as the model itself at every size and every $k$. What the samples add to the greedy answer are guesses. A fact that is not in the weights cannot be sampled out of them. Always draw the guesser beside pass@k.
+# **What you see.** Read without the dashed line, this would be a success: a small model with many samples overtakes a large one with a single sample. With it, the message is gone. At 64 samples a uniform guess is as good as any of the models, and "knows or guesses" is at least as good as the model itself at every size and every $k$. So what the samples add to the greedy answer is no more than guessing would add. Always draw the guesser beside pass@k.
 #
-# **A task with many answers.** The profile's model *shima-4m* adds three numbers up to 99. Ask for direct answers, 32 samples a sum, and for one greedy answer with written steps. The guesser of this task answers each question with the samples of all the *other* questions: it knows what answers look like, and nothing about the question.
+# **A task with many answers.** The profile's model *shima-4m* adds three numbers up to 99. Ask for direct answers, one greedy and 32 samples a sum, and for one greedy answer with written steps. The guesser of this task answers each question with the samples of all the *other* questions: it knows what answers look like, and nothing about the question.
 
 # %%
 model, tokenizer = load_model(machine)
 count = lesson.scaled(40)
 plain = World().sums(count, seed, with_steps=False)
 thought = World().sums(count, seed, with_steps=True)
-at_once = settings["decoded_at_once"]
-direct = generate(
-    model, tokenizer, [q.prompt for q in plain], 5, temperature=1.0, num_samples=32,
-    seed=seed, batch_size=at_once,
-)  # fmt: skip
+at_once = {"batch_size": settings["decoded_at_once"]}
+prompts = [question.prompt for question in plain]
+sampled = {"temperature": 1.0, "num_samples": 32, "seed": seed}
+direct = generate(model, tokenizer, prompts, 5, **sampled, **at_once)
 direct = [[text.strip() for text in texts] for texts in direct]
-steps = generate(
-    model, tokenizer, [q.prompt for q in thought], 48, stop=("\nSum:",),
-    batch_size=at_once,
-)  # fmt: skip
+greedy = [text.strip() for text in generate(model, tokenizer, prompts, 5, **at_once)]
+prompts = [question.prompt for question in thought]
+steps = generate(model, tokenizer, prompts, 48, stop=("\nSum:",), **at_once)
 finals = [text.rpartition("Answer:")[2].strip().split("\n")[0] for text in steps]
 rights = [final == q.answer for final, q in zip(finals, thought, strict=True)]
-by_steps = score(sum(rights), len(rights))
+by_steps = score(sum(rights), count)
+hits = [text == q.answer for text, q in zip(greedy, plain, strict=True)]
+by_greedy = score(sum(hits), count)
 for question, texts, text in zip(plain[:3], direct, steps, strict=False):
     print(question.prompt.split("\n")[0], f"(right: {question.answer})")
     print("  direct:", ", ".join(texts[:8]), "...")
@@ -1304,8 +1309,9 @@ for k in tries:
         line.append(value)
     cells = [f"{value:.0%}" for value in shares]
     rows[f"{k} direct"] = [f"{k * one_direct:.0f}", *cells]
+rows["1 direct, greedy"] = [f"{one_direct:.0f}", f"{by_greedy.accuracy:.0%}", "", ""]
 rows["1 with steps"] = [f"{one_steps:.0f}", f"{by_steps.accuracy:.0%}", "", ""]
-show_table(rows, ["tokens", *lines])
+show_table(rows, ["tokens", "right, or vote", *list(lines)[1:]])
 affordable = max(0, sum(k * one_direct <= one_steps for k in tries) - 1)
 print(f"with steps: {by_steps}; for as many tokens: {tries[affordable]} direct answers")
 figure = plots.curve(
@@ -1325,6 +1331,8 @@ lesson.claim("on sums 32 samples hold the answer 30 points more often than a gue
 ahead = by_steps.accuracy - voted[affordable]
 lesson.claim("steps beat the vote at equal tokens by 30 points", ahead,
              at_least=0.3, form=".0%")  # fmt: skip
+told = f"{by_greedy.accuracy:.0%}, {voted[-1]:.0%}, {by_steps.accuracy:.0%}"
+lesson.report("sums right: one greedy answer, vote of 32, one with steps", told)
 asked_for = zip(direct, plain, strict=True)
 pairs = [(text, q.answer) for texts, q in asked_for for text in texts]
 numbers = [(int(text), int(answer)) for text, answer in pairs if text.isdecimal()]
@@ -1334,7 +1342,7 @@ if off:
     print(f"half of these lie within {np.median(off):.0f} of the right sum")
 
 # %% [markdown]
-# **What you see.** Here samples are worth something that guessing is not: the right sum is often among them, because the model knows roughly how large it is and its samples lie around it. That needs a verifier to pick it out. The vote, which needs none, gains little: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
+# **What you see.** Here samples are worth something that guessing is not: the right sum is often among them, because the model knows roughly how large it is and its samples lie around it. (So this is guessing, too, but in a narrow range.) It needs a verifier to pick the right one out. The vote, which needs none, gains little: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
 
 # %% [markdown]
 # ## 15 · Exercises
