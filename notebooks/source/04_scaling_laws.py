@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/04_scaling_laws.ipynb)
 #
-# A large training run can be done only once, so its size, its data and its result must be known before it starts. Scaling laws are how that is done: train many small models, fit a curve with five numbers, extrapolate. In this lesson you fit such curves to a sweep of real runs, on a text whose true entropy you can compute. So for once you can check what a fitted law says about the text. You find out what such a fit can be trusted with and what not, why two famous laws disagreed, and what a law of the loss does not tell.
+# A large training run can be done only once, so its size, its data and its result must be known before it starts. Scaling laws are how that is done: train many small models, fit a curve with five numbers, extrapolate. In this lesson you fit such curves to a sweep of real runs, on a text whose true entropy you can compute. So for once you can check what a fitted law says about the text. You find out what such a fit can be trusted with and what not, one reason why two famous laws disagreed, and what a law of the loss does not tell.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -704,7 +704,7 @@ plots.show(figure, alt=alt)
 
 
 # %% [markdown]
-# **What you see.** Between the runs that were fitted, the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law. A law is needed where there are no neighbours on the far side. There, at the one larger size, it is not clearly better than taking the result of the size below. As a share of the *loss* all of these errors would look tiny, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
+# **What you see.** Between the runs that were fitted, the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law; which of the two is closer depends on the seed. A law is needed where there are no neighbours on the far side. There, at the one larger size, it is not clearly better than taking the result of the size below. As a share of the *loss* all of these errors would look tiny, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
 
 # %% [markdown] tags=["core"]
 # ## 6 · The best size for a budget
@@ -1342,7 +1342,7 @@ if off:
     print(f"half of these lie within {np.median(off):.0f} of the right sum")
 
 # %% [markdown]
-# **What you see.** Here samples are worth something that guessing is not: the right sum is often among them, because the model knows roughly how large it is and its samples lie around it. (So this is guessing, too, but in a narrow range.) It needs a verifier to pick the right one out. The vote, which needs none, gains little: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
+# **What you see.** Here samples are worth something that guessing is not: the right sum is often among them, because the model knows roughly how large it is and its samples lie around it. (So this is guessing, too, but in a narrow range.) It needs a verifier to pick the right one out. The vote, which needs none, is about as good as one greedy answer: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
 
 # %% [markdown]
 # ## 15 · Exercises
@@ -1754,7 +1754,7 @@ show_table(rows, heads)
 #
 # | here | a large laboratory |
 # |---|---|
-# | 70 runs, 20 minutes of one core | hundreds of runs, and many GPU-years |
+# | 70 runs, about 20 minutes of one core | hundreds of runs, and many GPU-years |
 # | a text with known entropy | $E$ is a fit that nobody can check |
 # | predict twice the compute | predict 100 to 10,000 times the compute, and then train it |
 # | the loss on the text itself | losses on held-out code, mathematics and questions, and laws from loss to score |
