@@ -97,7 +97,9 @@ def test_the_check_of_the_new_ways_finds_other_prompts_endings_and_a_missing_pre
         **NAMES,
         "label_games": lambda n, num_words: [(pairs, pairs[0]) for pairs in games],
         "lesson": SimpleNamespace(scaled=lambda number: number),
-        "written": lambda way, pairs, key: way[0] + "".join(way[1].format(*pair) for pair in pairs) + way[2].format(key),
+        "written": lambda way, pairs, key: (
+            way[0] + "".join(way[1].format(*pair) for pair in pairs) + way[2].format(key)
+        ),
         "answer": lambda prompts, max_new_tokens, stop=("\n",): [reply(prompt, stop) for prompt in prompts],
     }
     solution = EXERCISES["2.5"].solution
@@ -133,7 +135,9 @@ def test_a_wrong_example_stands_where_it_is_asked_for() -> None:
 
 def defined(name: str) -> dict:
     """Run the code cell that defines the function, in a namespace of its own."""
-    source = next(c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code" and f"def {name}(" in c.source)
+    source = next(
+        c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code" and f"def {name}(" in c.source
+    )
     namespace = {**NAMES, "re": re}
     definitions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     exec(compile(ast.Module(definitions, []), f"<{name}>", "exec"), namespace)
