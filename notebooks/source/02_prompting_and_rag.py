@@ -1162,7 +1162,9 @@ axes.set_xticks(range(len(bands)), [f"{band},\ntold {seen[band]:.0f} times" for 
 axes.set(title="Without retrieval rarely told facts are lost; with it they are not", ylabel="right answers")
 axes.yaxis.set_major_formatter(plots.PERCENT)
 axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-plots.show(figure, "Right answers by how often the fact was told: closed-book falls, all ways with retrieval stay high.")
+plots.show(
+    figure, "Right answers by how often the fact was told: closed-book falls, all ways with retrieval stay high."
+)
 lift = {band: of["reranked"].accuracy - of["closed book"].accuracy for band, of in by_band.items()}
 for band, gain in lift.items():
     print(f"{band:>20}: retrieval lifts by {100 * gain:+.0f} points")
