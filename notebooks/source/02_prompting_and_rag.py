@@ -409,7 +409,7 @@ print(stepwise[0].prompt + step_replies[0])
 for (name, result), given in zip(steps.items(), (direct_replies, step_replies), strict=True):
     print(f"{name}: {result}, {np.mean(num_tokens(given)):.0f} tokens written")
     lesson.report(f"sums of three numbers, {name}", str(result))
-given = [(reply, right) for reply, right in zip(direct_replies, gold, strict=True) if reply.strip().isdigit()]
+given = [(reply, right) for reply, right in zip(direct_replies, gold, strict=True) if reply.strip().isdecimal()]
 off = [abs(int(reply) - int(right)) for reply, right in given if int(reply) != int(right)]
 print(f"a wrong direct answer is off by {np.median(off or [math.nan]):.0f} in the median")
 alt = "Accuracy of direct answers and of written steps, with intervals: steps are far ahead."
@@ -566,7 +566,7 @@ def propose(texts: list[str], network: nn.Module, proposals: int) -> tuple[list[
     drawn = answer(texts, 6, stop=(";", "\n"), network=network, **sampling)
     drawn = drawn if proposals > 1 else [[text] for text in drawn]
     found = [sorted({text.strip() for text in results}) for results in drawn]
-    found = [[text for text in results if text.isdigit() and len(text) < 4] for results in found]
+    found = [[text for text in results if text.isdecimal() and len(text) < 4] for results in found]
     return found, [sum(num_tokens(results)) + len(results) for results in drawn]
 
 
@@ -646,7 +646,7 @@ gain = methods["step by step, no search"].accuracy - methods["whole solution, gr
 lesson.claim("on four numbers, being told each next addition gains at least 50 points", gain, at_least=0.5, form=".0%")
 
 # %% [markdown]
-# **What you see.** The first point of the tree's line searches nothing: one greedy result for each addition, and the program writes the numbers. It is already far above one greedy solution. The weaker model often miscopies a number of the question, as in the example of section 5, and the program does not. What the search adds to that is the control of the claim: next to nothing here. On four numbers it is the same, for another reason: the whole solution leaves a number out, since training never had more than three. So a comparison of "a tree of thoughts" with a vote would have praised the tree for what the program does. Separate what the decomposition gives from what the search gives, and count the tokens of both.
+# **What you see.** The first point of the tree's line searches nothing: one greedy result for each addition, and the program writes the numbers. It is already far above one greedy solution. One cause stands in the example of section 5: the weaker model miscopies a number of the question, and the program does not. What the search adds to that is the control of the claim: next to nothing here. On four numbers it is the same, for another reason: the whole solution leaves a number out, since training never had more than three. So a comparison of "a tree of thoughts" with a vote would have praised the tree for what the program does. Separate what the decomposition gives from what the search gives, and count the tokens of both.
 
 # %% [markdown] tags=["core"]
 # ## 7 · A library, cut into chunks
