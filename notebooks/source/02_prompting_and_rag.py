@@ -1567,6 +1567,13 @@ check("2.3", check_diverse, diverse)
 # </details>
 
 # %%
+# For exercise 2.5: three more ways to write the pairs of section 3.
+NEW_WAYS = {
+    "goat red; without a head": ("", "{} {}; ", "{}"),
+    "Pairs: goat is red; ...": ("Pairs: ", "{} is {}; ", "{} is"),
+    "Pairs: red goat; ... and the word is asked": ("Pairs: ", "{1} {0}; ", "{}"),
+}
+
 # For exercise 2.4: facts known by heart that the library lacks, and strangers' facts that it has.
 gate_rows, gate_retrieved = [], []
 for group, version in (("known by heart", "fact missing"), ("strangers", "complete")):
@@ -1625,12 +1632,7 @@ check("2.4", check_gate, retrieve_for)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 2.5, easy: predict, then measure. Three more ways to write the pairs of section 3: what will they score?
-NEW_WAYS = {
-    "goat red; without a head": ("", "{} {}; ", "{}"),
-    "Pairs: goat is red; ...": ("Pairs: ", "{} is {}; ", "{} is"),
-    "Pairs: red goat; ... and the word is asked": ("Pairs: ", "{1} {0}; ", "{}"),
-}
+# Exercise 2.5, easy: predict, then measure. What will the three NEW_WAYS above exercise 2.4 score?
 PREDICTION = None  # your guess before you run anything: three shares of right labels (0 to 1), in this order
 
 

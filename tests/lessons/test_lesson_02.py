@@ -4,6 +4,7 @@ import ast
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,11 +91,12 @@ def test_the_check_of_the_new_ways_finds_other_prompts_endings_and_a_missing_pre
     def reply(prompt: str, stop: tuple[str, ...]) -> str:
         """A model that copies what stands behind the earlier copy of the last word, and goes on after it."""
         key = prompt.split()[-1]
-        text = " ".join(prompt.split()[prompt.split().index(key) + 1 :][:2]) + " "
+        text = " " + " ".join(prompt.split()[prompt.split().index(key) + 1 :][:2]) + " "
         return text[: min((text.find(sign) for sign in stop if sign in text), default=len(text))]
 
     names = {
         **NAMES,
+        "NEW_WAYS": {"plain": ("", "{} {}; ", "{}"), "is": ("Pairs: ", "{} is {}; ", "{}")},
         "label_games": lambda n, num_words: [(pairs, pairs[0]) for pairs in games],
         "lesson": SimpleNamespace(scaled=lambda number: number),
         "written": lambda way, pairs, key: (
@@ -102,16 +104,16 @@ def test_the_check_of_the_new_ways_finds_other_prompts_endings_and_a_missing_pre
         ),
         "answer": lambda prompts, max_new_tokens, stop=("\n",): [reply(prompt, stop) for prompt in prompts],
     }
-    solution = EXERCISES["2.5"].solution
+    solution = planted(EXERCISES["2.5"].solution, "[0.5, 0.5, 0.5]", "[0.5, 0.5]")  # two ways here
     wrong = [
-        planted(solution, "[0.5, 0.5, 0.5]", "None"),
-        planted(solution, "[0.5, 0.5, 0.5]", "[50, 50, 50]"),
+        planted(solution, "[0.5, 0.5]", "None"),
+        planted(solution, "[0.5, 0.5]", "[50, 50]"),
         planted(solution, '(";", "\\n")', '("\\n",)'),  # reads on over the end of the pair
         planted(solution, "text.strip() == label", "text == label"),
         planted(solution, "text.strip() == label", "True"),
-        planted(solution, "    return shares", "    return shares[:2]"),
+        planted(solution, "    return shares", "    return shares[:1]"),
     ]
-    prove_check(EXERCISES["2.5"], names, wrong)
+    prove_check(replace(EXERCISES["2.5"], solution=solution), names, wrong)
 
 
 def test_the_support_checker_wants_name_and_answer_in_one_sentence_and_as_whole_words() -> None:
