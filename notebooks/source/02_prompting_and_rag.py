@@ -435,7 +435,7 @@ lesson.claim("written steps beat direct answers by at least 30 points", gap, at_
 # - **samples** of one prompt, at temperature 0.7;
 # - **other orders** of the same numbers: `12 + 7 + 5` and `5 + 12 + 7` have the same sum and other steps. Three numbers have six orders; each is sampled once, at the same temperature.
 #
-# The simplest method is beside them: one greedy solution of the question as it stands. With steps shima-4m solves all or nearly all of these sums, and a vote has nothing to gain. So this section makes the model weaker: normal noise is added to every matrix, with 0.32 of that matrix' own standard deviation. This size was chosen so that a greedy solution is right about three times of four. There are three such copies (one on the largest profile), each with other noise.
+# The simplest method is beside them: one greedy solution of the question as it stands. With steps shima-4m solves all or nearly all of these sums, and a vote has nothing to gain. So this section makes the model weaker: normal noise is added to every matrix, with 0.32 of that matrix' own standard deviation. This size was chosen so that a greedy solution is right more often than wrong, and not always; each copy prints its share. There are three such copies (one on the largest profile), each with other noise.
 
 # %%
 NOISE, TEMPERATURE, SAMPLES = 0.32, 0.7, 8
@@ -544,7 +544,7 @@ for name, values in accuracy.items():
     lesson.report(f"weaker model, vote over six {name}", f"{values[:, 5].mean():.0%}")
 
 # %% [markdown]
-# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution back towards it, and costs several times as much. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution. Temperature and number of solutions are the same in both votes, and a single solution is right about as often; only the order differs. The copies differ as well, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, and how different the solutions are.
+# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution back towards it, and costs several times as much. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution. Temperature and number of solutions are the same in both votes; only the order differs. Compare the first numbers of the two printed lines: one solution alone gains little or nothing from another order. The copies differ as well, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, and how different the solutions are.
 
 # %% [markdown] tags=["further"]
 # ## 6 · A tree of thoughts
