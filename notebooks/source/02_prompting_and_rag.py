@@ -435,7 +435,7 @@ lesson.claim("written steps beat direct answers by at least 30 points", gap, at_
 # - **samples** of one prompt, at temperature 0.7;
 # - **other orders** of the same numbers: `12 + 7 + 5` and `5 + 12 + 7` have the same sum and other steps. Three numbers have six orders; each is sampled once, at the same temperature.
 #
-# The simplest method is beside them: one greedy solution of the question as it stands. With steps shima-4m solves all or nearly all of these sums, and a vote has nothing to gain. So this section makes the model weaker: normal noise is added to every matrix, with 0.32 of that matrix' own standard deviation. This size was chosen so that a greedy solution is right more often than wrong, and not always; each copy prints its share. There are three such copies (one on the largest profile), each with other noise.
+# The simplest method is beside them: one greedy solution of the question as it stands. With steps shima-4m solves all or nearly all of these sums, and a vote has nothing to gain. So this section makes the model weaker: normal noise is added to every matrix, with 0.32 of that matrix' own standard deviation. This size was chosen on the copies of seed 0, where a greedy solution is right about three times of four. Other noise breaks less or more, so each copy prints its share. There are three such copies (one on the largest profile), each with other noise.
 
 # %%
 NOISE, TEMPERATURE, SAMPLES = 0.32, 0.7, 8
