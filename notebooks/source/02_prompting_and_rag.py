@@ -529,7 +529,7 @@ votes = {label: band([COST[name](k) for k in K[name]], accuracy[name]) for name,
 once = np.array([result.accuracy for result in greedy_once])  # (copies,)
 figure = plots.curve(
     votes, title="A vote over other orders gains over greedy, a vote over samples hardly",
-    xlabel="tokens read and written for a problem", ylabel="right sums", percent=True, limits_y=(0.4, 1.02),
+    xlabel="tokens read and written for a problem", ylabel="right sums", percent=True, limits_y=(0, 1.02),
     alt="Right sums over tokens: the vote over orders rises, the vote over samples ends near one greedy answer.",
     references={"one greedy solution": once.mean()},
 )  # fmt: skip
@@ -619,7 +619,7 @@ for size, cost, values in zip(SIZES, costs, tree.T, strict=True):
 figure = plots.curve(
     {**votes, "tree, from no search to m = 4, b = 2": band(costs, tree)},
     title="Right sums for the tokens spent: two votes and a tree", xlabel="tokens read and written for a problem",
-    ylabel="right sums", percent=True, limits_y=(0.4, 1.02), references={"one greedy solution": once.mean()},
+    ylabel="right sums", percent=True, limits_y=(0, 1.02), references={"one greedy solution": once.mean()},
     alt="Right sums over tokens for the vote over samples, the vote over orders and the tree of thoughts.",
 )  # fmt: skip
 plots.show(figure)
@@ -832,7 +832,8 @@ figure = plots.curve(
 figure.axes[0].set_xticks(WORDS)
 plots.show(figure)
 gains = {size: chunk_scores[size, size // 2].accuracy - chunk_scores[size, 0].accuracy for size in WORDS}
-lesson.claim("with 20 words a chunk, overlap gains at least 5 points", gains[20], at_least=0.05,
+gain = np.mean([gains[size] for size in WORDS if size < 80])  # at 80 words hardly any page is cut
+lesson.claim("below 80 words a chunk, overlap gains at least 5 points on average", gain, at_least=0.05,
              control=gains[80], form=".0%")  # fmt: skip
 for overlap in (0, 10):
     lesson.report(f"strangers' facts, chunks of 20 words, overlap {overlap}", str(chunk_scores[20, overlap]))
