@@ -147,12 +147,6 @@ def defined(name: str) -> dict:
 
 
 @pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path: Path) -> None:
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
 def test_the_notebook_runs_with_a_model_and_an_encoder_from_the_hub(tiny_model_folder: Path, tmp_path: Path) -> None:
     """The cells of the GPU profile, on a tiny model in hub format that knows nothing."""
     folder = str(tiny_model_folder)

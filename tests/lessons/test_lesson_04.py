@@ -105,9 +105,3 @@ def test_the_lesson_runs_on_a_model_in_the_hubs_format(tiny_model_folder, tmp_pa
     _, said = run_lesson(NOTEBOOK, tmp_path, parameters)
     assert f"profile t4: {tiny_model_folder.name}" in said
     assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path):
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)
