@@ -48,6 +48,16 @@ PREPARE = """() => {
         page.append(end);
     }
 }"""
+# Chromium would print the whole book smaller for the sake of one formula that is wider than the paper.
+FIT = """() => {
+    for (const drawn of document.querySelectorAll('mjx-container')) {
+        const {left, right, width} = drawn.firstElementChild.getBoundingClientRect();
+        const room = Math.max(document.body.clientWidth - Math.max(left, 0), 100);
+        if (right > document.body.clientWidth)
+            drawn.style.setProperty('font-size', `${Math.min(115, 113 * room / width)}%`, 'important');
+    }
+}"""
+PAGE_WIDTH = 657  # CSS pixels between the margins of A4
 PAGE_NUMBER = (
     '<div style="width: 100%; font: 8px sans-serif; text-align: center"><span class="pageNumber"></span></div>'
 )
@@ -60,6 +70,9 @@ def print_book(folder: Path, out: Path) -> None:
     with page_with_mathjax(joined.as_uri()) as page:
         page.evaluate(PREPARE)
         page.evaluate("() => Promise.all([...document.fonts].map(font => font.load()))")
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": PAGE_WIDTH, "height": 1000})
+        page.evaluate(FIT)
         page.pdf(
             path=out,
             format="A4",
