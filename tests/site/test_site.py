@@ -14,6 +14,7 @@ from bs4 import BeautifulSoup, Tag
 
 from course import notebooks
 from course.claims.ledger import read_ledger
+from course.site.chromium import FLAGS, NAMES
 from course.slides.sections import figures
 from helpers.colab import badge
 from helpers.profiles import ROOT
@@ -22,17 +23,7 @@ from tests.site.calculator_cases import CASES
 pytestmark = pytest.mark.slow
 NOTEBOOKS = notebooks.select_notebooks()
 CASE_ROWS = json.loads(CASES.read_text(encoding="utf-8"))
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def build(out: Path, folder: Path = ROOT) -> subprocess.CompletedProcess:
