@@ -90,8 +90,7 @@ class Allocator:
         place = bisect_left(pool, (size, 0))
         if place == len(pool):
             return None
-        block = pool.pop(place)[2]
-        return block
+        return pool.pop(place)[2]
 
     def _new_segment(self, size: int) -> Block:
         if size <= SMALL:

@@ -11,14 +11,18 @@ import weakref
 import torch
 
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
-LOWER = """_convolution conv1d conv2d conv3d conv_transpose1d addmm addmv addr matmul einsum mm mv linalg_vecdot
-linalg_multi_dot baddbmm bmm addbmm linear prelu chain_matmul scaled_dot_product_attention""".split()
-FULL = """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm
-native_layer_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss cosine_embedding_loss
-nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss
-multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits dist
-pdist cdist renorm logsumexp prod softmax log_softmax cumprod cumsum sum norm""".split()
-WIDEST = "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put tensordot scatter_add".split()
+LOWER = (
+    "_convolution conv1d conv2d conv3d conv_transpose1d addmm addmv addr matmul einsum mm mv linalg_vecdot "
+    "linalg_multi_dot baddbmm bmm addbmm linear prelu chain_matmul scaled_dot_product_attention"
+)
+FULL = (
+    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow softplus layer_norm "
+    "native_layer_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss cosine_embedding_loss "
+    "nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss "
+    "multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits "
+    "dist pdist cdist renorm logsumexp prod softmax log_softmax cumprod cumsum sum norm"
+)
+WIDEST = "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put tensordot scatter_add"
 
 _library = torch.library.Library("aten", "IMPL")
 _copies: dict[int, tuple[weakref.ref, torch.Tensor]] = {}  # id of a weight -> the weight, its copy
@@ -28,7 +32,7 @@ def install() -> None:
     """From now on autocast on "cuda" casts the device's tensors."""
     warnings.filterwarnings("ignore", message=r"[\s\S]*Overriding a previously registered kernel")
     for names, choose in ((LOWER, _lower), (FULL, _full), (WIDEST, _widest)):
-        for name in names:
+        for name in names.split():
             packet = getattr(torch.ops.aten, name)
             for overload in packet.overloads():
                 if "out" not in overload and "dimname" not in overload:

@@ -13,7 +13,6 @@ from helpers.memory import GPU
 from helpers.memory.gpus import CONTEXT
 
 
-
 class Generator(torch._C.Generator):
     """A generator of random numbers of the CPU or, by name, of the device."""
 
@@ -84,6 +83,7 @@ def _replace_torch_cuda(gpu: GPU, allocator: Allocator, device: Device) -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    torch._C._cuda_getCurrentRawStream = lambda *_: 0
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Generator = Generator
     torch.Tensor.pin_memory = lambda self, *_: self

@@ -23,10 +23,9 @@ aten = torch.ops.aten
 DEVICE, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
 
 ONE_FORMAT = {  # matrix products and the like, which do not convert
-    getattr(aten, name)
-    for name in "mm addmm bmm baddbmm mv addmv dot convolution native_layer_norm _scaled_dot_product_efficient_attention "
-    "_scaled_dot_product_flash_attention".split()
-}
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten.dot, aten.convolution,
+    aten.native_layer_norm, aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_flash_attention,
+}  # fmt: skip
 # A tensor of the CPU may stand beside one of the GPU as an index or as the source of a copy, and if it is one number.
 CPU_ALLOWED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten.copy_, aten._foreach_copy_}
 # Kernels that only change their arguments, and that no CPU build has for `meta`.
@@ -78,12 +77,15 @@ class DeviceTensor(torch.Tensor):
 
     def type(self, dtype=None, **_):
         """As of any tensor."""
-        return f"torch.cuda.{self.dtype}".replace("torch.cuda.torch.", "torch.cuda.") if dtype is None else self.to(dtype)
+        return (
+            f"torch.cuda.{self.dtype}".replace("torch.cuda.torch.", "torch.cuda.") if dtype is None else self.to(dtype)
+        )
 
     def numpy(self, *_, **__):
         """Refused, as for a tensor of a GPU."""
         raise TypeError(
-            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
+            "first."
         )
 
     __array__ = numpy
@@ -249,7 +251,8 @@ def _is_meant(tensors: list[torch.Tensor]) -> bool:
     """
     if torch._C._current_graph_task_id() != -1:
         return False
-    return torch.utils._device.CURRENT_DEVICE == META or all(t.device.type == "meta" for t in tensors) and bool(tensors)
+    built = bool(tensors) and all(tensor.device.type == "meta" for tensor in tensors)
+    return built or torch.utils._device.CURRENT_DEVICE == META
 
 
 def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -328,5 +331,3 @@ SPECIAL: dict[object, Callable] = {
         _by_numbers,
     ),
 }  # fmt: skip
-
-

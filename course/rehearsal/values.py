@@ -15,9 +15,12 @@ from course.rehearsal.shapes import convert, places_written, tensors_of
 aten = torch.ops.aten
 FLOATS, OTHERS = 2**14, 2**22  # elements up to which numbers are kept
 LAZY = 2**20  # from here on made-up numbers are zeros, which take no memory until they are written
-WHICH = {aten.argmax: 0, aten.argmin: 0, aten.sort: 1, aten.topk: 1, aten.argsort: 0, aten.max: 1, aten.min: 1,
-         aten.searchsorted: 0}  # fmt: skip
-ALWAYS = {aten.isnan: False, aten.isinf: False, aten.isfinite: True, aten.isclose: True, aten.any: False, aten.all: True}
+# Operations that say where something stands in numbers -> which of their results that is.
+WHICH = {aten.argmax: 0, aten.argmin: 0, aten.argsort: 0, aten.searchsorted: 0, aten.sort: 1, aten.topk: 1,
+         aten.max: 1, aten.min: 1}  # fmt: skip
+# What is true of numbers as they should be.
+ALWAYS = {aten.isnan: False, aten.isinf: False, aten.isfinite: True, aten.isclose: True, aten.any: False,
+          aten.all: True}  # fmt: skip
 
 
 def is_small(meta: torch.Tensor) -> bool:
@@ -100,7 +103,7 @@ class Values:
         dim = next((value for value in args[1:] if isinstance(value, int)), -1)
         if packet is aten.topk:
             dim = args[2] if len(args) > 2 else -1
-        whole = source.dim() == 0 or packet in (aten.argmax, aten.argmin) and len(args) == 1
+        whole = source.dim() == 0 or (packet in (aten.argmax, aten.argmin) and len(args) == 1)
         size = source.numel() if whole else source.shape[dim]
         if packet is aten.sort and places.dim():
             drawn = self.random.permuted(np.broadcast_to(np.arange(size), (*places.movedim(dim, -1).shape,)), axis=-1)
