@@ -37,7 +37,9 @@ class Allocator:
     def __init__(self, capacity: int) -> None:
         """A device that offers so many bytes."""
         self.capacity = capacity
-        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = self.refused = 0
+        self.allocated = self.reserved = self.refused = 0
+        self.peak_allocated = self.peak_reserved = 0  # since reset_peaks, for the rehearsal
+        self.lesson_peak = 0  # of what is allocated, since the lesson itself reset it
         self._blocks: dict[int, Block] = {}  # in use, by address
         self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # sorted, by pool
         self._top = 2 * MIB  # the address of the next segment
@@ -57,6 +59,7 @@ class Allocator:
         self._blocks[block.address] = block
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
+        self.lesson_peak = max(self.lesson_peak, self.allocated)
         return block.address
 
     def release(self, address: int) -> None:
@@ -84,6 +87,10 @@ class Allocator:
     def reset_peaks(self) -> None:
         """Count peaks from what is there now."""
         self.peak_allocated, self.peak_reserved, self.refused = self.allocated, self.reserved, 0
+
+    def reset_lesson_peak(self) -> None:
+        """As `torch.cuda.reset_peak_memory_stats`."""
+        self.lesson_peak = self.allocated
 
     def _best_fit(self, size: int) -> Block | None:
         pool = self._free[size <= SMALL]

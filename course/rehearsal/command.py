@@ -4,11 +4,11 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from course.arguments import add_notebooks, natural
+from course.arguments import add_notebooks
 from course.notebooks import select_notebooks
 from course.rehearsal import hub
 from course.rehearsal.report import REPORT, Rehearsed, collect, read_report, write_report
-from course.runner import Row, run
+from course.runner import run
 from helpers.errors import CourseError
 from helpers.memory.gpus import CONTEXT
 from helpers.profiles import PROFILES, ROOT
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="LESSON", help="lessons, such as 03 05")
     parser.add_argument("--profile", choices=sorted(GPUS_OF), default="t4")
     parser.add_argument("--budget", type=float, default=1.0, help="share of all steps and questions")
-    parser.add_argument("--jobs", type=natural(1), default=1, help="notebooks at a time; above 1 each has one thread")
     parser.add_argument("--fresh", action="store_true", help="rehearse also what has not changed")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "rehearsal", help="folder for models and notebooks"
@@ -36,13 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     """Exit status 1 if a lesson does not fit, or a cell raised."""
-    notebooks = select_notebooks(options.notebooks.resolve(), options.only)
+    notebooks, out = select_notebooks(options.notebooks.resolve(), options.only), options.out.resolve()
     profiles = read_report(options.report)
     lessons = profiles.setdefault(options.profile, {})
+    model = hub.model_folder(PROFILES[options.profile], out / "models")
     for path in notebooks:
-        (row,) = rehearse([path], options.profile, options.out.resolve(), options.budget, options.fresh)
-        executed = options.out.resolve() / options.profile / path.name
-        lessons[path.stem] = collect(executed, row.key, row.seconds, CONTEXT)
+        lessons[path.stem] = rehearse(path, options.profile, model, out, budget=options.budget, fresh=options.fresh)
         write_report(profiles, options.report)
     print(f"{'lesson':<28}{'tensors':>9}{'device':>9}{'fits':>6}{'seconds':>9}{'errors':>8}{'unreached':>11}")
     for path in notebooks:
@@ -51,15 +49,16 @@ def command(options: argparse.Namespace) -> int:
     return 0 if all(lesson.fits and not lesson.errors for lesson in found) else 1
 
 
-def rehearse(notebooks: list[Path], profile: str, out: Path, budget: float = 1.0, fresh: bool = False) -> list[Row]:
-    """Execute the notebooks on the profile's device at true size; what passed and has not changed is not run again."""
-    model = hub.model_folder(PROFILES[profile], out / "models")
+def rehearse(
+    notebook: Path, profile: str, model: Path, out: Path, *, budget: float = 1.0, fresh: bool = False
+) -> Rehearsed:
+    """Execute the notebook with this model on the profile's device; if nothing has changed, read what it left."""
     stories, chats = hub.write_rows(out / "rows")
     settings = {"gpu": GPUS_OF[profile], "spare": SPARE, "stories": str(stories), "chats": str(chats)}
     own = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     try:
-        return run(
-            notebooks,
+        (row,) = run(
+            [notebook],
             out / profile,
             profile=profile,
             model_id=str(model),
@@ -71,6 +70,7 @@ def rehearse(notebooks: list[Path], profile: str, out: Path, budget: float = 1.0
         )
     except OSError as error:
         raise CourseError(f"Cannot write to {out} ({error.strerror}): make room, or use --out.") from None
+    return collect(out / profile / notebook.name, row, CONTEXT)
 
 
 def line(name: str, lesson: Rehearsed) -> str:

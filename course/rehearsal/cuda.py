@@ -64,11 +64,11 @@ def _replace_torch_cuda(gpu: GPU, allocator: Allocator, device: Device) -> None:
         "synchronize": nothing,
         "empty_cache": allocator.release_cached,
         "memory_allocated": lambda *_: allocator.allocated,
-        "max_memory_allocated": lambda *_: allocator.peak_allocated,
+        "max_memory_allocated": lambda *_: allocator.lesson_peak,
         "memory_reserved": lambda *_: allocator.reserved,
         "max_memory_reserved": lambda *_: allocator.peak_reserved,
         "mem_get_info": lambda *_: (allocator.capacity - allocator.reserved, gpu.memory),
-        "reset_peak_memory_stats": nothing,  # a cell's peak is the rehearsal's to measure
+        "reset_peak_memory_stats": lambda *_: allocator.reset_lesson_peak(),
         "ipc_collect": nothing,
         "manual_seed": nothing,
         "manual_seed_all": nothing,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from course.notebooks import code_cells, one_line, tags
 from course.rehearsal.kernel import RECORD
+from course.runner import Row
 from helpers.errors import CourseError
 from helpers.files import write_atomically
 from helpers.profiles import ROOT
@@ -38,30 +39,31 @@ class Rehearsed:
     never_reached: list[str] = field(default_factory=list)  # lines
 
 
-def collect(executed: Path, key: str, seconds: float, context: int) -> Rehearsed:
-    """What the records in an executed notebook say."""
+def collect(executed: Path, row: Row, context: int) -> Rehearsed:
+    """What the records in an executed notebook say; `row` is the runner's, `context` what a process takes, in bytes."""
     cells = [(number, cell, _record(cell)) for number, cell in enumerate(code_cells(executed), start=1)]
     cells = [(f"cell {number} ({one_line(cell.source, 50)})", cell, record) for number, cell, record in cells if record]
     if not cells:
-        raise CourseError(f"{executed.name} holds no record of a rehearsal: run it again with --fresh.")
+        raise CourseError(f"{executed.name} holds no record of a rehearsal ({row.error}): run it again with --fresh.")
     reached = {(cell, line) for *_, record in cells for cell, line in record["reached"]}
     name, _, peak = max(cells, key=lambda entry: entry[2]["peak"])
     reserved = max(record["reserved"] for *_, record in cells)
     reader, _, most = max(cells, key=lambda entry: entry[2]["reads"])
     lesson = [entry for entry in cells if not NOT_THE_LESSON & set(tags(entry[1]))]
     return Rehearsed(
-        key=key,
-        fits=not any(record["refused"] for *_, record in cells),
+        key=row.key,
+        fits=row.status == "ok" and not any(record["refused"] for *_, record in cells),
         peak_gib=round(peak["peak"] / GIB, 2),
         peak_cell=name,
         reserved_gib=round(reserved / GIB, 2),
         device_gib=round((reserved + context) / GIB, 2),
-        seconds=round(seconds),
+        seconds=round(row.seconds),
         statements=sum(len(record["lines"]) for *_, record in lesson),
         too_large=[
             f"{name}: {record['peak'] / GIB:.1f} GiB of tensors" for name, _, record in cells if record["refused"]
         ],
-        errors=[f"{name}: {one_line(record['error'])}" for name, _, record in cells if record["error"]],
+        errors=[f"{name}: {one_line(record['error'])}" for name, _, record in cells if record["error"]]
+        + ([] if row.status == "ok" else [f"{row.status}: {row.error}"]),
         emulated=[f"{name}: {', '.join(record['emulated'])}" for name, _, record in cells if record["emulated"]],
         most_reads=f"{most['reads']} in {reader}",
         never_reached=[
