@@ -93,7 +93,8 @@ found["formats"] = [str(tensor.dtype).removeprefix("torch.") for tensor in forma
 # Numbers
 ids = torch.tensor([[5, 7, -100], [3, -100, -100]], device="cuda")
 device.reads = 0
-found["numbers"] = [ids.tolist(), (ids != -100).sum().item(), ids[ids != -100].shape[0], ids.clamp(min=0).sum(1).tolist()]
+kept = ids[ids != -100]
+found["numbers"] = [ids.tolist(), (ids != -100).sum().item(), len(kept), ids.clamp(min=0).sum(1).tolist()]
 found["reads"] = device.reads
 token = layer(x).argmax(-1)
 found["made up"] = [0 <= number < 8 for number in token.tolist()] + [token.tolist() == token.tolist()]
