@@ -23,6 +23,7 @@ class Block:
     size: int
     small: bool
     free: bool = False
+    asked: int = 0  # bytes of the request that it serves
     before: "Block | None" = None
     after: "Block | None" = None
 
@@ -37,7 +38,8 @@ class Allocator:
     def __init__(self, capacity: int) -> None:
         """A device that offers so many bytes."""
         self.capacity = capacity
-        self.allocated = self.reserved = self.refused = 0
+        self.requested = self.allocated = self.reserved = self.refused = 0
+        self.peak_requested = 0  # without rounding: what estimates are compared with
         self.peak_allocated = self.peak_reserved = 0  # since reset_peaks, for the rehearsal
         self.lesson_peak = 0  # of what is allocated, since the lesson itself reset it
         self._blocks: dict[int, Block] = {}  # in use, by address
@@ -46,7 +48,7 @@ class Allocator:
 
     def allocate(self, size: int) -> int:
         """Address of a block for so many bytes."""
-        size = -(-size // ROUNDING) * ROUNDING
+        asked, size = size, -(-size // ROUNDING) * ROUNDING
         block = self._best_fit(size) or self._new_segment(size)
         rest = block.size - size
         if rest >= ROUNDING if block.small else rest > SMALL:
@@ -55,9 +57,11 @@ class Allocator:
                 block.after.before = other
             block.size, block.after = size, other
             self._keep(other)
-        block.free = False
+        block.free, block.asked = False, asked
         self._blocks[block.address] = block
+        self.requested += asked
         self.allocated += block.size
+        self.peak_requested = max(self.peak_requested, self.requested)
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.lesson_peak = max(self.lesson_peak, self.allocated)
         return block.address
@@ -65,6 +69,7 @@ class Allocator:
     def release(self, address: int) -> None:
         """The block is no longer in use; it joins its free neighbours."""
         block = self._blocks.pop(address)
+        self.requested -= block.asked
         self.allocated -= block.size
         for other in (block.before, block.after):
             if other and other.free:
@@ -86,7 +91,8 @@ class Allocator:
 
     def reset_peaks(self) -> None:
         """Count peaks from what is there now."""
-        self.peak_allocated, self.peak_reserved, self.refused = self.allocated, self.reserved, 0
+        self.peak_requested, self.peak_allocated = self.requested, self.allocated
+        self.peak_reserved, self.refused = self.reserved, 0
 
     def reset_lesson_peak(self) -> None:
         """As `torch.cuda.reset_peak_memory_stats`."""
