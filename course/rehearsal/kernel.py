@@ -13,10 +13,10 @@ from IPython.display import display
 
 from course.rehearsal import cuda, shortcuts
 from course.rehearsal.device import Device
+from course.rehearsal.startup import RECORD
 from helpers import data
 from helpers.memory import GPUS
 
-RECORD = "application/vnd.llm-workbook.rehearsal+json"  # the kind of output that a cell's record is
 REACHED, INSISTED = "_rehearsal_reached", "_rehearsal_insisted"
 
 

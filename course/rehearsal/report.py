@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from course.notebooks import code_cells, one_line, tags
-from course.rehearsal.kernel import RECORD
+from course.rehearsal.startup import RECORD
 from course.runner import Row
 from helpers.errors import CourseError
 from helpers.files import write_atomically
