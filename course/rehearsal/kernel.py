@@ -13,7 +13,7 @@ from IPython.display import display
 
 from course.rehearsal import cuda, shortcuts
 from course.rehearsal.device import Device
-from course.rehearsal.startup import RECORD
+from course.rehearsal.report import RECORD
 from helpers import data
 from helpers.memory import GPUS
 

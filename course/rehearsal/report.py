@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from course.notebooks import code_cells, one_line, tags
-from course.rehearsal.startup import RECORD
 from course.runner import Row
 from helpers.errors import CourseError
 from helpers.files import write_atomically
 from helpers.profiles import ROOT
 
+RECORD = "application/vnd.llm-workbook.rehearsal+json"  # the kind of output that the record of a cell is
 VERSION = 1
 REPORT = ROOT / "data" / "rehearsal.json"
 NOT_THE_LESSON = {"exercise", "check", "solution", "setup"}  # cells of which a reader runs other lines

@@ -5,8 +5,6 @@ A kernel must answer soon after its start, and importing PyTorch and transformer
 
 from IPython import get_ipython
 
-RECORD = "application/vnd.llm-workbook.rehearsal+json"  # the kind of output that the record of a cell is
-
 
 def wait(**settings) -> None:
     """Begin the rehearsal (`kernel.begin`) with the first cell."""
