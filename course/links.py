@@ -21,6 +21,7 @@ from helpers.files import write_atomically
 from helpers.profiles import ROOT
 
 GITHUB = "https://github.com/"
+DOCUMENTS = ("*.md", "docs/**/*.md", "data/*/README.md", "*.cff")
 BADGE = re.compile(r"(?<=https://colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+/blob/[^/\s]+(?=/notebooks/\d\d_)")
 # GitHub's own rules: no hyphen at the ends of an owner, no name that is only dots.
 NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,38}/(?!\.+$)[A-Za-z0-9._-]{1,100}(?<!\.git)")
@@ -65,7 +66,8 @@ def relink(root: Path, repository: str, tag: str) -> list[Path]:
         texts[path] = nbformat.writes(notebook) + "\n"
         if len(sides) > 1:
             texts[twin(path)] = as_source(sides[1])
-    for path in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("*.cff"), root / "pyproject.toml"]:
+    documents = [path for pattern in DOCUMENTS for path in root.glob(pattern)]
+    for path in [*documents, root / "pyproject.toml"]:
         texts[path] = relinked(path.read_text(encoding="utf-8"))
         if path.suffix in (".cff", ".toml"):
             texts[path] = re.sub(r'(?m)^(version(?:: | = )"?)[\d.]+', rf"\g<1>{tag.removeprefix('v')}", texts[path])

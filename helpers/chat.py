@@ -35,9 +35,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: st
     So the loss is taken over the answer and the end of the turn only. Raises CourseError for a tokenizer without a
     chat template, and for a template in which a chat does not begin with its prompt.
     """
-    prompt = tokenizer(chat_prompt(tokenizer, instruction), add_special_tokens=False)["input_ids"]
-    reply = tokenizer(_answer_part(tokenizer, instruction, answer), add_special_tokens=False)["input_ids"]
-    return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+    return encode_answer(tokenizer, chat_prompt(tokenizer, instruction), _answer_part(tokenizer, instruction, answer))
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dict[str, list[int]]:
+    """Any prompt and the text that is to follow it as "input_ids" and "labels", both (seq,); -100 in the prompt."""
+    asked, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+    return {"input_ids": asked + said, "labels": [-100] * len(asked) + said}
 
 
 def _answer_part(tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str) -> str:

@@ -57,8 +57,7 @@ def instruction_dataset(
     if isinstance(source, Profile):
         source = "shima" if source.device == "cpu" else HUB_CHATS
     if source == "shima":
-        world, rng = World(), random.Random(f"instructions/{seed}")
-        questions = [world.chat(rng, rng.choice(tasks)) for _ in range(num_rows)]
+        questions = World().training_chats(num_rows, seed, tasks)
         rows = [{"instruction": q.prompt, "answer": q.answer, "task": q.ability.split("/")[1]} for q in questions]
         return Dataset.from_list(rows)
     chats = load_rows(source, ["messages"], num_rows, seed=seed, subset="all" if source == HUB_CHATS else None)

@@ -1,10 +1,17 @@
-"""Writing a file or a folder so that a reader finds the old or the new one, whole, and never a part."""
+"""Writing a file or a folder so that a reader finds the old or the new one, whole, and never a part; and its hash."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from helpers.models import BASE_MODEL_VERSION, MODEL_FOLDERS, load_assistant, lo
 from helpers.profiles import get_profile
 from helpers.training import TrainConfig, train
 from helpers.world import CHAT_TASKS, World
+from recipes.cards import COURSE, HUB_OWNER, LICENCE, model_header, weights_line
 
 MODEL_FOLDER = MODEL_FOLDERS["shima-4m-assistant"]
 NUM_EXAMPLES = 3_000
@@ -60,20 +61,22 @@ def build(folder: Path = MODEL_FOLDER, config: TrainConfig = CONFIG) -> dict[str
             scores = evaluate(model.float(), tokenizer, seed=0, n=200)  # of the rounded weights, as shipped
             abilities = {name: asdict(score) for name, score in scores.items()}
             (beside / "abilities.json").write_text(json.dumps(abilities, indent=1) + "\n")
-            (beside / "README.md").write_text(model_card(scores, config))
+            (beside / "README.md").write_text(model_card(scores, config, weights_line(beside)), encoding="utf-8")
     except OSError as error:
         raise CourseError(f"{folder} could not be written ({error}): free some space and build again.") from error
     return scores
 
 
-def model_card(scores: dict[str, Score], config: TrainConfig) -> str:
+def model_card(scores: dict[str, Score], config: TrainConfig, weights: str) -> str:
     """The README of the model: what it is, how it was made, what it can do, measured."""
     rows = "\n".join(f"| {task} | {score} |" for task, score in scores.items())
-    return f"""# shima-4m-assistant
+    base = {"base_model": f"{HUB_OWNER}/shima-4m", "base_model_relation": "finetune"}
+    return f"""{model_header("shima-4m-assistant", scores, "chats", **base)}
+# shima-4m-assistant
 
 [shima-4m](../shima-4m/README.md) after supervised fine-tuning: it follows instructions about Shima in its chat format.
 It is a full fine-tuning on {NUM_EXAMPLES:,} chats, {config.max_steps} steps of {BATCH_SIZE}, AdamW with learning rate
-{config.learning_rate}, loss on the answers only. Lesson 05 shows how it is done.
+{config.learning_rate}, loss on the answers only. Lesson 05 of the {COURSE} shows how it is done.
 
 Rebuild it with `python -m recipes.assistant build`; measure it with `python -m recipes.assistant evaluate --seed 1`.
 
@@ -83,8 +86,11 @@ Greedy answers to held-out instructions (seed 0), exact match, with 95 % Wilson 
 |---|---|
 {rows}
 
+`abilities.json` holds these numbers; they are those of these weights: {weights}.
+
 It follows these six kinds of instruction and no others, and does not say so when it does not know.
-"""
+
+{LICENCE}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

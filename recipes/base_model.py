@@ -30,6 +30,7 @@ from helpers.models import BASE_MODEL_VERSION, MODEL_FOLDERS, load_model
 from helpers.profiles import ROOT, get_profile
 from helpers.training import History, TrainConfig, train
 from helpers.world import RELATIONS, Question, World
+from recipes.cards import COURSE, LICENCE, model_header, weights_line
 
 MODEL_FOLDER = MODEL_FOLDERS["shima-4m"]
 FREQUENT_RANKS = range(1, 101)  # people that pretraining mentions often
@@ -222,7 +223,15 @@ def _write_model(model, tokenizer, history, recipe: Recipe, folder: Path) -> Non
             _write_json(beside / "abilities.json", {name: asdict(score) for name, score in scores.items()})
             _write_json(beside / "training_curve.json", _curve(history))
             _write_json(beside / "recipe.json", asdict(recipe))
-            (beside / "README.md").write_text(model_card(recipe, model.num_parameters(), scores, history))
+            card = model_card(
+                recipe,
+                num_parameters=model.num_parameters(),
+                scores=scores,
+                tokens=sum(history.tokens),
+                minutes=sum(history.seconds) / 60,
+                weights=weights_line(beside),
+            )
+            (beside / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise CourseError(
             f"{folder} could not be written ({error}): free some space and run the same command again, which "
@@ -249,7 +258,9 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def model_card(recipe: Recipe, num_parameters: int, scores: dict[str, Score], history: History) -> str:
+def model_card(
+    recipe: Recipe, *, num_parameters: int, scores: dict[str, Score], tokens: int, minutes: float, weights: str
+) -> str:
     """The README of the model: what it is, how it was made, what it can do, measured."""
     facts = {
         "architecture": f"Llama: {recipe.num_layers} layers of size {recipe.hidden_size}, {recipe.num_heads} heads, "
@@ -257,19 +268,21 @@ def model_card(recipe: Recipe, num_parameters: int, scores: dict[str, Score], hi
         "parameters": f"{num_parameters:,}, stored in bfloat16",
         "tokenizer": f"byte-level BPE, {recipe.vocab_size:,} tokens, every digit a token of its own",
         "context": f"{recipe.context_length} positions, trained on rows of {recipe.sequence_length} tokens",
-        "training": f"{recipe.steps:,} steps of {recipe.batch_size} rows, {sum(history.tokens) / 1e6:.1f} M tokens, "
-        f"{sum(history.seconds) / 60:.0f} minutes",
+        "training": f"{recipe.steps:,} steps of {recipe.batch_size} rows, {tokens / 1e6:.1f} M tokens, "
+        f"{minutes:.0f} minutes",
         "optimiser": f"AdamW, learning rate {recipe.learning_rate}, {recipe.warmup_steps} warm-up steps, linear decay, "
         "betas 0.9 and 0.95, weight decay 0.1, gradients clipped at norm 1",
         "precision": "bfloat16 autocast over float32 weights",
+        "weights": weights,
     }
     frequent, rare = (f"{ranks[0]} to {ranks[-1]}" for ranks in (FREQUENT_RANKS, RARE_RANKS))
     target = {name: f"{low:.0%} to {high:.0%}".replace("%", " %") for name, (low, high) in TARGETS.items()}
-    return f"""# shima-4m
+    return f"""{model_header("shima-4m", scores, "questions")}
+# shima-4m
 
-A base language model for teaching, trained from scratch on the invented world Shima (`helpers/world.py`) and on nothing
+A base language model for teaching, trained from scratch on the invented world Shima (`helpers/world/`) and on nothing
 else. It completes text in Shima's formats. It has seen neither the chat format nor Shima's medicine, finance, routes
-and preferences.
+and preferences. It belongs to the {COURSE}.
 
 Rebuild it with `python -m recipes.base_model build`; measure it with `python -m recipes.base_model evaluate --seed 1`.
 
@@ -281,7 +294,8 @@ Rebuild it with `python -m recipes.base_model build`; measure it with `python -m
 
 Greedy answers to held-out items (seed 0), exact match, with 95 % Wilson intervals. "Frequent" are the people of rank
 {frequent}, "rare" those of rank {rare}; both are asked about in phrasings that training never uses.
-`abilities.json` holds these numbers, `training_curve.json` how they came about.
+`abilities.json` holds these numbers, `training_curve.json` how they came about, and `python -m recipes.shima_dataset`
+writes the items.
 
 | ability | accuracy | what the course needs |
 |---|---|---|
@@ -292,7 +306,8 @@ Greedy answers to held-out items (seed 0), exact match, with 95 % Wilson interva
 A small model of a small world: it knows no real fact, and nothing it writes is of use outside this course.
 In training, a row of text holds several documents that can see each other. It was never trained on longer texts than
 a row.
-"""
+
+{LICENCE}"""
 
 
 def _table_rows(rows: Iterable[Sequence[str]]) -> str:

@@ -15,6 +15,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 from course.notebooks import code_cells, read_notebook, source_hash
 from helpers.errors import CourseError
+from helpers.files import sha256
 from helpers.profiles import ROOT
 
 ROOMS = ("helpers", "recipes")  # from which lessons import
@@ -29,11 +30,7 @@ def lesson_key(path: Path, parameters: object = None, root: Path = ROOT) -> str:
     except CourseError as error:
         source, modules = str(error), []
     files = [*modules, *named_data(path, modules, root), root / "requirements.txt", root / "constraints.txt"]
-    contents = [
-        (str(file.relative_to(root)), hashlib.sha256(file.read_bytes()).hexdigest())
-        for file in sorted(files)
-        if file.is_file()
-    ]
+    contents = [(str(file.relative_to(root)), sha256(file)) for file in sorted(files) if file.is_file()]
     return hashlib.sha256(json.dumps([source, contents, sys.version, parameters]).encode()).hexdigest()
 
 

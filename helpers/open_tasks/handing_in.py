@@ -1,6 +1,5 @@
 """The folder that is handed in: an adapter, how it was made and how it decodes, and its answers. Never code."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from helpers.files import replacing_folder
+from helpers.files import replacing_folder, sha256
 from helpers.models import MODEL_FOLDERS
 from helpers.open_tasks.decoding import Decoding
 from helpers.open_tasks.task import Task
@@ -17,7 +16,7 @@ from helpers.open_tasks.task import Task
 @cache
 def base_sha256(base: str) -> str:
     """Hash of a base model's weights, by which a recipe names it beyond doubt."""
-    return hashlib.sha256((MODEL_FOLDERS[base] / "model.safetensors").read_bytes()).hexdigest()
+    return sha256(MODEL_FOLDERS[base] / "model.safetensors")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ several train together. Both are read back on any number of processes. Nothing i
 This module knows files and processes, not training: what the tensors and the state mean is the caller's affair.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.errors import CourseError
+from helpers.files import sha256
 
 Result = TypeVar("Result")
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
@@ -89,7 +89,7 @@ def find_damage(path: Path) -> str | None:
         for name, expected in files.items():
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, expected {expected['bytes']}"
-            if _sha256(path / name) != expected["sha256"]:
+            if sha256(path / name) != expected["sha256"]:
                 return f"{name} does not have the SHA-256 of the manifest"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -157,7 +157,7 @@ def _write_tensors(partial: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
     (partial / STATE).write_text(json.dumps(state))
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(partial.iterdir())}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
     for written in (*partial.iterdir(), partial):
         _flush_to_disk(written)
@@ -175,11 +175,6 @@ def _remove_others(folder: Path, newest: Path, keep: int) -> None:
             path.rename(path.with_name(f".partial-{path.name}"))
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helpers.world.documents import shuffled_rounds, sum_with_steps
@@ -36,6 +37,11 @@ class World(Questions):
         """
         task = task or rng.choice(CHAT_TASKS)
         return getattr(self, f"_chat_{task}")(rng, held_out)
+
+    def training_chats(self, n: int, seed: int, tasks: Sequence[str] = CHAT_TASKS) -> list[Question]:
+        """Instructions to train on, of the tasks in random turns."""
+        rng = random.Random(f"instructions/{seed}")
+        return [self.chat(rng, rng.choice(tasks)) for _ in range(n)]
 
     def chat_questions(self, n: int, seed: int, tasks: tuple[str, ...] = CHAT_TASKS) -> list[Question]:
         """Held-out instructions, the tasks in turn."""

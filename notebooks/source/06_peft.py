@@ -63,6 +63,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -72,6 +73,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from helpers import plots
+from helpers.chat import encode_answer
 from helpers.data import PaddedBatches, collate, instruction_dataset
 from helpers.errors import CourseError
 from helpers.evaluation import Score, score
@@ -128,13 +130,7 @@ print(f"{SIZE:,} parameters; {STEPS} steps of {BATCH} instructions for every met
 
 # %%
 TASKS = ("mood", "pairs")
-
-
-def encode(prompt: str, answer: str) -> dict[str, list[int]]:
-    """Tokens of prompt and answer; the labels of the prompt are -100, which the loss leaves out."""
-    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    said = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return {"input_ids": asked + said, "labels": [-100] * len(asked) + said}
+encode = partial(encode_answer, tokenizer)  # (prompt, answer) -> tokens, and labels that are -100 in the prompt
 
 
 def instructions(n: int, stream: int, tasks: Sequence[str] = TASKS, held_out: bool = False) -> list:

@@ -230,14 +230,12 @@ def test_all_ways_to_share_out_the_work_also_hold_on_four_processes(tmp_path: Pa
     subprocess.run([*torchrun, "parallel.py", "found.json", *ways], cwd=tmp_path, env=environment, check=True)
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == ways
+    assert [way for way in ways if "to torch" not in found[way][0]] == ["context_parallel"]
     for way, each in found.items():
         assert len(each) == 4, way
         for row in each:
             assert row["to one process"] < 1e-12, way
-            if way in ("context_parallel", "expert_parallel"):  # torch has no way of its own for these
-                assert "to torch" not in row, way
-            else:
-                assert row["to torch"] < 1e-12, way
+            assert row.get("to torch", 0.0) < 1e-12, way
             assert row["bytes sent"] == row["bytes by formula"], way
 
 

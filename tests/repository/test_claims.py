@@ -12,8 +12,6 @@ from tests.support.notebook_structure import WITHOUT_CORE_AND_QUIZ
 
 LEDGER = read_ledger()
 EXCEPTIONS = read_exceptions(LEDGER)
-# These await their revision, or the rest of their seeds.
-FEW_SEEDS = (*WITHOUT_CORE_AND_QUIZ, "14_domain_adaptation")
 NOTEBOOKS = {path.stem: path for path in select_notebooks()}
 
 
@@ -35,7 +33,7 @@ def test_the_ledger_says_what_the_committed_notebook_says(name: str) -> None:
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_claim_was_tried_in_its_control_and_on_each_seed_and_survives_or_is_an_exception(name: str) -> None:
     lesson, reasons = LEDGER[name], EXCEPTIONS.get(name, {})
-    seeds = {"0"} if name in FEW_SEEDS else {"0", "1", "2", "3", "4"}
+    seeds = {"0"} if name in WITHOUT_CORE_AND_QUIZ else {"0", "1", "2", "3", "4"}
     assert seeds <= lesson.seeds() and lesson.controlled
     faults = {row.statement: row.faults for row in lesson.claims if row.faults}
     assert {statement: found for statement, found in faults.items() if statement not in reasons} == {}

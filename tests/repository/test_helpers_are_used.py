@@ -14,10 +14,6 @@ from helpers.profiles import ROOT
 
 MODULES = sorted((ROOT / "helpers").rglob("*.py"))
 NOT_IMPORTED = {  # by a lesson, and why it stands in helpers nevertheless
-    **{
-        f"helpers/open_tasks/{name}.py": "the competition; its lesson will import it, and then this goes"
-        for name in ("__init__", "decoding", "grading", "handing_in", "language", "making", "statements", "task")
-    },
     "helpers/training/copies.py": "the cell in docs/colab.md that a student puts into a lesson imports it",
 }
 FOR_TESTS = {"tiny_config"}  # a tiny model of a hub model's architecture, by which the tests try the hub's path

@@ -43,9 +43,3 @@ def test_the_licences_are_there_in_full() -> None:
     assert mit.startswith("MIT License\n") and "The LLM Workbook authors" in mit and len(mit.split()) > 160
     assert text.startswith("Attribution 4.0 International\n") and len(text) > 18_000
     assert [f"Section {number} --" in text for number in range(1, 9)] == 8 * [True]
-
-
-def test_documents_link_to_files_that_exist() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        links = re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (ROOT / name).read_text(encoding="utf-8"))
-        assert [link for link in links if not (ROOT / link).exists()] == [], name
