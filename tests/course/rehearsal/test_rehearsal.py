@@ -47,7 +47,7 @@ GOES_ON = "print(model(input_ids=ids.to(model.device)).logits.argmax(-1).tolist(
 @pytest.fixture(scope="module")
 def rehearsed(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Rehearsed:
     folder = tmp_path_factory.mktemp("rehearsal")
-    cells = [new_code_cell(source) for source in (PARAMETERS, SETUP, TRAINS, FITS, TOO_MUCH, MIXED, GOES_ON)]
+    cells = [new_code_cell(source.strip()) for source in (PARAMETERS, SETUP, TRAINS, FITS, TOO_MUCH, MIXED, GOES_ON)]
     cells[0].metadata["tags"] = ["parameters"]
     notebook = folder / "03_planted.ipynb"
     nbformat.write(new_notebook(cells=cells), notebook)
@@ -71,7 +71,7 @@ def test_a_batch_left_on_the_cpu_is_found_and_the_cells_after_it_run(rehearsed):
 
 @pytest.mark.slow
 def test_lines_that_no_cell_reached_are_listed(rehearsed):
-    assert rehearsed.never_reached == ["cell 6 (def score(rows):), line 4: return 0"]
+    assert rehearsed.never_reached == ["cell 6 (def score(rows):), line 3: return 0"]
 
 
 @pytest.mark.slow
