@@ -30,7 +30,6 @@ QUIZ = re.compile(
 )
 # Lessons that were written before there were core sections and a quiz. A revised lesson leaves this list.
 WITHOUT_CORE_AND_QUIZ = (
-    "01_overview",
     "02_prompting_and_rag",
     "03_pretraining",
     "04_scaling_laws",
