@@ -641,7 +641,7 @@ for name in MAKE:
 ends = ", ".join(f"{name} {value:.2f}" for name, value in mean.items())
 figure = plots.curve(
     lines,
-    title="After one pass both networks are ahead of counting, and close together",
+    title="After one pass both networks are ahead of counting",
     xlabel="tokens read in training",
     ylabel="bits per byte of test text",
     alt=f"Bits per byte over tokens read. The networks fall, steeply at first, to near the line of the n-gram: {ends}.",
