@@ -1,4 +1,4 @@
-"""Running a lesson in Google Colab or Kaggle: badges, the setup cell, and the packages that a runtime lacks.
+"""Running a lesson in Google Colab or Kaggle: the badge, the setup cell, and the packages that a runtime lacks.
 
 Kaggle's image is made from Colab's and sets Colab's variables too; its menus have other names.
 
@@ -78,13 +78,6 @@ def badge(notebook_stem: str) -> str:
     path = REPOSITORY.removeprefix("https://github.com/")
     address = f"https://colab.research.google.com/github/{path}/blob/{TAG}/notebooks/{notebook_stem}.ipynb"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
-
-
-def kaggle_badge(notebook_stem: str) -> str:
-    """Markdown of the badge that opens notebooks/<notebook_stem>.ipynb in Kaggle."""
-    source = f"{REPOSITORY}/blob/{TAG}/notebooks/{notebook_stem}.ipynb"
-    address = f"https://kaggle.com/kernels/welcome?src={source}"
-    return f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({address})"
 
 
 def on_kaggle() -> bool:

@@ -103,13 +103,11 @@ def build_tokenizer(vocab_size: int, first_special: int = FIRST_SPECIAL) -> PreT
     learned = json.loads(tokenizer.to_str())["model"]
     vocabulary = learned["vocab"] | {f"Ġw{number}a": number for number in range(len(learned["vocab"]), first_special)}
     tokenizer.model = models.BPE(vocabulary, [tuple(pair) for pair in learned["merges"]])
+    end, *others = SPECIAL
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=SPECIAL[0],
-        pad_token=SPECIAL[0],
-        additional_special_tokens=SPECIAL[1:],
-        model_max_length=32_768,
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, extra_special_tokens=others
     )
+    fast.model_max_length = 32_768
     fast.chat_template = CHAT_TEMPLATE
     if len(fast) > vocab_size:
         raise CourseError(f"The vocabulary of {vocab_size} has no room for tokens up to {len(fast)}: mend the shape.")

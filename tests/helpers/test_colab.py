@@ -181,7 +181,6 @@ def test_kaggle_is_told_by_its_own_variable_and_has_its_own_menus(monkeypatch, n
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     assert colab.on_colab() and colab.on_kaggle()
     assert colab.how_to("restart").startswith("Run >") and "T4 x2" in colab.how_to("gpu")
-    assert "kaggle.com/kernels/welcome?src=https://github.com/" in colab.kaggle_badge("05_supervised_fine_tuning")
 
 
 # ---------------------------------------------------------------- the plan carried out by a real pip
