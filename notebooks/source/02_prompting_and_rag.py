@@ -12,7 +12,7 @@
 # 1. see that the way of asking changes the score, and that the way of scoring changes it as much;
 # 2. measure what examples in a prompt do, and how far their signs and their order matter;
 # 3. compare direct answers, written steps, votes and a tree of thoughts by the tokens that they cost;
-# 4. write BM25, a dense encoder with its contrastive loss, rank fusion and the measures of retrieval, and find them equal to `bm25s` and `scikit-learn`;
+# 4. write BM25 and the measures of retrieval, equal to `bm25s` and `scikit-learn`, a dense encoder with its contrastive loss, and rank fusion;
 # 5. measure when retrieval helps and when it hurts, and what you learn from a passage that supports an answer.
 #
 # **Prerequisites:** lesson 01, and PyTorch tensors.
@@ -204,7 +204,7 @@ if "chat format" in frames:
     lesson.claim("the chat format loses at least 80 points, leniently scored", lead, at_least=0.8, form=".0%")
 
 # %% [markdown]
-# **What you see.** In the format of its documents the model gives all or nearly all of these answers. After an instruction or a bare question it gives them too. But it first writes the word `Answer:`, as its documents do, and a scorer that looks for the bare answer calls all of that wrong. So a score of 0 % can be a fact about the scorer. Read some raw replies before you believe a number. The chat format is a real failure: those replies are mostly empty, since the model ends its text at once. It has never seen that format in training; lesson 05 adds it.
+# **What you see.** In the format of its documents the model gives all or nearly all of these answers. After an instruction or a bare question it gives them too. But it first writes the word `Answer:`, as its documents do, and a scorer that looks for the bare answer calls all of that wrong. So a score of 0 % can be a fact about the scorer. Read some raw replies before you believe a number. Look at the row with three bare answers in front: even these do not make the model leave the word out, strictly scored it gains nothing. The chat format is a real failure: in the reply that is shown the model ends its text at once. It has never seen that format in training; lesson 05 adds it.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Examples in the prompt
@@ -287,7 +287,7 @@ gap = results["as a sentence"].accuracy - results["as a list of 8 examples"].acc
 lesson.claim("the facts of the unknown list are known as sentences, by 50 points", gap, at_least=0.5, form=".0%")
 
 # %% [markdown]
-# **What you see.** An example helps where it shows the asked word itself. Where it does not, the answer is close to chance. The known list needs hardly any example: the prompt only has to say which list is meant. The unknown list stays at zero for any number of examples. Its facts are not missing, as the sentences show. In the form of a list the model answers most of them with a colour, as in the games of labels that it was trained on. Examples here select a form of text that pretraining has practised. They do not teach a new one, at least not to this model; large models have practised far more.
+# **What you see.** An example helps where it shows the asked word itself. Where it does not, the answer is close to chance. The known list needs no example: a word and its form are enough for nearly all. Labels are right once the asked word was shown; four words take turns, so this needs four examples by design. (Games of labels are a large part of the documents of this kind in pretraining: this is a practised task.) The unknown list stays at zero for any number of examples. Its facts are not missing, as the sentences show. In the form of a list the model answers most of them with a colour, as in the games of labels that it was trained on. Examples here select a form of text that pretraining has practised. They do not teach a new one, at least not to this model; large models have practised far more.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Format and order
@@ -382,7 +382,7 @@ lesson.claim("a wrong example costs at least 10 points more in the first place t
              at_least=0.1, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A comma for a semicolon changes next to nothing, an equals sign changes nearly everything. The replies show that this is no fault of the scorer: there the model writes numbers and names. As for order: with three right examples nearly all answers are right in every order. With one wrong example it matters where it stands. This model follows the majority less if the wrong label came first. When two prompts differ by a few points, ask how many formats and orders were tried.
+# **What you see.** A comma for a semicolon changes next to nothing, an equals sign changes nearly everything. The replies show that this is no fault of the scorer: there the model writes numbers and names. As for order: with three right examples nearly all answers are right in every order. With one wrong example it matters where it stands. With the wrong label first, far fewer answers follow the majority. And the ten orders differ among themselves by more than that: the range is printed, and the bar's interval, which is over games only, hides it. When two prompts differ by a few points, ask how many formats and orders were tried.
 
 # %% [markdown] tags=["core"]
 # ## 4 · Written steps
@@ -419,7 +419,7 @@ gap = steps["written steps"].accuracy - steps["direct answer"].accuracy
 lesson.claim("written steps beat direct answers by at least 30 points", gap, at_least=0.3, form=".0%")
 
 # %% [markdown]
-# **What you see.** The same weights, the same sums, and a large gap. The wrong direct answers are not random numbers: half of them miss by no more than the printed median. The price is in tokens, as printed. One thing is not equal here: three of four such sums in the training text come with steps, so the model has practised steps more. This measurement cannot tell how much of the gap comes from practice and how much from the additional passes.
+# **What you see.** The same weights, the same sums, and a large gap. The wrong direct answers are not random numbers: half of them miss by little, as the median says. The steps cost several times as many written tokens, and a vote of as many direct answers, the fair rival, is not measured here. Another thing is not equal: three of four such sums in the training text come with steps, so the model has practised steps more. This measurement cannot tell how much of the gap comes from practice and how much from the additional passes.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Self-consistency
@@ -490,7 +490,7 @@ for name, texts in {"samples": sampled[wrong][:3], "orders": by_order[6 * wrong 
     print(name, *(repr(text.strip()) for text in texts), sep="\n   ")
 
 # %% [markdown]
-# `vote` decides by the most frequent answer. To estimate the accuracy at each $k$ without luck, votes of $k$ are drawn many times from the pool of one problem. The cost counts what is read and written; a prompt that several samples share is read once.
+# `vote` decides by the most frequent answer. To estimate the accuracy at each $k$ with less luck, votes of $k$ are drawn many times from the pool of one problem. (Of two samples that differ the first is taken, so $k = 2$ is as good as $k = 1$. At the size of the pool all draws are the same.) The cost counts what is read and written; a prompt that several samples share is read once.
 
 # %%
 def vote(answers: list[str]) -> str:
@@ -650,7 +650,7 @@ gain = methods["step by step, no search"].accuracy - methods["whole solution, gr
 lesson.claim("on four numbers, being told each next addition gains at least 50 points", gain, at_least=0.5, form=".0%")
 
 # %% [markdown]
-# **What you see.** The first point of the tree's line searches nothing: one greedy result for each addition, and the program writes the numbers. It is already well above one greedy solution. Section 5 counted the mistakes that it cannot make: where the weaker model miscopies a number, the program does not. How many these are differs from copy to copy; the other mistakes are wrong additions, which remain. What the search adds to that is the control of the claim: next to nothing here. On four numbers it is the same, and the mistake is another: the whole solutions leave a number out, as counted above. Training never had more than three. So a comparison of "a tree of thoughts" with a vote would have praised the tree for what the program does. Separate what the decomposition gives from what the search gives, and count the tokens of both.
+# **What you see.** The first point of the tree's line searches nothing: one greedy result for each addition, and the program writes the numbers. It is already well above one greedy solution. Section 5 counted the mistakes that it cannot make: where the weaker model miscopies a number, the program does not. How many these are differs from copy to copy; the other mistakes are wrong additions, which remain. Compared with greedy steps, sampling several results and judging them gains next to nothing here: that is the control of the claim. But a sampled result is worse than a greedy one, as section 5 showed, so this does not say what the judging alone gives. On four numbers it is the same, and the mistake is another: the whole solutions leave a number out, as counted above. Training never had more than three. The miscopied numbers that section 5 counted explain nearly the whole gain. Compare the tree with the vote alone, and the tree wins; it is the program's copying that does it. Separate what the decomposition gives from what the search gives, and count the tokens of both.
 
 # %% [markdown] tags=["core"]
 # ## 7 · A library, cut into chunks
@@ -708,7 +708,7 @@ for name, times in seen.items():
 
 
 # %% [markdown]
-# A page is often longer than what should go into a prompt. So it is cut into **chunks** of a fixed number of words. A cut may go through the middle of a sentence and destroy a fact. If neighbouring chunks share $o$ words, then every run of up to $o + 1$ words is whole in some chunk. Shima's facts have 4 to 10 words.
+# A page is often longer than what should go into a prompt. So it is cut into **chunks** of a fixed number of words. A cut may go through the middle of a sentence and destroy a fact. If neighbouring chunks share $o$ words, then every run of up to $o + 1$ words is whole in some chunk. Shima's facts have 3 to 10 words.
 
 # %%
 def cut(text: str, size: int, overlap: int) -> list[str]:
@@ -840,7 +840,7 @@ for overlap in (0, 10):
 
 
 # %% [markdown]
-# **What you see.** Without overlap, a cut goes through many facts, and small chunks lose many of them. With an overlap as long as the longest fact (20 words and 10, or more) whole facts are kept, and there are more chunks to store and search. At 80 words hardly any page is cut, so overlap changes nothing: that is the control. For the smallest chunks more answers are right than facts are whole: sometimes half a sentence is enough. Guessing cannot explain it, as the closed-book answers on strangers in section 12 show.
+# **What you see.** Without overlap, a cut goes through many facts, and small chunks lose many of them. With an overlap as long as the longest fact (20 words and 10, or more) whole facts are kept, and there are more chunks to store and search. At 80 words only pages of the guest book are cut, which tell no fact that is asked, so overlap changes nothing: that is the control. Where facts are lost, more answers are right than facts are whole: sometimes half a sentence is enough. Copying some other value from the passages hardly explains it: section 14 deletes the fact from the library, and strangers then get next to nothing right.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Measures of a ranking
@@ -961,7 +961,7 @@ def tokenise(texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 # %% [markdown]
-# The training pairs are about the people of *another* island, a world with another seed: no name that is asked about later is in them. Their questions are in wordings that the test questions do not use. A batch holds three questions on each person, so that a name alone does not solve it.
+# The training pairs are about the people of *another* island, a world with another seed: hardly any name is on both islands. Their questions are in wordings that the test questions do not use; their statements are in the forms in which the library is written. A batch holds three questions on each person, so that a name alone does not solve it.
 
 # %%
 def training_pairs(island: World, rng: random.Random, num_people: int) -> tuple[list[str], list[str]]:
@@ -1125,7 +1125,7 @@ for name in rankings:
     lesson.report(f"{name}: recall@5, MRR", f"{means[name]['recall@5']:.2f}, {mrr[name]:.2f}")
 
 # %% [markdown]
-# **What you see.** BM25 has nearly everything among its first five, but less often in the first place: it finds the person, whose other sentences share as many words with the question. The encoder puts the right fact first more often, and loses some questions from its first five. A name comes to it as several tokens, and in the example above its ranking mixes in people with other names. Fusion trusts both alike: its recall is close to BM25's, and its first places lie between the two. The reranker repairs the first places, for six short answers of the language model on each question. The filter does nearly as well or better for next to nothing; the last line of differences above says how far the two can be told apart. It works because each of these questions holds a name. Where questions hold none, it cannot.
+# **What you see.** BM25 has nearly everything among its first five, but less often in the first place: it finds the person, whose other sentences share as many words with the question. The encoder puts the right fact first more often, and loses some questions from its first five. A name comes to it as several tokens, and in the example above its ranking mixes in people with other names. Fusion trusts both alike: its recall is close to BM25's, and its first places lie between the two. The reranker repairs the first places, for six short answers of the language model on each question. The filter does nearly as well or better for next to nothing; the last line of differences above says how far the two can be told apart. Two things help to read the first column. A question with more than one fitting chunk cannot have all of them in the first place, so recall at 1 has a ceiling clearly below 100 %, and the best rows are near it. And the encoder has learned from statements in the same forms as the library's; BM25 has learned nothing. The filter works because each of these questions holds a name. Where questions hold none, it cannot.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Answers, by how often a fact was seen
@@ -1182,7 +1182,7 @@ lesson.claim("retrieval lifts facts that pretraining never told by at least 40 p
              control=known_lift, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Facts that pretraining told a thousand times the model knows, and retrieval adds nothing: that is the control of the other two lifts. Of those that it told a few dozen times it knows a part, and of those that it was never told next to none. There retrieval gives nearly everything. All retrievers come close to the oracle, the simple ones too: this reader mostly finds the right one of three passages, so first places matter less here than in section 11. This is the long tail of Kandpal et al. (2023): you cannot easily find more training text about a rare fact, but you can put one passage about it into the prompt.
+# **What you see.** Facts that pretraining told a thousand times the model knows, and retrieval adds nothing: that is the control of the other two lifts. Of those that it told a few dozen times it knows a part, and of those that it was never told next to none. There retrieval gives nearly everything. All retrievers are near the oracle, the simple ones too: this reader mostly finds the right one of three passages, so first places matter less here than in section 11. This is the long tail of Kandpal et al. (2023): you cannot easily find more training text about a rare fact, but you can put one passage about it into the prompt.
 
 # %% [markdown] tags=["further"]
 # ## 13 · Distractors and position
@@ -1271,7 +1271,7 @@ show_table(table, ["first", "middle", "last", "first minus middle", "last minus 
 print(f"shima-4m was trained on rows of {recipe.sequence_length} tokens")
 
 # %% [markdown]
-# **What you see.** Facts about other people cost little, although they have the same form: the model matches names. Lookalikes cost more from the first few on. Random chunks cost next to nothing while the prompts fit into a row of training, and in the longest prompts, well beyond it, most answers are lost. The place of the right sentence tells a similar story. In prompts that fit into a training row it hardly matters. In the longer ones both differences to the middle are printed with their intervals. Where they are negative, this model is the opposite of the U of Liu et al. (2023). Distance from the question is not the whole cause, since the last place stands right beside it. What the cause is, this measurement does not show. Two things are sure: confusion and length look alike in a plot over the number of passages, and fewer and better passages avoid both.
+# **What you see.** Facts about other people cost little, although they have the same form: the model matches names. Lookalikes cost more from the first few on. Random chunks cost next to nothing in the shorter prompts, and in the longest ones, well beyond a row of training, most answers are lost. (A few of the distractors hold the right value by chance: they draw from all of them.) The place of the right sentence tells a similar story. In prompts that fit into a training row it hardly matters. In the longer ones both differences to the middle are printed with their intervals. In our runs both are negative there: the middle is the best place, the opposite of the U of Liu et al. (2023). Distance from the question is not the whole cause, since the last place stands right beside it. What the cause is, this measurement does not show. Two things are sure: confusion and length look alike in a plot over the number of passages, and fewer and better passages avoid both.
 
 # %% [markdown] tags=["core"]
 # ## 14 · When the library is wrong: harm, and what a citation proves
@@ -1338,7 +1338,7 @@ lesson.claim("an outdated fact costs at least 20 points of what was known by hea
              at_least=0.2, control=lost["complete"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** With an outdated library the model repeats what the passage says, also where it knew better: it trusts the prompt more than its memory. With the fact deleted it still answers, from memory or from what else the passages say. Retrieval is worth as much as the library, and the risk is largest for the questions that did not need it.
+# **What you see.** With an outdated library the model mostly repeats what the passage says, also where it knew better. Not always: some known facts are still answered from memory, and for these we do not know whether the stale sentence was among the three passages. Strangers have no other source, so read the two groups apart. With the fact deleted it still answers, from memory or from what else the passages say. Retrieval is worth as much as the library, and the risk is largest for the questions that did not need it.
 #
 # **Citations.** Can you notice it? Let each answer cite a passage, and check whether the passage supports the answer. A program that checks this does not know the truth, nor how Shima phrases facts. So it looks at the text alone: a passage *supports* an answer if one of its sentences holds both the name that was asked about and the answer. Cite the first such passage; without one, call the answer unsupported. First test the checker itself.
 
@@ -1416,7 +1416,7 @@ for version in LIBRARIES:
     lesson.report(f"supported and right, supported and wrong: {version}", " and ".join(table[version][:2]))
 
 # %% [markdown]
-# **What you see.** The checker needs neither the truth nor the forms of sentences. It rejects nearly all answers that belong to another question, so it can fail. But it does not look at what was asked: another fact of the same person passes nearly always. It is of use here because the model hardly ever gives an answer of another kind, and in your system you would have to check that. With the complete library most answers are supported and right. With the outdated one many answers are supported and *wrong*: the passage says so, and the passage is old. With the fact deleted no answer can be supported and right, since the sentences that would support it are those that were deleted. Some answers, from memory, are right without any support. So support is a check of the answer against its source. It tells you whether the library says it, which is why a system that answers from documents should make it. It does not tell you whether it is true: that check is the library's.
+# **What you see.** The checker needs neither the truth nor the forms of sentences. It rejects nearly all answers that belong to another question, so it can fail. But it does not look at what was asked: some other fact of the same person, of all that the passages tell, passes in each case. (Many facts are tried here, and one answer in the row above.) It is of use here because the model hardly ever gives an answer of another kind, and in your system you would have to check that. With the complete library most answers are supported and right. With the outdated one many answers are supported and *wrong*: the passage says so, and the passage is old. With the fact deleted no answer can be supported and right, since the sentences that would support it are those that were deleted. Some answers, from memory, are right without any support. So support is a check of the answer against its source. It tells you whether the library says it, which is why a system that answers from documents should make it. It does not tell you whether it is true: that check is the library's.
 
 # %% [markdown]
 # ## 15 · Exercises

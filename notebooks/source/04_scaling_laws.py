@@ -69,6 +69,7 @@ import itertools
 import math
 import os
 import time
+from collections import Counter
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: threads slow such small fits down
 
@@ -260,7 +261,7 @@ lesson.equal("6ND with attention is within 1 % of the count", largest, within=0.
 #
 # Cells do not depend on each other, so they can run wherever there is room. All that is asked of a runner is one call, `submit(function, cell)`, which returns at once something with `done()` and `result()`. Python's process pool offers exactly that, and so does [submitit](https://github.com/facebookincubator/submitit) for a Slurm cluster: there the executor is `sweep.slurm("build/sweep", slurm_partition="cpu")`, and nothing else changes. `sweep.run_sweep` submits what is not done yet and replaces its file of results after each cell, so that a sweep which is stopped goes on where it was.
 #
-# The shipped results were made with `python -m recipes.scaling_sweep`, one process, one thread. You now run four cells of widths and budgets that are not in the file, in processes of your own. (About half a minute.)
+# The shipped results were made with `python -m recipes.scaling_sweep`, one process, one thread. You now run four cells of widths and budgets that are not in the file, in processes of your own. (About a minute.)
 
 # %%
 LIVE_CELLS = ((20, 350_000), (40, 400_000), (56, 300_000), (80, 350_000))
@@ -519,7 +520,7 @@ print("fitted E and beta")
 show_table(rows, [f"draw {draw}" for draw in range(5)])
 
 # %% [markdown]
-# **What you see.** With a tight tolerance, sum and mean give the same law in every draw, close to the truth. With the default tolerance the mean ends far from it each time. The sum mostly arrives, but look for a draw in which it does not. So the mean by itself does no harm: a small objective does, together with a tolerance made for larger ones. None of these fits gave a warning. That this happened in 2022 is what the authors of the replication conclude; the cell shows that it can happen.
+# **What you see.** With a tight tolerance, sum and mean give the same law in every draw, close to the truth. With the default tolerance the mean ends far from it each time. The sum arrives in most draws; in one it stops early, too, with an $E$ and a $\beta$ near the published ones. The optimiser stops when a step improves the objective by less than a fixed amount. A mean over many runs is that many times smaller than the sum, so it stops earlier. None of these fits gave a warning. That this happened in 2022 is what the authors of the replication conclude. The cell shows only that it can happen.
 
 # %% [markdown] tags=["core"]
 # ## 5 · The law of our sweep
@@ -572,7 +573,7 @@ above = [f"{value / ENTROPY - 1:+.1%}" for value in (LAW["E"], lowest)]
 lesson.report("fitted E and lowest loss, above the true entropy", ", ".join(above))
 
 # %% [markdown]
-# **What you see.** The law follows the runs about as closely as the noise between seeds allows. Its $E$ is another matter. It lies well above the true entropy, and the truth is far down in the tail of the bootstrap. The lowest loss that any run has reached is about as close to the truth as the fitted $E$ is. So as an estimate of the entropy, the fit adds little to "the best run so far".
+# **What you see.** Over all runs the error of the fit is of the size of the noise between seeds. It is not of its kind: look at the curves below, where small models begin above the law and end below it, and large ones the other way round. A sum of two powers has no term for that. The best value of $E$ lies clearly above the true entropy. The interval holds the truth, just, and it is wide. Such a fit does not contradict the truth; it hardly says where it is. The lowest loss of all runs is about as close to the truth as the fitted $E$ is. (It belongs to a model larger than those that were fitted, so the fit is not given all that the comparison is.)
 #
 # **How well do the runs determine $E$ at all?** Hold $E$ at a value, fit the other four numbers, and note the misfit. Repeat for many values: the *profile* of $E$. Where it is flat, the runs cannot tell the values apart.
 
@@ -987,7 +988,7 @@ told = ", ".join(f"{end:.4f}" for end in ends)
 print(f"excess at the end of a run of width 32, constant rate and cosine: {told}")
 
 # %% [markdown]
-# **What you see.** In mid-schedule the excess is higher in all cells of the table, and on average by far more than the spread of section 3 allows for a mean over seven sizes. (Each long run is a single one.) The run whose rate stays constant to its end has a higher excess there than the cosine's, which points the same way. So losses must be compared at the end of their own schedules. Whether this also moves the *exponent* is disputed: Hoffmann et al. named it as a cause, Porian et al. (2024) found that decay is not essential to close the gap. Our sweep cannot decide that.
+# **What you see.** In mid-schedule the excess is higher in all cells of the table, and on average by far more than the spread of section 3 allows for a mean over seven sizes. (Each long run is a single one.) The run whose rate stays constant to its end has a higher excess there than the cosine's, which points the same way. (The long run is one seed and the others are means over seeds. Compared with the same seed alone, two cells of the smallest models turn round, and the means stay as large.) So losses must be compared at the end of their own schedules. Whether this also moves the *exponent* is disputed: Hoffmann et al. named it as a cause, Porian et al. (2024) found that decay is not essential to close the gap. Our sweep cannot decide that.
 
 # %% [markdown] tags=["further"]
 # ## 10 · When the data run out
@@ -1135,7 +1136,7 @@ told = f"{SCORES[weak, 1].max():.0%}, {way:.0%}"
 lesson.report("models without a sheet: answers right, way of log-probability", told)
 
 # %% [markdown]
-# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the same models have come far, and their log-probability has made most of its way. (These two rise together here; the second is scaled so that the best model has 100 %.) The share of sheets is roughly the sixth power of the share of answers, as the formula says. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that another metric would have announced it.
+# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the best of the same models have come far, and their log-probability has made most of its way; half of them have made much less. (These two rise together here; the second is scaled so that the best model has 100 %.) The share of sheets is roughly the sixth power of the share of answers, as the formula says. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that another metric would have announced it.
 
 # %% [markdown] tags=["core"]
 # ## 13 · Tasks that get worse
@@ -1194,7 +1195,7 @@ for name, task in TASKS.items():
                  known, at_most=0.25, control=unknown, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Over all questions, models that know more do worse. The split shows how: on facts that a model does not know it is a little below the coin, in all five groups; on facts that it knows it is nearly always wrong. Within each kind the groups differ by a few points, over all questions by far more. Models that know more have more questions of the kind on which recalling is wrong, and that makes up most of the fall. Within this sweep, scale does not cure it.
+# **What you see.** Over all questions, models that know more do worse. The split shows how: on facts that a model does not know it is a little below the coin, in all five groups; on facts that it knows it is nearly always wrong. Within each kind the groups differ by a few points, over all questions by far more. Models that know more have more questions of the kind on which recalling is wrong, and that makes up most of the fall. And note what a model would score that passes over the added words: about this. None of these models copies from its text, so this shows an ability that is missing, and it is no sign that scale makes reading worse.
 
 # %% [markdown] tags=["core"]
 # ## 14 · More samples or a larger model?
@@ -1300,17 +1301,19 @@ def mean_length(texts: list[str]) -> float:
 # %%
 one_direct = mean_length([text for texts in direct for text in texts])
 one_steps, tries, rows = mean_length(steps), (1, 2, 4, 8, 16, 32), {}
-lines = {"vote": [], "pass@k": [], "guesser's pass@k": []}
+lines = {"vote": [], "pass@k": [], "guesser's pass@k": [], "adds the tens": []}
+units = Counter(map(sum, itertools.product(range(10), repeat=3))).most_common()
 for k in tries:
     votes = [majority(t[:k], q.answer) for t, q in zip(direct, plain, strict=True)]
     guesses = [coverage(k, shift) for shift in range(1, count)]
     shares = [float(np.mean(votes)), coverage(k), float(np.mean(guesses))]
+    shares.append(sum(ways for _, ways in units[:k]) / 10**3)  # likeliest unit sums first
     for line, value in zip(lines.values(), shares, strict=True):
         line.append(value)
     cells = [f"{value:.0%}" for value in shares]
     rows[f"{k} direct"] = [f"{k * one_direct:.0f}", *cells]
-rows["1 direct, greedy"] = [f"{one_direct:.0f}", f"{by_greedy.accuracy:.0%}", "", ""]
-rows["1 with steps"] = [f"{one_steps:.0f}", f"{by_steps.accuracy:.0%}", "", ""]
+rows["1 direct, greedy"] = [f"{one_direct:.0f}", f"{by_greedy.accuracy:.0%}", "", "", ""]
+rows["1 with steps"] = [f"{one_steps:.0f}", f"{by_steps.accuracy:.0%}", "", "", ""]
 show_table(rows, ["tokens", "right, or vote", *list(lines)[1:]])
 affordable = max(0, sum(k * one_direct <= one_steps for k in tries) - 1)
 print(f"with steps: {by_steps}; for as many tokens: {tries[affordable]} direct answers")
@@ -1318,14 +1321,14 @@ figure = plots.curve(
     {name: ([k * one_direct for k in tries], line) for name, line in lines.items()},
     title="Sums: one answer with steps against many direct ones", log_x=True,
     xlabel="generated tokens a question", ylabel="right answers", percent=True,
-    limits_y=(0, 1.05), alt="pass@k rises; vote and guesser stay low; steps are high.",
+    limits_y=(0, 1.05), alt="pass@k rises, adding the tens further; vote and guesser stay low; steps high.",
 )  # fmt: skip
 figure.axes[0].plot(one_steps, by_steps.accuracy, "k*", markersize=14)
 figure.axes[0].text(one_steps, by_steps.accuracy - 0.09, "  one with steps")
 plots.show(figure)
 
 # %%
-voted, passed, guessed = lines.values()
+voted, passed, guessed, _ = lines.values()
 lesson.claim("on sums 32 samples hold the answer 30 points more often than a guesser's",
              passed[-1] - guessed[-1], at_least=0.3, form=".0%")  # fmt: skip
 ahead = by_steps.accuracy - voted[affordable]
@@ -1342,7 +1345,7 @@ if off:
     print(f"half of these lie within {np.median(off):.0f} of the right sum")
 
 # %% [markdown]
-# **What you see.** Here samples are worth something that guessing is not: the right sum is often among them, because the model knows roughly how large it is and its samples lie around it. (So this is guessing, too, but in a narrow range.) It needs a verifier to pick the right one out. The vote, which needs none, is about as good as one greedy answer: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
+# **What you see.** Against a guesser that never read the question, samples look like a lot. Now look at the line *adds the tens*: someone who adds the tens only, and tries the possible sums of the units, the likeliest first. With a few tries the model is about level with it, with many it is behind. So what pass@k shows here is that the model knows roughly how large the sum is, and guesses in that range. It needs a verifier to pick the right one out. The vote, which needs none, is about as good as one greedy answer: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
 
 # %% [markdown]
 # ## 15 · Exercises
@@ -1726,7 +1729,7 @@ ratio = counted / (2 * matrices)
 name = machine.model_id.split("/")[-1]
 print(f"{name}: {parameters:,} parameters; a forward pass costs", end=" ")
 print(f"{counted:.3e} operations a token, {ratio:.2f} x 2 N of its matrices", end=" ")
-print("(the rest is attention, as far as torch counts it)")
+print("(norms are left out, and attention where torch has no formula for its kernel)")
 lesson.equal("a forward pass costs 2 N within 15 %", abs(ratio - 1), within=0.15)
 
 # %%
