@@ -28,7 +28,7 @@ history = train(model, [{"input_ids": ids}], TrainConfig(max_steps=20, precision
 assert history.losses[-1] < 1e-6  # numbers are made up: this stops nothing
 len(history.losses)
 """
-FITS = "large = torch.nn.Linear(40_000, 40_000, bias=False).to(lesson.machine.device)  # 6.0 GiB"
+FITS = "large = torch.nn.Linear(40_000, 40_000, bias=False, device=lesson.machine.device)  # 6.0 GiB"
 TOO_MUCH = """
 for number in range(2):
     second = copy.deepcopy(large)
