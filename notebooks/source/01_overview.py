@@ -864,7 +864,7 @@ lesson.report(
 # | **top-k** | keeps the $k$ most probable tokens, whatever they have (Fan et al. 2018) |
 # | **top-p** | keeps the smallest set of most probable tokens that holds at least $p$ of the probability (Holtzman et al. 2020) |
 # | **min-p** | keeps the tokens with at least the share $m$ of the favourite's probability (Nguyen et al. 2024) |
-# | **repetition penalty** $\theta$ | for tokens that have occurred, divides a positive logit by $\theta$ and multiplies a negative one by it (Keskar et al. 2019) |
+# | **repetition penalty** $\theta$ | for tokens that have occurred, divides a positive logit by $\theta$ (Keskar et al. 2019), and multiplies a negative one by it (as `transformers` does) |
 #
 # What is not kept gets $-\infty$. Each rule is a few lines. They take the tokens so far, ids `(batch, seq)`, and the logits `(batch, vocab)`.
 
