@@ -625,7 +625,7 @@ alt = "Misfit over E: flat for two budgets; shallow, lowest above the truth, for
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$, but weakly. It prefers an $E$ above the truth. A likely reason is in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it follows such a bend by taking the slow end for the approach to a floor.
+# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$. It prefers an $E$ above the truth. A likely reason is in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it follows such a bend by taking the slow end for the approach to a floor.
 #
 # Look at the columns $a = \beta / (\alpha + \beta)$ as well. It is the exponent with which the best size grows with compute (section 6). Laws that the misfit can hardly tell apart give very different $a$. **A law can be good for predicting runs nearby and say little about its own constants.** On real text, where nobody knows $E$, nothing would warn you.
 
@@ -705,7 +705,7 @@ plots.show(figure, alt=alt)
 
 
 # %% [markdown]
-# **What you see.** Between the runs that were fitted, the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law; which of the two is closer depends on the seed. A law is needed where there are no neighbours on the far side. There, at the one larger size, it is not clearly better than taking the result of the size below. As a share of the *loss* all of these errors would look tiny, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
+# **What you see.** Between the runs that were fitted, the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law; which of the two is closer depends on the seed. So the claim says that the loss is smooth, and not that the law is right. Look at the signs, too: most of the errors are above zero, so the law expects too high a loss where the training is short and the model is not tiny. A law is needed where there are no neighbours on the far side. There, at the one larger size, it is not clearly better than taking the result of the size below. As a share of the *loss* all of these errors would look tiny, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
 
 # %% [markdown] tags=["core"]
 # ## 6 · The best size for a budget
@@ -1329,8 +1329,8 @@ plots.show(figure)
 
 # %%
 voted, passed, guessed, _ = lines.values()
-lesson.claim("on sums 32 samples hold the answer 30 points more often than a guesser's",
-             passed[-1] - guessed[-1], at_least=0.3, form=".0%")  # fmt: skip
+lesson.report("on sums 32 samples hold the answer more often than a guesser's, by",
+              passed[-1] - guessed[-1], ".0%")  # fmt: skip
 ahead = by_steps.accuracy - voted[affordable]
 lesson.claim("steps beat the vote at equal tokens by 30 points", ahead,
              at_least=0.3, form=".0%")  # fmt: skip
