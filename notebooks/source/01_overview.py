@@ -18,7 +18,7 @@
 #
 # **Prerequisites:** Python and PyTorch tensors; no other lesson.
 #
-# **The text** is about *Shima*, an island made up by a seeded generator, so no model has ever read about it. **The base model** is *shima-4m*, a small Llama pretrained on other such text, which comes with the course. On a GPU profile the text is short stories in simple English and the model an open one from the hub.
+# **The text** is about *Shima*, an island made up by a seeded generator, so no model outside of this course has read about it. **The base model** is *shima-4m*, a small Llama pretrained on other such text, which comes with the course. On a GPU profile the text is short stories in simple English and the model an open one from the hub.
 #
 # | symbol | meaning |
 # |---|---|
@@ -440,7 +440,7 @@ plots.show(figure)
 lesson.report("n-gram model: best length, packed MB", f"{best_order}, {packed_bytes(ngram) / 1e6:.1f}")
 
 # %% [markdown]
-# **What you see.** Two tokens of context bring most of the gain. The table then grows with every further token, and the perplexity hardly moves: the longer a context, the rarer it is that it was seen before. No length is too long here, since the formula falls back on shorter contexts; the longest are just of little use. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
+# **What you see.** Two tokens of context bring most of the gain. The table then grows fast with every further token, and the perplexity falls ever more slowly: the longer a context, the rarer it is that it was seen before. (What the last lengths gain together is not nothing: it is about as much as the networks of section 7 are ahead.) No length is too long here, since the formula falls back on shorter contexts; the longest are just of little use. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Second generation: a memory of fixed size
@@ -559,7 +559,7 @@ for name in MAKE:
 #
 # **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would be unfair, since a falling rate alone lowers the loss.
 #
-# **The learning rate is chosen for each network.** Beforehand we ran the same training at several rates. The settings cell lists what came out on validation text, and `RATES` takes the best for each; the search is printed with the runs. This search is not repeated here, it would take longer than the whole lesson. **Three runs each**, with other random weights and another order of the rows: what differs less than the runs differ among themselves is no difference.
+# **The learning rate is chosen for each network.** Beforehand we ran the same training at several rates. The settings cell lists what came out on validation text, and `RATES` takes the best for each; the search is printed with the runs. This search is not repeated here, it would take longer than the whole lesson. **Three runs each**, with other random weights and another order of the rows: what differs less than the runs differ among themselves may be chance.
 
 # %%
 def training_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
@@ -665,7 +665,7 @@ lesson.report("bits per byte by which the transformer is ahead of the LSTM", mea
 lesson.report("bits per byte between the best and the worst run of one network", spread, ".3f")
 
 # %% [markdown]
-# **What you see.** Look at the ends of the lines, where all three are finished. The networks begin far above the counts and fall below them before the one pass is over. They end close to each other: compare their distance with that between runs of the same network. Then read the two lines of the search: between a good and a poor learning rate of the same network lies far more. So at this size the race does not say which architecture is the better one. It says that both learn more from one pass than counting does. The n-gram model is done in seconds, but its packed table takes many times the memory of a network, since it stores every context by itself. The last row is a transformer that read other text of the same kind for an hour. It shows how much there is still to learn.
+# **What you see.** Look at the ends of the lines, where all three are finished. (The line of the n-gram model is its result after all of the text, and the networks' points on the way are in the middle of their schedules.) The networks end below the counts, and close to each other: compare their distance with that between runs of the same network. The LSTM is slightly ahead here and on the four other seeds of the course's ledger; it also has more parameters, as section 6 printed. Then read the two lines of the search: between a good and a poor learning rate of the same network lies far more. So at this size the race does not say which architecture is the better one. Nor does it say that counting is beaten. These counts may not look at the row itself. Exercise 1.5 gives them a memory of what stood in it, and its solution comes as low as the networks, or lower. The n-gram model is done in seconds, but its packed table at this length takes many times the memory of a network, since it stores every context by itself. (Section 4 shows what shorter ones cost.) The last row is a transformer that read other text of the same kind for an hour. It shows how much there is still to learn.
 
 # %% [markdown]
 # **At equal seconds?** Equal tokens are not equal time. Give the network that computes faster as many passes as fit into the time of the other, with a schedule of their length. This is one run, and the seconds are those of this machine. On a GPU the comparison comes out otherwise: the transformer computes all positions side by side, and the LSTM one after the other.
@@ -847,16 +847,16 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** The transformer finds nearly every answer, however many boxes there are and however far back they stand. The LSTM manages a few boxes. With more it falls behind, and with 16 its answers are about as good as a guess. But it is not true that an LSTM cannot do this: with five times the steps it gives many more right answers for eight boxes. It has to learn how to keep all boxes apart in one vector, and it learns that more slowly the more there are. Attention compares the question with each earlier token, whether there are two or 16. The n-gram model can only answer what stands within its few tokens.
+# **What you see.** The transformer finds nearly every answer, however many boxes there are and however far back they stand. The LSTM manages a few boxes. With more it falls behind, and with 16 its answers are about as good as a guess. The best of its rates is the highest that was tried, and it may do better still above it. And it is not true that an LSTM cannot do this: with five times the steps it gives many more right answers for eight boxes. It has to learn how to keep all boxes apart in one vector, and it learns that more slowly the more there are. Attention compares the question with each earlier token, whether there are two or 16. The n-gram model can only answer what stands within its few tokens.
 #
-# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up only now and then: for a name, a number, a definition, an instruction at the top of a prompt. Averaged over all tokens of short texts that is a small part, and the race of section 7 hardly showed it. Most of what this course does with a model is such a look-up: examples in a prompt, passages that were retrieved, the steps of a calculation.
+# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up only now and then: for a name, a number, a definition, an instruction at the top of a prompt. After one pass neither network of section 7 does it yet, as section 11 shows, though there would be something to gain: exercise 1.5 gains it by counting. Most of what this course does with a model is such a look-up: examples in a prompt, passages that were retrieved, the steps of a calculation.
 
 # %% [markdown] tags=["core"]
 # ## 9 · From probabilities to text
 #
 # **Question.** A model gives probabilities. Which token should you take?
 #
-# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but thousands of improbable tokens share a little probability, now and then one of them is drawn, and the text goes astray from there. So the logits $z$ (the scores before the softmax) are changed before the draw:
+# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but more than a thousand improbable tokens share a little probability, now and then one of them is drawn, and the text goes astray from there. So the logits $z$ (the scores before the softmax) are changed before the draw:
 #
 # | rule | what it does to the logits $z$ with $p = \text{softmax}(z)$ |
 # |---|---|
@@ -1090,7 +1090,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Top-p and min-p keep one token or a few where the model is sure; top-k keeps twenty there as well. In the texts, a high temperature without a cut-off brings many words that do not exist. Min-p prevents most of that, top-k much, and top-p less: at a high temperature the improbable tokens together have so much probability that many of them belong to the 90 % that top-p keeps. Repeated phrases are in the table: compare each row with the line of real text, and the greedy lines with each other.
+# **What you see.** Top-p and min-p keep one token or a few where the model is sure; top-k keeps twenty there as well. In the texts, a high temperature without a cut-off brings many words that do not exist. Min-p prevents most of that, top-k much, and top-p less: at a high temperature the improbable tokens together have so much probability that many of them belong to the 90 % that top-p keeps. The best row is not the one with the most known words, but the one that is like real text in both numbers. Repeated phrases are in the table: compare each row with the line of real text, and the greedy lines with each other.
 
 # %% [markdown]
 # **Try it yourself.** In Jupyter, Colab and VS Code the next cell shows sliders. Elsewhere it says so, and the cell after it does the same with settings that you write into it.
@@ -1138,7 +1138,7 @@ for options in ({"tau": 0.0}, {"p": 0.9}, {"tau": 2.0}, {"tau": 2.0, "floor": 0.
 #
 # **Question.** In real text, how far back does each model of the race look?
 #
-# Hide all but the last $k$ tokens before the one to be predicted, and see how its surprise falls as $k$ grows. For every $k$ the predicted tokens are the same ones. A network was trained on rows that begin anywhere in a text, so a short context is nothing new to it.
+# Hide all but the last $k$ tokens before the one to be predicted, and see how its surprise falls as $k$ grows. For every $k$ the predicted tokens are the same ones. A network was trained on rows that begin anywhere in a text, so it has seen short contexts, though few of them. The n-gram model answers short contexts from its tables for longer ones; tables made for one or two tokens would do better there. So compare the lines from $k = 4$ on.
 
 # %%
 LENGTHS = [1, 2, 4, 8, 16, 32, 96]
@@ -1182,7 +1182,7 @@ lesson.equal(
 )
 
 # %% [markdown]
-# **What you see.** Most of the surprise goes with the first few tokens, for all three. Beyond its length the n-gram model cannot gain, by construction. How much the networks gain from more than 16 tokens back is printed above. Compare it with the whole fall from $k = 1$: it is a small part. A score over all tokens of a text hardly shows who can look far back. The task of section 8 shows nothing else.
+# **What you see.** Most of the surprise goes with the first few tokens, for all three. Beyond its length the n-gram model cannot gain, by construction. How much the networks gain from more than 16 tokens back is printed above. Compare it with the whole fall. It is not small because nothing stands there: the solution of exercise 1.5 counts what followed the same tokens earlier in the row, and gains much more. One pass is too little for these networks to learn to look back. The task of section 8 asks for nothing else, and there one of them learned it.
 
 # %% [markdown] tags=["core"]
 # ## 12 · A map of the methods
@@ -1467,6 +1467,9 @@ def check_beam_search(beam_search):
     ).item()
     _, found = beam_search(random_model, [0, 1], 3, 36)
     expect_close("the score with width 36, which loses nothing", found, best, 1e-4)
+    extended = []
+    beam_search(lambda ids: extended.append(ids) or random_model(ids), [0, 1], 5, 2)
+    expect_true("at each step no more than `width` sequences are extended", len(extended) <= 2 * 5)
 
 
 check("1.4", check_beam_search, beam_search)
@@ -1510,7 +1513,7 @@ def better_probability(tables: list[Table], context: list[int], token: int) -> f
 # %% tags=["check"]
 def check_better_probability(better_probability):
     some_rows = test_rows[:12].tolist()
-    for length in (0, 3, 40):
+    for length in (0, 3, 100):
         context = some_rows[0][:length]
         total = sum(better_probability(ngram, context, token) for token in range(VOCAB))
         expect_close(f"the sum of the probabilities after {length} tokens", total, 1.0, 1e-6)
@@ -1578,12 +1581,12 @@ check("1.5", check_better_probability, better_probability)
 #
 # <details><summary>Answer</summary>
 #
-# B. What follows a single token was known well from little text, so two tokens say about what they said. The long contexts are the ones that were not seen, and with more text more of them are.
+# B. What follows a single token is known fairly well from little text, so two tokens gain less from more of it. The long contexts are the ones that were not seen, and with more text more of them are.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **3. Two networks are trained for 1,000 steps with a cosine schedule. Network A is slower, so somebody compares it at its last step with network B at the step that B had reached after the same number of tokens, in a run planned for 2,000 steps. What is wrong?**
+# **3. Network A is trained for 1,000 steps with a cosine schedule, and network B for 2,000. Somebody compares A at its last step with B at the step at which B had read as many tokens. What is wrong?**
 #
 # - A. Nothing: both have read the same tokens.
 # - B. B's learning rate is still high there, and its loss would be lower at the end of a schedule of that length.

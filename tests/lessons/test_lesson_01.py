@@ -111,6 +111,7 @@ def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten
     source = exercise.solution
     wrong = [
         planted(source, "[:width]", "[:1]"),
+        planted(source, "[:width]", "[: width ** (len(longer[0][0]) - len(start))]"),
         planted(source, "score + added", "added"),
         planted(source, ", reverse=True", ""),
         planted(source, "(list(start), 0.0)", "([], 0.0)"),
