@@ -80,6 +80,8 @@ def test_the_check_of_the_gate_is_proven() -> None:
         planted(solution, "confidence < math.log(0.8)", "True"),
         planted(solution, "confidence < math.log(0.8)", "False"),
         planted(solution, "math.log(0.8)", "-2.45"),  # hardly ever looks anything up
+        planted(solution, "math.log(0.8)", "-0.011"),  # looks up all but the surest
+        planted(solution, "math.log(0.8)", "-0.04"),  # looks up more than it needs
     ]
     prove_check(EXERCISES["2.4"], {**NAMES, **outcomes}, wrong)
 
