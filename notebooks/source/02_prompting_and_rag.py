@@ -1052,7 +1052,6 @@ def load_pretrained_encoder(name: str):
     return encode_batch
 
 
-# %%
 encode_batch = load_pretrained_encoder(encoder_id) if encoder_id else lambda texts: encoder(*tokenise(texts))
 
 
