@@ -82,6 +82,7 @@ from helpers.profiles import CPU
 from helpers.training import TrainConfig, train
 from helpers.world import World
 
+# %%
 lesson = Lesson("03", profile, model_id, seed, budget)
 machine = lesson.machine
 # learning rates of a fine-tuning from pretrained and from fresh weights and its steps (section 8), and rate and steps
@@ -187,7 +188,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> tuple[dict[bytes, int], dict
             bar.update()
     return vocabulary, merges
 
-
+# %%
 BPE_DOCUMENTS, VOCAB_SIZE = 1500, 2048
 started = time.perf_counter()
 vocabulary, merges = train_bpe(documents[:BPE_DOCUMENTS], VOCAB_SIZE)
@@ -393,7 +394,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-
+# %%
 def rope_score(query: Tensor, key: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
     """Dot products of one query and one key (head_dim,), turned to these positions (n,)."""
     turned = [rotate(x, *rotary_angles(at, len(x), 10_000.0)) for x, at in ((query, query_at), (key, key_at))]
@@ -845,7 +846,7 @@ def write(model, start: str, num_tokens: int = 40) -> str:
 
 # %%
 own = new_transformer()
-starts = ("One day of rain", "Sum: 12 + 7", "Pairs: drum white; goat red; drum")
+starts = ("One day of rain Zetode the smith left", "Sum: 12 + 7", "Pairs: drum white; goat red; drum")
 written = {start: [write(own, start)] for start in starts}
 steps = lesson.scaled(360)
 recipe = TrainConfig(steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=max(1, steps // 18))
@@ -864,7 +865,7 @@ figure = plots.curve(
     ylabel="loss on unseen text (nats per token)",
     log_y=True,
 )
-alt = "Loss over steps for five kinds of document on a logarithmic axis; all fall, at different times and to different levels."
+alt = "Loss over steps for five kinds of document, on a logarithmic axis; all fall, to different levels."
 plots.show(figure, alt)
 print(f"{'':>12} {'unigram':>8} {'first':>8} {'half':>8} {'end':>8}")
 for kind in KINDS:
@@ -881,7 +882,7 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards the form is right: sentences, sums with their lines, pairs with a colour. The content often is not: check a sum, and the colour that `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave, because their form is learned and most digits are not. Stories go on falling. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards much of the form is right: lines of sums, pairs that end in a colour, pieces of sentences. The content often is not: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave, because their form is learned and most digits are not. Stories go on falling. So ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
@@ -1032,7 +1033,7 @@ def random_positions(generator: random.Random) -> list[int]:
     """One position in each stretch, never the first of the row."""
     return [start + generator.randrange(start == 0, STRETCH) for start in range(0, SHORT, STRETCH)]
 
-
+# %%
 def train_with(name: str, num_steps: int) -> list[dict[str, float]]:
     """Train the small model with this objective; the loss on hidden tokens of unseen text, eight times on the way."""
     generator, objective = random.Random(seed), OBJECTIVES[name]
@@ -1060,7 +1061,7 @@ on_the_way = {name: train_with(name, lesson.scaled(280)) for name in OBJECTIVES}
 for name, entries in on_the_way.items():
     print(f"{name:>21}: " + " ".join(f"{entry['loss']:.2f}" for entry in entries))
     lesson.report(f"loss on hidden tokens, {name}, one run", f"{entries[-1]['loss']:.2f} nats")
-alt = "Loss on hidden tokens of unseen text over steps for four objectives; the masked line is the highest for most steps."
+alt = "Loss on hidden tokens of unseen text over steps for four objectives; masked is the highest for most steps."
 figure = plots.curve(
     {name: ([e["step"] for e in entries], [e["loss"] for e in entries]) for name, entries in on_the_way.items()},
     title="The masked objective starts late, and few targets are only a part of it",
@@ -1068,6 +1069,8 @@ figure = plots.curve(
     ylabel="loss on the same hidden tokens (nats)",
 )
 plots.show(figure, alt)
+
+# %%
 early = {name: entries[len(entries) // 4]["loss"] for name, entries in on_the_way.items()}
 print("early on:", ", ".join(f"{name} {loss:.2f}" for name, loss in early.items()))
 lesson.claim(
@@ -1185,7 +1188,7 @@ asked_for = [text for text in documents if re.search(r"Question:.*instrument.*\n
 print(f"{len(told)} of {len(documents):,} documents have the format of the prompt")
 print(f"{len(asked_for):,} ask for somebody's instrument: that is how pretraining may know the sorts")
 
-
+# %%
 class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
@@ -1261,7 +1264,7 @@ def prompted_accuracy(draw: int) -> float:
         right.append(model(input_ids=ids).logits[0, -1, names].argmax().item() == label)
     return sum(right) / len(right)
 
-
+# %%
 LABELS, DRAWS = [2, 4, 16], range(5)
 transfer = {name: {n: [] for n in LABELS} for name in ("pretrained", "from scratch", "letters")}
 with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
@@ -1735,7 +1738,7 @@ def packed(texts: list[str]) -> Dataset:
     rows = list(pack(documents, 128))
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
-
+# %%
 new_text = list(islice(world.documents(seed, {"medicine": 1.0}), 600))
 old_text = text_dataset(text_id or machine, 150, seed=10_000 + seed)["text"]
 sets = {"new": packed(new_text[:100]), "old": packed(list(old_text))}

@@ -32,7 +32,6 @@ QUIZ = re.compile(
 WITHOUT_CORE_AND_QUIZ = (
     "01_overview",
     "02_prompting_and_rag",
-    "03_pretraining",
     "04_scaling_laws",
     "05_supervised_fine_tuning",
     "06_peft",
