@@ -1135,7 +1135,7 @@ near = [i for i, tokens in enumerate(millions) if jump - 3 < tokens <= jump + 3]
 figure = plots.curve(
     {"each 0.1 M tokens": ([millions[i] for i in near], [record["loss"][i] for i in near]),
      "mean of 0.6 M": ([edge - 0.3 for edge in edges], means)},
-    title="On a fitting axis the loss falls faster around the jump",
+    title="On a fitting axis the fall of the loss speeds up once more at the jump",
     xlabel="tokens seen (millions)",
     ylabel="training loss (nats)",
 )  # fmt: skip
@@ -1149,7 +1149,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** On the axis of the whole training, from over 6 nats to below 1, nothing is to be seen of the jump. On an axis that fits, the step around it is larger than most of its neighbours, by a few hundredths of a nat in a loss that is itself noisy. So the loss does give a sign, a small one, because only a part of the text needs the new ability. Section 4 shows the way to see more: measure the loss of that kind of document alone. The ruler adds to the jump: an answer counts only if all of it is right (Schaeffer et al. 2023); lesson 04 measures that. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
+# **What you see.** On the axis of the whole training, from over 6 nats to below 1, nothing is to be seen of the jump. On an axis that fits, the falls get smaller from one window to the next, with one exception: across the jump the fall is larger than in the window before. The difference is a few hundredths of a nat, in a loss that is itself noisy, in a single run. So the loss gives a sign, a small one. One likely reason is that only a part of the text needs the new ability. Section 4 shows the way to see more: measure the loss of that kind of document alone. The ruler adds to the jump: an answer counts only if all of it is right (Schaeffer et al. 2023); lesson 04 measures that. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
 
 # %% [markdown] tags=["core"]
 # ## 8 · What pretraining saves
