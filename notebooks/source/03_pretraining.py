@@ -1088,7 +1088,7 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **What you see.** The masked model starts late. The control learns from as few tokens and is far less late. So the number of targets is a part of the reason, and not the main one here. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
+# **What you see.** The masked model starts late. The control learns from as few tokens and is less late. So the number of targets is a part of the reason, and in this run less than half of it. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
@@ -1312,7 +1312,7 @@ for name, row in mean.items():
 lesson.report("dish or instrument, no label", no_label, ".0%")
 
 # %% [markdown]
-# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, and from the letters, a word without a label can hardly be told: its sort does not stand in its spelling. The pretrained vectors hold something of what people do with the thing, and the labels only have to point at it. The dashed line is the same model without any label. Always print it: if it is high, pretraining has taught the task already, and labels prove nothing. The words themselves were in the text of pretraining, and so were sentences and questions that tell their use; with words that it never read the gain would be smaller.
+# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. The bands of neighbouring points overlap, so their order says nothing: with 4 labels the line may stand lower than with 2. From scratch, and from the letters, a word without a label can hardly be told: its sort does not stand in its spelling. The pretrained vectors hold something of what people do with the thing, and the labels only have to point at it. The dashed line is the same model without any label. Always print it: if it is high, pretraining has taught the task already, and labels prove nothing. The words themselves were in the text of pretraining, and so were sentences and questions that tell their use; with words that it never read the gain would be smaller.
 
 # %% [markdown]
 # ## 9 · Exercises
