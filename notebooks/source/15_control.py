@@ -564,8 +564,8 @@ new_texts = right(by_model, unknown) if unknown else score(0, 1)
 by_chance = any_free(unknown) if unknown else 0.0
 print(f"states whose text training never had: {len(unknown) / len(tested):.0%}; best moves there {new_texts}; "
       f"any free direction {by_chance:.0%}")  # fmt: skip
-lesson.claim("after imitation the model takes a best move in most states of new layouts",
-             right(by_model, tested).accuracy, at_least=0.85, control=untrained.accuracy, form=".0%")  # fmt: skip
+lesson.report("best moves in states of new layouts: after imitation, before it",
+              f"{right(by_model, tested).accuracy:.0%}, {untrained.accuracy:.0%}")  # fmt: skip
 lesson.report("after texts that training never had: best moves, and those of any free direction",
               f"{new_texts.accuracy:.0%}, {by_chance:.0%}")  # fmt: skip
 model_first, table_first, guess_first, _ = (values[0] for _, values in line.values())
@@ -929,9 +929,9 @@ depot_texts = sorted({tell(state) for goal in GOALS for state in depot_states[go
 print(f"{len(depot_texts)} texts around the depot, for example {collect(expert, 0.0, 9, 'example')[-2:]}")
 
 # %%
-def fitted(network: nn.Module, rows: Sequence[tuple[str, str]], steps: int, batch_size: int = 12) -> nn.Module:
-    """The network, trained further on (text, move) for so many steps, in random order."""
-    generator, order, batches = random.Random(f"{len(rows)}/{seed}"), [], []
+def fitted(network: nn.Module, rows: Sequence[tuple[str, str]], steps: int, shuffle: int = seed) -> nn.Module:
+    """The network, trained further on (text, move) for so many steps, in an order drawn with the seed `shuffle`."""
+    generator, order, batches, batch_size = random.Random(f"{len(rows)}/{shuffle}"), [], [], 12
     for _ in range(steps):
         if len(order) < batch_size:
             order = generator.sample(range(len(rows)), len(rows))
@@ -984,7 +984,7 @@ for text, count in worst:
     print(f"{count} times: {text} -> {clone_choices[text]}")
 
 # %% [markdown]
-# **Four ways to spend labels.** Start each time from the same clone, and add a hundred labelled states in each of three rounds, and train a few more steps on everything so far. Labels and steps are equal; all that differs is *which* states are labelled. Beside the learner stands what a *table* would do with the same labels: it answers what it was told, and `east` where it was told nothing. It shows what is in the labels; the rest is training.
+# **Four ways to spend labels.** Start each time from the same clone, and add a hundred labelled states in each of three rounds, and train a few more steps on everything so far. Labels and steps are equal; all that differs is *which* states are labelled. Each way runs three times, with other labels and another order of them, and the table has the means. Beside the learner stands what a *table* would do with the same labels: it answers what it was told, and `east` where it was told nothing. It shows what is in the labels; the rest is training.
 #
 # - *more demonstrations*, as before;
 # - *demonstrations on a wet floor*: the expert drives, the floor slips (in the spirit of DART, Laskey et al. 2017);
@@ -1011,6 +1011,12 @@ def own_successes(chances: Mapping[str, np.ndarray], number: int, stream: str) -
     return rows[:number]
 
 
+def policy(network: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The learner's probabilities in all states around the depot, and its choices."""
+    chances = dict(zip(depot_texts, ask(network, depot_texts), strict=True))
+    return chances, {text: ACTIONS[row.argmax()] for text, row in chances.items()}
+
+
 def any_states(number: int, stream: str) -> list[tuple[str, str]]:
     """States drawn at random, each with the expert's move."""
     generator = random.Random(f"{stream}/{seed}")
@@ -1030,43 +1036,40 @@ def more_labels(way: str, chances: Mapping[str, np.ndarray], number: int, stream
 
 
 # %%
-def policy(network: nn.Module) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The learner's probabilities in all states around the depot, and its choices."""
-    chances = dict(zip(depot_texts, ask(network, depot_texts), strict=True))
-    return chances, {text: ACTIONS[row.argmax()] for text, row in chances.items()}
-
-
 WAYS = ("DAgger", "any states", "demonstrations on a wet floor", "own successes", "more demonstrations")
 ROUNDS, LABELS, STEPS = 3, lesson.scaled(100), lesson.scaled(15)
-over_rounds, more, first = {}, {}, policy(clone)
-for way in WAYS:
+wet, more, first = {way: [] for way in WAYS}, {way: [] for way in WAYS}, policy(clone)
+for again, way in product(range(lesson.scaled(3, 1)), WAYS):  # other labels and another order of them each time
     learner, rows, (chances, choices) = copy.deepcopy(clone), list(shown), first
-    over_rounds[way] = [success(choices, WET)]
+    wet[way].append([success(choices, WET)])
     for number in range(ROUNDS):
-        rows += more_labels(way, chances, LABELS, f"round {number}")
-        chances, choices = policy(fitted(learner, rows, STEPS))
-        over_rounds[way].append(success(choices, WET))
+        rows += more_labels(way, chances, LABELS, f"round {number}, {again}")
+        chances, choices = policy(fitted(learner, rows, STEPS, seed + 100 * again))
+        wet[way][-1].append(success(choices, WET))
     off_path = np.mean([text not in familiar for text, _ in rows[len(shown) :]])
     table = success(dict.fromkeys(depot_texts, "east") | most_often(rows), WET)
-    more[way] = [f"{share:.0%}" for share in (success(choices, 0.0), off_path, table)]
+    more[way].append((success(choices, 0.0), off_path, table))
 labels = [len(shown) + LABELS * number for number in range(ROUNDS + 1)]
-show_table({way: [f"{value:.0%}" for value in wet] + more[way] for way, wet in over_rounds.items()},
+mean_of = {way: [*np.mean(wet[way], 0), *np.mean(more[way], 0)] for way in WAYS}
+show_table({way: [f"{share:.0%}" for share in shares] for way, shares in mean_of.items()},
            [f"{n} labels" for n in labels] + ["dry, at the end", "new texts", "a table"])  # fmt: skip
 blind = {action: success(dict.fromkeys(depot_texts, action) | most_often(shown), WET) for action in ACTIONS}
 print("the demonstrations, and elsewhere always:", *(f"{action} {share:.0%};" for action, share in blind.items()))
-figure = plots.curve({way: (labels, wet) for way, wet in over_rounds.items()},
+bands = {way: (labels, np.mean(runs, 0), np.min(runs, 0), np.max(runs, 0)) for way, runs in wet.items()}
+figure = plots.curve(bands,
                      title="What is labelled counts more than how much",
                      xlabel="labelled states (for own successes: kept ones)",
-                     ylabel="goals reached on the wet floor", percent=True,
+                     ylabel="goals reached on the wet floor", percent=True, limits_y=(0.6, 1.01),
                      references={"expert": success(expert_choices, WET)})  # fmt: skip
 plots.show(figure, alt="Goals reached on the wet floor over labelled states: more demonstrations and own successes "
-                       "stay where the clone was; DAgger, any states and wet demonstrations rise.")  # fmt: skip
-end = {way: wet[-1] for way, wet in over_rounds.items()}
+                       "stay where the clone was; DAgger, any states and wet demonstrations rise. The bands "
+                       "reach from the worst to the best of three runs.")  # fmt: skip
+end = {way: mean_of[way][ROUNDS] for way in WAYS}
 other_states = np.mean([end[way] for way in WAYS[:3]])
-lesson.claim("labels from wet floors and random states bring more goals than as many from a dry floor",
-             other_states - end["more demonstrations"], at_least=0.1, form=".0%")  # fmt: skip
+lesson.report("goals that labels from wet floors and random states bring more than as many from a dry floor",
+              other_states - end["more demonstrations"], ".0%")  # fmt: skip
 for way in ("DAgger", "own successes"):
-    lesson.report(f"on the wet floor {way} gained (points)", 100 * (end[way] - over_rounds[way][0]))
+    lesson.report(f"on the wet floor {way} gained (points)", 100 * (end[way] - mean_of[way][0]))
 
 # %% [markdown]
 # **What you see.** The clone is perfect on the dry floor and hardly errs in states that were demonstrated. On the wet one it gets off the path. No demonstration ever went west or south, so past the goal it goes on east, into the wall, until time is up. More demonstrations of the same kind do not repair it. Its own successes do not either: the episodes in which it got stuck are the ones that are thrown away.
@@ -1075,7 +1078,7 @@ for way in ("DAgger", "own successes"):
 #
 # What repairs it is labels on *other* states. The column "new texts" says how many of each way's labels were about texts that no demonstration had: that column, and not the number of labels, goes with the gain. States drawn at random have most of them and do best here, because a small world is covered by chance; in a large one it would not be. DAgger needs nobody to know beforehand which states to label: the learner shows them, one kind after another, since it comes to new places only once it is out of the old ones. A wet demonstration brings few, since the expert corrects a slip at once.
 #
-# Three warnings. Look at the line of fixed answers: `west` or `south` in place of `east` in unknown texts already buys part of the gain. Look at the last column: where the table does better than the learner, the labels held more than a few steps of training took from them. And this is one training run a way. How far each gets differs from run to run, so the claim is about the mean of three ways. (We first expected DAgger alone to do at least as well.) The price of DAgger stands in no table: an expert must be at hand while the learner drives, and the learner drives badly at first.
+# Three warnings. Look at the line of fixed answers: `west` or `south` in place of `east` in unknown texts already buys part of the gain. Look at the last column: where the table does better than the learner, the labels held more than a few steps of training took from them. And the bands are wide: how far a way gets differs from run to run, and all runs start from one clone. We first claimed ten points for the mean of the three ways. On five training seeds it lay between nine and twenty-one points, so it is a report now, and the ledger of claims has its values. (We first expected DAgger alone to do at least as well.) The price of DAgger stands in no table: an expert must be at hand while the learner drives, and the learner drives badly at first.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Tool calls that cannot be malformed
@@ -2037,13 +2040,13 @@ class ChromiumBrowser:
 
     def act(self, action: str) -> None:
         if matched := ACTION.fullmatch(action):
-            number, word = matched.groups()
-            self.thread.submit(self._act, number, word).result()
+            self.thread.submit(self._act, *matched.groups()).result()
 
     def _act(self, number: str | None, word: str | None) -> None:
         field, named = self.page.locator("input:not([type=hidden])"), self.page.locator("a, button")
         if (target := field if number else named.filter(has_text=re.compile(f"^{word}$"))).count():
             target.first.fill(number) if number else target.first.click()
+            self.page.wait_for_load_state()  # a click returns when the next page begins to arrive
 
     def picture(self) -> bytes:
         """The page as PNG."""
