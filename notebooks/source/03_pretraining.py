@@ -14,7 +14,7 @@
 # 3. write the training loop, with AdamW, warm-up, clipping and mixed precision, and see it give the same losses as the course's loop;
 # 4. train a small model of your own, read what it writes before and after, and see its loss for each kind of document;
 # 5. compare four ways of hiding text from a model, one of them with a true encoder and decoder;
-# 6. measure what pretraining saves on a task that it never saw: accuracy over the number of labelled examples, five draws of labels, beside simple baselines.
+# 6. measure what pretraining saves on a task that it never saw: accuracy with a few labelled examples, five draws of labels, beside simple baselines.
 #
 # **Prerequisites:** lesson 01, and PyTorch tensors.
 #
@@ -88,7 +88,7 @@ machine = lesson.machine
 # learning rates of a fine-tuning from pretrained and from fresh weights and its steps (section 8), and rate and steps
 # of continued pretraining.
 SETTINGS = {
-    "cpu": {"transfer": (1e-4, 5e-4, 20), "practice": (1e-3, 40)},
+    "cpu": {"transfer": (1e-4, 5e-4, 20), "practice": (1e-3, 24)},
     "t4": {"transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 60)},
     "large": {"transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 100)},
 }
@@ -639,6 +639,7 @@ image = axes.imshow(pattern, cmap="Blues", vmin=0)
 axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
 axes.set_yticks(range(len(names)), names, fontsize=7)
 axes.set(title="The chosen head, on one prompt", xlabel="token looked at", ylabel="token that looks")
+axes.grid(visible=False)
 figure.colorbar(image, label="weight", shrink=0.7)
 alt = "Attention map, a lower triangle; in the last row, the dark cells show where the final position looks."
 plots.show(figure, alt)
@@ -848,8 +849,8 @@ def write(model, start: str, num_tokens: int = 40) -> str:
 own = new_transformer()
 starts = ("One day of rain Zetode the smith left", "Sum: 12 + 7", "Pairs: drum white; goat red; drum")
 written = {start: [write(own, start)] for start in starts}
-steps = lesson.scaled(360)
-recipe = TrainConfig(steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=max(1, steps // 18))
+steps = lesson.scaled(280)
+recipe = TrainConfig(steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=max(1, steps // 10))
 own_history = train(own, batches_of(own_rows, steps, 16), recipe, loss_fn=causal_loss, evaluate=losses_by_kind)
 for start in starts:
     written[start].append(write(own, start))
@@ -1026,7 +1027,7 @@ OBJECTIVES = {
     "causal, few targets": causal_few_targets,
 }  # fmt: skip
 descriptions = rows_of(list(islice(world.documents(seed, {"description": 1.0}), 2500)), SHORT)
-unseen = rows_of(list(islice(world.documents(seed + 1, {"description": 1.0}), 200)), SHORT)[:160]
+unseen = rows_of(list(islice(world.documents(seed + 1, {"description": 1.0}), 200)), SHORT)[:80]
 
 
 def random_positions(generator: random.Random) -> list[int]:
@@ -1055,18 +1056,23 @@ def train_with(name: str, num_steps: int) -> list[dict[str, float]]:
     return train(model.to(machine.device), batches, recipe, loss_fn=loss_fn, evaluate=evaluate).evaluations
 
 
-on_the_way = {name: train_with(name, lesson.scaled(280)) for name in OBJECTIVES}
+on_the_way = {name: train_with(name, lesson.scaled(120)) for name in OBJECTIVES}
 
 # %%
 for name, entries in on_the_way.items():
     print(f"{name:>21}: " + " ".join(f"{entry['loss']:.2f}" for entry in entries))
     lesson.report(f"loss on hidden tokens, {name}, one run", f"{entries[-1]['loss']:.2f} nats")
-alt = "Loss on hidden tokens of unseen text over steps for four objectives; masked is the highest for most steps."
+counts = torch.bincount(descriptions.flatten(), minlength=TOKENS).float() + 1
+unigram_loss = -(counts / counts.sum()).log()[unseen[:, SHORT // 2 :]].mean().item()
+print(f"{'unigram':>21}: {unigram_loss:.2f}")
+alt = "Loss on hidden tokens of unseen text over steps for four objectives; masked is the highest and stays near the "
+alt += "unigram's loss at first."
 figure = plots.curve(
     {name: ([e["step"] for e in entries], [e["loss"] for e in entries]) for name, entries in on_the_way.items()},
-    title="The masked objective starts late, and few targets are only a part of it",
+    title="The masked objective is the slowest to start",
     xlabel="steps",
     ylabel="loss on the same hidden tokens (nats)",
+    references={"unigram": unigram_loss},
 )
 plots.show(figure, alt)
 
@@ -1079,16 +1085,14 @@ lesson.claim(
     at_least=1,
     form=".2f",
 )
-lesson.claim(
-    "of that gap, fewer targets alone explain at most half",
+lesson.report(
+    "share of that gap that a causal model with as few targets has, one run",
     (early["causal, few targets"] - early["causal"]) / (early["masked"] - early["causal"]),
-    at_most=0.5,
-    control=1.0,
     form=".0%",
 )
 
 # %% [markdown]
-# **What you see.** The masked model starts late. The control learns from as few tokens and is less late. So the number of targets is a part of the reason, and in this run less than half of it. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
+# **What you see.** The masked model starts late: for many steps it is hardly better than the unigram, which knows only how often each token occurs. The control learns from as few tokens and is less late. So the number of targets is a part of the reason; the share that it has in this run is printed above. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
@@ -1112,7 +1116,7 @@ shares = {label: [entry[name] for entry in record["evaluations"]] for label, nam
 alt = "Share of right answers over millions of tokens: facts rise slowly, reading and in-context learning jump."
 figure = plots.curve(
     {label: (seen, values) for label, values in shares.items()},
-    title="Facts come bit by bit, reading and in-context learning within a few evaluations",
+    title="Facts come bit by bit, reading and in-context pairs jump",
     xlabel="tokens seen (millions)",
     ylabel="right answers",
     percent=True,
@@ -1135,7 +1139,7 @@ near = [i for i, tokens in enumerate(millions) if jump - 3 < tokens <= jump + 3]
 figure = plots.curve(
     {"each 0.1 M tokens": ([millions[i] for i in near], [record["loss"][i] for i in near]),
      "mean of 0.6 M": ([edge - 0.3 for edge in edges], means)},
-    title="On a fitting axis the fall of the loss speeds up once more at the jump",
+    title="At the jump the loss falls a little faster once more",
     xlabel="tokens seen (millions)",
     ylabel="training loss (nats)",
 )  # fmt: skip
@@ -1162,7 +1166,7 @@ lesson.report(
 #
 # $$p(\text{sort} \mid x) = \text{softmax}\big(W f(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
 #
-# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Two simple comparisons stand beside them: *letters*, a logistic regression on groups of one to three letters, and *no label*, the pretrained model asked which of the two sorts it would write.
+# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Three simple comparisons stand beside them: *frozen*, a logistic regression on the vectors $f(x)$ of the pretrained model, whose own weights stay as they are; *letters*, a logistic regression on groups of one to three letters; and *no label*, the pretrained model asked which of the two sorts it would write.
 
 # %%
 SORTS = {"dish": world.values["dish"], "instrument": world.values["instrument"]}
@@ -1189,6 +1193,13 @@ print(f"{len(told)} of {len(documents):,} documents have the format of the promp
 print(f"{len(asked_for):,} ask for somebody's instrument: that is how pretraining may know the sorts")
 
 # %%
+def final_vectors(body, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The final vector of each text's last token (batch, hidden)."""
+    vectors = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    last = attention_mask.sum(dim=1) - 1  # padding is on the right
+    return vectors[torch.arange(len(last)), last]
+
+
 class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
@@ -1200,9 +1211,8 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        vectors = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        last = attention_mask.sum(dim=1) - 1  # padding is on the right
-        return self.head(vectors[torch.arange(len(last)), last].to(self.head.weight.dtype))  # (batch, 2)
+        vectors = final_vectors(self.body, input_ids, attention_mask)
+        return self.head(vectors.to(self.head.weight.dtype))  # (batch, 2)
 
 
 # %%
@@ -1254,6 +1264,20 @@ def letters_accuracy(num_labels: int, draw: int) -> float:
 
 
 @torch.no_grad()
+def frozen_accuracy(num_labels: int, draw: int) -> float:
+    """A logistic regression on the pretrained model's final vectors; its weights stay as they are."""
+    model, tokenizer = load_model(machine)
+    labelled, test = draw_words(draw)
+    sets = []
+    for pairs in (labelled[:num_labels], test):
+        batch = sort_batch(tokenizer, pairs)
+        vectors = final_vectors(model.float().base_model, batch["input_ids"], batch["attention_mask"])
+        sets.append((vectors.cpu().numpy(), batch["sorts"].cpu().numpy()))
+    return LogisticRegression(max_iter=1000).fit(*sets[0]).score(*sets[1])
+
+
+# %%
+@torch.no_grad()
 def prompted_accuracy(draw: int) -> float:
     """No label at all: which of the two sorts has the more probable first token?"""
     model, tokenizer = load_model(machine)
@@ -1265,14 +1289,15 @@ def prompted_accuracy(draw: int) -> float:
     return sum(right) / len(right)
 
 # %%
-LABELS, DRAWS = [2, 4, 16], range(5)
-transfer = {name: {n: [] for n in LABELS} for name in ("pretrained", "from scratch", "letters")}
+LABELS, DRAWS = [4, 16], range(5)
+transfer = {name: {n: [] for n in LABELS} for name in ("pretrained", "from scratch", "frozen", "letters")}
 with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
     for num_labels in LABELS:
         for draw in DRAWS:
             for name in ("pretrained", "from scratch"):
                 transfer[name][num_labels].append(accuracy_with(num_labels, draw, name == "pretrained"))
                 bar.update()
+            transfer["frozen"][num_labels].append(frozen_accuracy(num_labels, draw))
             transfer["letters"][num_labels].append(letters_accuracy(num_labels, draw))
 no_label = sum(map(prompted_accuracy, DRAWS)) / len(DRAWS)
 
@@ -1289,7 +1314,7 @@ lines = {
 }
 figure = plots.curve(
     lines,
-    title="With few labels the pretrained model is ahead on words it saw no label for",
+    title="Pretraining helps to sort new words from few labels",
     xlabel="labelled words",
     ylabel="accuracy on other words",
     log_x=True,
@@ -1302,17 +1327,17 @@ plots.show(
 )
 ahead = mean["pretrained"][4] - max(mean["from scratch"][4], mean["letters"][4], no_label)
 lesson.claim(
-    "with 4 labels the pretrained model is at least 10 points ahead of all three comparisons",
+    "with 4 labels the pretrained model is at least 10 points ahead of from scratch, letters and no label",
     ahead,
     at_least=0.1,
     form=".0%",
 )
 for name, row in mean.items():
-    lesson.report(f"dish or instrument, {name}, with 2, 4, 16 labels", ", ".join(f"{row[n]:.0%}" for n in LABELS))
+    lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", ", ".join(f"{row[n]:.0%}" for n in LABELS))
 lesson.report("dish or instrument, no label", no_label, ".0%")
 
 # %% [markdown]
-# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. The bands of neighbouring points overlap, so their order says nothing: with 4 labels the line may stand lower than with 2. From scratch, and from the letters, a word without a label can hardly be told: its sort does not stand in its spelling. The pretrained vectors hold something of what people do with the thing, and the labels only have to point at it. The dashed line is the same model without any label. Always print it: if it is high, pretraining has taught the task already, and labels prove nothing. The words themselves were in the text of pretraining, and so were sentences and questions that tell their use; with words that it never read the gain would be smaller.
+# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, and from the letters, the sort of an unlabelled word can hardly be told: it does not stand in the spelling. The pretrained vectors hold something of what people do with the thing, and the labels only have to point at it. The line *frozen* says where this is: a logistic regression on the untouched vectors does about as well as training all weights. Try it first; it costs next to nothing. The dashed line is the same model without any label. Always print it: if it is high, pretraining has taught the task already, and labels prove nothing. The words themselves were in the text of pretraining, and so were sentences and questions that tell their use; with words that it never read the gain would be smaller.
 
 # %% [markdown]
 # ## 9 · Exercises
@@ -1741,8 +1766,8 @@ def packed(texts: list[str]) -> Dataset:
 
 # %%
 new_text = list(islice(world.documents(seed, {"medicine": 1.0}), 600))
-old_text = text_dataset(text_id or machine, 150, seed=10_000 + seed)["text"]
-sets = {"new": packed(new_text[:100]), "old": packed(list(old_text))}
+old_text = text_dataset(text_id or machine, 60, seed=10_000 + seed)["text"]
+sets = {"new": packed(new_text[:60]), "old": packed(list(old_text))}
 arguments = TrainingArguments(
     output_dir=str(ROOT / "build" / "03_pretraining"), max_steps=lesson.scaled(settings["practice"][1]),
     learning_rate=settings["practice"][0], lr_scheduler_type="cosine", warmup_steps=5, per_device_train_batch_size=8,
@@ -1755,13 +1780,6 @@ trainer.train()
 after = {name: math.log(perplexity(model.eval(), rows.iter(8))) for name, rows in sets.items()}
 for name in sets:
     print(f"{name} text: {before[name]:.2f} -> {after[name]:.2f} nats per token")
-lesson.claim(
-    "the loss on the new text falls by at least a quarter more than on the old",
-    after["old"] / before["old"] - after["new"] / before["new"],
-    at_least=0.25,
-    form=".0%",
-)
-lesson.report("loss on the old text, before and after", f"{before['old']:.2f}, {after['old']:.2f} nats")
 chance = math.log(len(tokenizer))
 print(f"guessing all tokens alike would cost {chance:.2f} nats")
 
