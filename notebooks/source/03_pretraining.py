@@ -883,7 +883,7 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards much of the form is right: lines of sums, pairs that end in a colour, pieces of sentences. The content often is not: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave, because their form is learned and most digits are not. Stories go on falling. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards much of the form is right: lines of sums, pairs that end in a colour, pieces of sentences. The content often is not: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave; the numbers that are to be added are drawn at random, and no model can foresee them. Stories go on falling. So ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
@@ -1160,13 +1160,13 @@ lesson.report(
 #
 # **Question.** You need a classifier and have a handful of labelled examples. How many labels is pretraining worth?
 #
-# The task must be one that pretraining did not already teach. A visitor's reviews would not do: thousands of them stood in shima-4m's text with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. No document of pretraining has this format or asks this, which the cell below counts. What the text does have are sentences in which people eat and play these things.
+# The task must be one that pretraining did not already teach. A visitor's reviews would not do: thousands of them stood in shima-4m's text with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
 #
 # Take a model without its last matrix, read the final vector of the last token, $f(x) \in \mathbb{R}^d$, and put two numbers on top:
 #
 # $$p(\text{sort} \mid x) = \text{softmax}\big(W f(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
 #
-# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Three simple comparisons stand beside them: *frozen*, a logistic regression on the vectors $f(x)$ of the pretrained model, whose own weights stay as they are; *letters*, a logistic regression on groups of one to three letters; and *no label*, the pretrained model asked which of the two sorts it would write.
+# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Three simple comparisons stand beside them: *frozen*, a logistic regression on the vectors $f(x)$ of the pretrained model, whose own weights stay as they are; *letters*, a logistic regression on groups of one to three letters; and *no label*, the pretrained model asked which of the two sorts it would write. That is done twice, as it is and *calibrated*: a model may lean to one of the two words whatever is asked, so a word counts as an instrument if it leans that way more than the middle one of the test words (after Zhao et al. 2021). This needs no label, but it uses that half of the words are instruments.
 
 # %%
 SORTS = {"dish": world.values["dish"], "instrument": world.values["instrument"]}
@@ -1278,15 +1278,22 @@ def frozen_accuracy(num_labels: int, draw: int) -> float:
 
 # %%
 @torch.no_grad()
-def prompted_accuracy(draw: int) -> float:
-    """No label at all: which of the two sorts has the more probable first token?"""
+def prompted_accuracy(draw: int) -> tuple[float, float]:
+    """No label at all: which of the two sorts has the more probable first token? As it is, and calibrated."""
     model, tokenizer = load_model(machine)
     names = [tokenizer(f" {sort}", add_special_tokens=False)["input_ids"][0] for sort in SORTS]
-    right = []
-    for word, label in draw_words(draw)[1]:
+    test, leads = draw_words(draw)[1], []  # by how much "instrument" is ahead of "dish"
+    for word, _ in test:
         ids = tokenizer(prompt_of(word), return_tensors="pt")["input_ids"].to(machine.device)
-        right.append(model(input_ids=ids).logits[0, -1, names].argmax().item() == label)
-    return sum(right) / len(right)
+        dish, instrument = model(input_ids=ids).logits[0, -1, names].float().tolist()
+        leads.append(instrument - dish)
+    middle = sorted(leads)[len(leads) // 2]
+    as_it_is, calibrated = (
+        sum((lead >= limit) == bool(label) for lead, (_, label) in zip(leads, test, strict=True)) / len(test)
+        for limit in (0.0, middle)
+    )
+    return as_it_is, calibrated
+
 
 # %%
 LABELS, DRAWS = [4, 16], range(5)
@@ -1299,11 +1306,12 @@ with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
                 bar.update()
             transfer["frozen"][num_labels].append(frozen_accuracy(num_labels, draw))
             transfer["letters"][num_labels].append(letters_accuracy(num_labels, draw))
-no_label = sum(map(prompted_accuracy, DRAWS)) / len(DRAWS)
+no_label, calibrated = (sum(found) / len(found) for found in zip(*map(prompted_accuracy, DRAWS), strict=True))
 
 # %%
 mean = {name: {n: sum(found) / len(found) for n, found in row.items()} for name, row in transfer.items()}
-print(f"no label: {no_label:.0%} (chance 50 %)\nlabels, then mean and lowest to highest of {len(DRAWS)} draws:")
+print(f"no label: {no_label:.0%}, calibrated {calibrated:.0%} (chance 50 %)")
+print(f"labels, then mean and lowest to highest of {len(DRAWS)} draws:")
 for num_labels in LABELS:
     cells = [f"{name} {mean[name][num_labels]:.0%} ({min(row[num_labels]):.0%} to {max(row[num_labels]):.0%})"
              for name, row in transfer.items()]  # fmt: skip
@@ -1319,25 +1327,26 @@ figure = plots.curve(
     ylabel="accuracy on other words",
     log_x=True,
     percent=True,
-    references={"no label": no_label},
+    references={"no label": no_label, "no label, calibrated": calibrated},
 )
 figure.axes[0].set_xticks(LABELS, LABELS)
-plots.show(
-    figure, "Accuracy over labelled words, mean and range of five draws: pretrained above from scratch and letters."
-)
-ahead = mean["pretrained"][4] - max(mean["from scratch"][4], mean["letters"][4], no_label)
+alt = "Accuracy over labelled words, mean and range of five draws: pretrained and frozen above scratch and letters."
+plots.show(figure, alt)
+
+# %%
+ahead = mean["pretrained"][4] - max(mean["from scratch"][4], mean["letters"][4])
 lesson.claim(
-    "with 4 labels the pretrained model is at least 10 points ahead of from scratch, letters and no label",
+    "with 4 labels the pretrained model is at least 10 points ahead of from scratch and letters",
     ahead,
     at_least=0.1,
     form=".0%",
 )
 for name, row in mean.items():
     lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", ", ".join(f"{row[n]:.0%}" for n in LABELS))
-lesson.report("dish or instrument, no label", no_label, ".0%")
+lesson.report("dish or instrument, no label, as it is and calibrated", f"{no_label:.0%}, {calibrated:.0%}")
 
 # %% [markdown]
-# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, and from the letters, the sort of an unlabelled word can hardly be told: it does not stand in the spelling. The pretrained vectors hold something of what people do with the thing, and the labels only have to point at it. The line *frozen* says where this is: a logistic regression on the untouched vectors does about as well as training all weights. Try it first; it costs next to nothing. The dashed line is the same model without any label. Always print it: if it is high, pretraining has taught the task already, and labels prove nothing. The words themselves were in the text of pretraining, and so were sentences and questions that tell their use; with words that it never read the gain would be smaller.
+# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, and from the letters, the sort of an unlabelled word can hardly be told: it does not stand in the spelling. The pretrained vectors hold something of what people do with the thing, and the labels only have to point at it. The line *frozen* says where this is: a logistic regression on the untouched vectors does about as well as training all weights. Try it first; it costs next to nothing. The dashed lines are the same model without any label. As it is, it names the same sort for nearly every word; calibrated, it is above chance. So a part of what you see at 4 labels was there at none, and what the labels add is the distance to that line. Always print it: if it is high, pretraining has taught the task already, and labels prove nothing. The words themselves were in the text of pretraining, and so were sentences and questions that tell their use; with words that it never read the gain would be smaller.
 
 # %% [markdown]
 # ## 9 · Exercises
@@ -1807,5 +1816,5 @@ print(f"guessing all tokens alike would cost {chance:.2f} nats")
 # - Zhang & Sennrich 2019, *Root Mean Square Layer Normalization*; Shazeer 2020, *GLU Variants Improve Transformer*; Su et al. 2021, *RoFormer*; Touvron et al. 2023, *LLaMA*.
 # - Kingma & Ba 2015, *Adam*; Loshchilov & Hutter 2019, *Decoupled Weight Decay Regularization*; Micikevicius et al. 2018, *Mixed Precision Training*; Hu et al. 2024, *MiniCPM*.
 # - Ainslie et al. 2023, *GQA*.
-# - Howard & Ruder 2018, *Universal Language Model Fine-tuning for Text Classification*.
+# - Howard & Ruder 2018, *Universal Language Model Fine-tuning for Text Classification*; Zhao et al. 2021, *Calibrate Before Use*.
 # - Olsson et al. 2022, *In-context Learning and Induction Heads*; Schaeffer et al. 2023, *Are Emergent Abilities of Large Language Models a Mirage?*
