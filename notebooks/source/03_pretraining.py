@@ -1144,6 +1144,7 @@ figure = plots.curve(
     ylabel="training loss (nats)",
 )  # fmt: skip
 plots.show(figure, "Training loss near the jump, noisy, with its means over 0.6 million tokens as a second line.")
+print(f"the whole training: from {record['loss'][0]:.2f} to {record['loss'][-1]:.2f} nats")
 falls = [first - second for first, second in pairwise(means)]
 for edge, fall in zip(edges[1:], falls, strict=True):
     print(f"up to {edge:4.1f} M tokens: the mean falls by {fall:+.3f}" + ("   the jump" if edge == jump else ""))
