@@ -1092,7 +1092,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** The masked model starts late: for many steps it is hardly better than the unigram, which knows only how often each token occurs. The control learns from as few tokens and is less late. So the number of targets is a part of the reason; the share that it has in this run is printed above. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
+# **What you see.** The masked model starts late: it stays near the unigram, which knows only how often each token occurs. The control learns from as few tokens and is less late. So the number of targets is a part of the reason; the share that it has in this run is printed above. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
