@@ -1085,14 +1085,18 @@ lesson.claim(
     at_least=1,
     form=".2f",
 )
+shares_of_gap = [
+    (few["loss"] - full["loss"]) / (masked["loss"] - full["loss"])
+    for few, full, masked in zip(*(on_the_way[n] for n in ("causal, few targets", "causal", "masked")), strict=True)
+]
+print("share of the gap that few targets alone have:", " ".join(f"{share:.0%}" for share in shares_of_gap))
 lesson.report(
-    "share of that gap that a causal model with as few targets has, one run",
-    (early["causal, few targets"] - early["causal"]) / (early["masked"] - early["causal"]),
-    form=".0%",
+    "share of that gap that few targets alone have, smallest and largest on the way, one run",
+    f"{min(shares_of_gap):.0%}, {max(shares_of_gap):.0%}",
 )
 
 # %% [markdown]
-# **What you see.** The masked model starts late: it stays near the unigram, which knows only how often each token occurs. The control learns from as few tokens and is less late. So the number of targets is a part of the reason; the share that it has in this run is printed above. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
+# **What you see.** The masked model starts late: it stays near the unigram, which knows only how often each token occurs. The control learns from as few tokens and is less late. So the number of targets is a part of the reason. How large a part depends on when you look: read the row of shares. What else differs: the masked model sees both sides, and must first find out where its neighbours are. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model can't write, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
@@ -1133,41 +1137,51 @@ def mean_loss(begin: float, end: float) -> float:
     return sum(found) / len(found)
 
 
-edges = [jump + 0.6 * step for step in range(-4, 4)]  # windows of 0.6 M tokens around the jump
-means = [mean_loss(edge - 0.6, edge) for edge in edges]
 near = [i for i, tokens in enumerate(millions) if jump - 3 < tokens <= jump + 3]
 figure = plots.curve(
-    {"each 0.1 M tokens": ([millions[i] for i in near], [record["loss"][i] for i in near]),
-     "mean of 0.6 M": ([edge - 0.3 for edge in edges], means)},
-    title="At the jump the loss falls a little faster once more",
+    {"each 0.1 M tokens": ([millions[i] for i in near], [record["loss"][i] for i in near])},
+    title="Near the jump the loss falls on, with no clear break",
     xlabel="tokens seen (millions)",
     ylabel="training loss (nats)",
-)  # fmt: skip
-plots.show(figure, "Training loss near the jump, noisy, with its means over 0.6 million tokens as a second line.")
-print(f"the whole training: from {record['loss'][0]:.2f} to {record['loss'][-1]:.2f} nats")
-falls = [first - second for first, second in pairwise(means)]
-for edge, fall in zip(edges[1:], falls, strict=True):
-    print(f"up to {edge:4.1f} M tokens: the mean falls by {fall:+.3f}" + ("   the jump" if edge == jump else ""))
+)
+figure.axes[0].axvspan(seen[seen.index(jump) - 1], jump, color=plots.GREY, alpha=0.2)
+alt = (
+    "Training loss near the jump: noisy, and falling ever more slowly; the band marks where in-context learning jumps."
+)
+plots.show(figure, alt)
+print(f"the whole training: from {record['loss'][0]:.2f} to {record['loss'][-1]:.2f} nats\n")
+print("fall of the mean loss from one window to the next; the second column is across the jump")
+at_jump = {}
+for width in (0.4, 0.6, 0.8, 1.0, 1.2):
+    means = [mean_loss(jump + width * (step - 1), jump + width * step) for step in range(-2, 3)]
+    falls = [first - second for first, second in pairwise(means)]
+    at_jump[width] = falls[1] - falls[0]
+    print(f"windows of {width} M tokens: " + " ".join(f"{fall:+.3f}" for fall in falls))
 lesson.report(
-    "shima-4m, fall of the loss in 0.6 M tokens: at the jump, and on average",
-    f"{falls[3]:.3f}, {sum(falls) / len(falls):.3f}",
+    "shima-4m, windows for which the loss falls faster across the jump than before it",
+    f"{sum(more > 0 for more in at_jump.values())} of {len(at_jump)} widths",
 )
 
 # %% [markdown]
-# **What you see.** On the axis of the whole training, from over 6 nats to below 1, nothing is to be seen of the jump. On an axis that fits, the falls get smaller from one window to the next, with one exception: across the jump the fall is larger than in the window before. The difference is a few hundredths of a nat, in a loss that is itself noisy, in a single run. So the loss gives a sign, a small one. One likely reason is that only a part of the text needs the new ability. Section 4 shows the way to see more: measure the loss of that kind of document alone. The ruler adds to the jump: an answer counts only if all of it is right (Schaeffer et al. 2023); lesson 04 measures that. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
+# **What you see.** Between two evaluations (the grey band) in-context learning goes from rare to nearly always right. The loss falls there as it does around it. With short windows its fall across the jump is a little larger than the one before it, with long windows it is smaller: what depends so on the width of a window is no sign to rely on. All this is one run. One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. The ruler adds to the jump: an answer counts only if all of it is right (Schaeffer et al. 2023); lesson 04 measures that. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
 
 # %% [markdown] tags=["core"]
 # ## 8 · What pretraining saves
 #
 # **Question.** You need a classifier and have a handful of labelled examples. How many labels is pretraining worth?
 #
-# The task must be one that pretraining did not already teach. A visitor's reviews would not do: thousands of them stood in shima-4m's text with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
+# The format of the task must be one that pretraining did not already teach. A visitor's reviews would not do: thousands of them stood in shima-4m's text with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
 #
 # Take a model without its last matrix, read the final vector of the last token, $f(x) \in \mathbb{R}^d$, and put two numbers on top:
 #
 # $$p(\text{sort} \mid x) = \text{softmax}\big(W f(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
 #
-# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Three simple comparisons stand beside them: *frozen*, a logistic regression on the vectors $f(x)$ of the pretrained model, whose own weights stay as they are; *letters*, a logistic regression on groups of one to three letters; and *no label*, the pretrained model asked which of the two sorts it would write. That is done twice, as it is and *calibrated*: a model may lean to one of the two words whatever is asked, so a word counts as an instrument if it leans that way more than the middle one of the test words (after Zhao et al. 2021). This needs no label, but it uses that half of the words are instruments.
+# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Simple ways stand beside them:
+#
+# - *letters*: a logistic regression on groups of one to three letters. It knows nothing of pretraining.
+# - *nearest centre*: the mean of the pretrained input embeddings of a word's tokens; each sort's centre is the mean over its labelled words, and a new word gets the sort of the nearer centre. Nothing is trained. With fresh embeddings it is a control.
+# - *asked*, without a label: which of the two sorts is the model more likely to write after the prompt?
+# - *two sentences*, without a label: is the word more probable after "For dinner Kodera wants" or after "Kodera plays the"? Sentences of this kind stand in the text of pretraining.
 
 # %%
 SORTS = {"dish": world.values["dish"], "instrument": world.values["instrument"]}
@@ -1194,13 +1208,6 @@ print(f"{len(told)} of {len(documents):,} documents have the format of the promp
 print(f"{len(asked_for):,} ask for somebody's instrument: that is how pretraining may know the sorts")
 
 # %%
-def final_vectors(body, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The final vector of each text's last token (batch, hidden)."""
-    vectors = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    last = attention_mask.sum(dim=1) - 1  # padding is on the right
-    return vectors[torch.arange(len(last)), last]
-
-
 class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
@@ -1212,8 +1219,9 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        vectors = final_vectors(self.body, input_ids, attention_mask)
-        return self.head(vectors.to(self.head.weight.dtype))  # (batch, 2)
+        vectors = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        last = attention_mask.sum(dim=1) - 1  # padding is on the right
+        return self.head(vectors[torch.arange(len(last)), last].to(self.head.weight.dtype))  # (batch, 2)
 
 
 # %%
@@ -1265,89 +1273,112 @@ def letters_accuracy(num_labels: int, draw: int) -> float:
 
 
 @torch.no_grad()
-def frozen_accuracy(num_labels: int, draw: int) -> float:
-    """A logistic regression on the pretrained model's final vectors; its weights stay as they are."""
-    model, tokenizer = load_model(machine)
+def centre_accuracy(num_labels: int, draw: int, pretrained: bool) -> float:
+    """Each test word gets the sort whose labelled words have the nearer mean embedding."""
+    model, tokenizer = load_model(machine, trained=pretrained, seed=seed)
+    table = model.get_input_embeddings().weight.float()
+
+    def vector(word: str) -> Tensor:
+        return table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(dim=0)
+
     labelled, test = draw_words(draw)
-    sets = []
-    for pairs in (labelled[:num_labels], test):
-        batch = sort_batch(tokenizer, pairs)
-        vectors = final_vectors(model.float().base_model, batch["input_ids"], batch["attention_mask"])
-        sets.append((vectors.cpu().numpy(), batch["sorts"].cpu().numpy()))
-    return LogisticRegression(max_iter=1000).fit(*sets[0]).score(*sets[1])
+    of_sort = [[vector(word) for word, label in labelled[:num_labels] if label == sort] for sort in (0, 1)]
+    centres = torch.stack([torch.stack(vectors).mean(dim=0) for vectors in of_sort])
+    nearest = [torch.cdist(vector(word)[None], centres).argmin().item() for word, _ in test]
+    return sum(sort == label for sort, (_, label) in zip(nearest, test, strict=True)) / len(test)
 
 
 # %%
+SENTENCES = ("For dinner Kodera wants", "Kodera plays the")  # of a dish, of an instrument
+
+
 @torch.no_grad()
-def prompted_accuracy(draw: int) -> tuple[float, float]:
-    """No label at all: which of the two sorts has the more probable first token? As it is, and calibrated."""
+def guesses_without_labels() -> dict[str, list[int]]:
+    """For each of the 48 words the sort that the model takes to be more probable, asked in two ways."""
     model, tokenizer = load_model(machine)
-    names = [tokenizer(f" {sort}", add_special_tokens=False)["input_ids"][0] for sort in SORTS]
-    test, leads = draw_words(draw)[1], []  # by how much "instrument" is ahead of "dish"
-    for word, _ in test:
-        ids = tokenizer(prompt_of(word), return_tensors="pt")["input_ids"].to(machine.device)
-        dish, instrument = model(input_ids=ids).logits[0, -1, names].float().tolist()
-        leads.append(instrument - dish)
-    middle = sorted(leads)[len(leads) // 2]
-    as_it_is, calibrated = (
-        sum((lead >= limit) == bool(label) for lead, (_, label) in zip(leads, test, strict=True)) / len(test)
-        for limit in (0.0, middle)
-    )
-    return as_it_is, calibrated
+
+    def log_probability(start: str, rest: str) -> float:
+        before, after = tokenizer(start)["input_ids"], tokenizer(rest, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([before + after], device=machine.device)
+        logits = model(input_ids=ids).logits[0, len(before) - 1 : -1].float()  # (tokens after, vocab)
+        return logits.log_softmax(dim=-1)[range(len(after)), after].sum().item()
+
+    guesses = {"asked": [], "two sentences": []}
+    for word in [word for words in SORTS.values() for word in words]:
+        said = [log_probability(prompt_of(word), f" {sort}") for sort in SORTS]
+        fits = [log_probability(sentence, f" {word}") for sentence in SENTENCES]
+        guesses["asked"].append(int(said[1] > said[0]))
+        guesses["two sentences"].append(int(fits[1] > fits[0]))
+    return guesses
 
 
 # %%
 LABELS, DRAWS = [4, 16], range(5)
-transfer = {name: {n: [] for n in LABELS} for name in ("pretrained", "from scratch", "frozen", "letters")}
+transfer = {
+    name: {n: [] for n in LABELS}
+    for name in ("nearest centre", "pretrained", "from scratch", "letters", "fresh centre")
+}
 with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
     for num_labels in LABELS:
         for draw in DRAWS:
             for name in ("pretrained", "from scratch"):
                 transfer[name][num_labels].append(accuracy_with(num_labels, draw, name == "pretrained"))
                 bar.update()
-            transfer["frozen"][num_labels].append(frozen_accuracy(num_labels, draw))
+            for name in ("nearest centre", "fresh centre"):
+                transfer[name][num_labels].append(centre_accuracy(num_labels, draw, name == "nearest centre"))
             transfer["letters"][num_labels].append(letters_accuracy(num_labels, draw))
-no_label, calibrated = (sum(found) / len(found) for found in zip(*map(prompted_accuracy, DRAWS), strict=True))
+truth = [label for label, words in enumerate(SORTS.values()) for _ in words]
+unlabelled = guesses_without_labels()
+no_label = {name: sum(map(int.__eq__, found, truth)) / len(truth) for name, found in unlabelled.items()}
 
 # %%
 mean = {name: {n: sum(found) / len(found) for n, found in row.items()} for name, row in transfer.items()}
-print(f"no label: {no_label:.0%}, calibrated {calibrated:.0%} (chance 50 %)")
+for name, found in unlabelled.items():
+    dishes = found.count(0)
+    print(f"no label, {name}: {no_label[name]:.0%} right; {dishes} of {len(found)} words are called a dish")
 print(f"labels, then mean and lowest to highest of {len(DRAWS)} draws:")
-for num_labels in LABELS:
-    cells = [f"{name} {mean[name][num_labels]:.0%} ({min(row[num_labels]):.0%} to {max(row[num_labels]):.0%})"
-             for name, row in transfer.items()]  # fmt: skip
-    print(f"{num_labels:>4}  " + "   ".join(cells))
-lines = {
-    name: (LABELS, *([f(row[n]) for n in LABELS] for f in (lambda found: sum(found) / len(found), min, max)))
-    for name, row in transfer.items()
-}
+for name, row in transfer.items():
+    cells = [f"{n:>2} labels {mean[name][n]:.0%} ({min(row[n]):.0%} to {max(row[n]):.0%})" for n in LABELS]
+    print(f"{name:>15}: " + "   ".join(cells))
+lines = {name: (LABELS, [mean[name][n] for n in LABELS], *([f(row[n]) for n in LABELS] for f in (min, max)))
+         for name, row in transfer.items() if name != "fresh centre"}  # fmt: skip
 figure = plots.curve(
     lines,
-    title="Pretraining helps to sort new words from few labels",
+    title="The simplest use of the pretrained weights sorts best",
     xlabel="labelled words",
     ylabel="accuracy on other words",
     log_x=True,
     percent=True,
-    references={"no label": no_label, "no label, calibrated": calibrated},
+    references={f"no label, {name}": share for name, share in no_label.items()},
 )
 figure.axes[0].set_xticks(LABELS, LABELS)
-alt = "Accuracy over labelled words, mean and range of five draws: pretrained and frozen above scratch and letters."
+alt = "Accuracy over labelled words, mean and range of five draws: nearest centre on top, then pretrained."
 plots.show(figure, alt)
 
 # %%
-ahead = mean["pretrained"][4] - max(mean["from scratch"][4], mean["letters"][4])
+without = max(mean["from scratch"][4], mean["letters"][4])
 lesson.claim(
-    "with 4 labels the pretrained model is at least 10 points ahead of from scratch and letters",
-    ahead,
+    "with 4 labels the fine-tuned pretrained model is at least 10 points ahead of from scratch and letters",
+    mean["pretrained"][4] - without,
     at_least=0.1,
+    form=".0%",
+)
+lesson.claim(
+    "with 4 labels the nearest centre of pretrained embeddings is at least 10 points ahead of them",
+    mean["nearest centre"][4] - without,
+    at_least=0.1,
+    control=mean["fresh centre"][4] - without,
     form=".0%",
 )
 for name, row in mean.items():
     lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", ", ".join(f"{row[n]:.0%}" for n in LABELS))
-lesson.report("dish or instrument, no label, as it is and calibrated", f"{no_label:.0%}, {calibrated:.0%}")
+for name, share in no_label.items():
+    lesson.report(f"dish or instrument, no label, {name}", share, ".0%")
 
 # %% [markdown]
-# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, and from the letters, the sort of an unlabelled word can hardly be told: it does not stand in the spelling. The pretrained vectors hold something of what people do with the thing, and the labels only have to point at it. The line *frozen* says where this is: a logistic regression on the untouched vectors does about as well as training all weights. Try it first; it costs next to nothing. The dashed lines are the same model without any label. As it is, it names the same sort for nearly every word; calibrated, it is above chance. So a part of what you see at 4 labels was there at none, and what the labels add is the distance to that line. Always print it: if it is high, pretraining has taught the task already, and labels prove nothing. The words themselves were in the text of pretraining, and so were sentences and questions that tell their use; with words that it never read the gain would be smaller.
+# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, from the letters and from fresh embeddings, the sort of an unlabelled word can hardly be told: it does not stand in the spelling. With pretrained weights it can. But look at the order of the ways that use them. Fine-tuning all weights is not the best: comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
+#
+# So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first: they say whether a task is new to the model. This one is not. All the words stood in the text of pretraining, with sentences that tell their use; with words that it never read the gain would be smaller.
 
 # %% [markdown]
 # ## 9 · Exercises
@@ -1717,16 +1748,16 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **4. In the figure on labels, suppose that the dashed line "no label" stood at 98 %. What would the pretrained model's 99 % with 16 labels show?**
+# **4. In the figure on labels, the dashed line "no label, two sentences" is the highest. What follows for a model that gets 99 % with 16 labels?**
 #
-# - A. That labels help a pretrained model.
-# - B. That the task was known before the first label, so this task can't show what labels are worth.
-# - C. That 16 labels are too many.
-# - D. That the test words were among the labelled ones.
+# - A. It learned the two sorts from the 16 labels.
+# - B. It may have known the two sorts before the first label, so the 99 % do not show what labels taught it.
+# - C. Its test words were among the labelled ones.
+# - D. It would get the same with fresh weights.
 #
 # <details><summary>Answer</summary>
 #
-# B. The label line must be compared with the line without labels. That is what went unseen when a task stood in pretraining, in the same format.
+# B. Compare with what the model can do without labels, asked in its own language. A is what one would say without that line. C is false by construction, and D by the line from scratch.
 #
 # </details>
 
@@ -1817,5 +1848,5 @@ print(f"guessing all tokens alike would cost {chance:.2f} nats")
 # - Zhang & Sennrich 2019, *Root Mean Square Layer Normalization*; Shazeer 2020, *GLU Variants Improve Transformer*; Su et al. 2021, *RoFormer*; Touvron et al. 2023, *LLaMA*.
 # - Kingma & Ba 2015, *Adam*; Loshchilov & Hutter 2019, *Decoupled Weight Decay Regularization*; Micikevicius et al. 2018, *Mixed Precision Training*; Hu et al. 2024, *MiniCPM*.
 # - Ainslie et al. 2023, *GQA*.
-# - Howard & Ruder 2018, *Universal Language Model Fine-tuning for Text Classification*; Zhao et al. 2021, *Calibrate Before Use*.
+# - Howard & Ruder 2018, *Universal Language Model Fine-tuning for Text Classification*.
 # - Olsson et al. 2022, *In-context Learning and Induction Heads*; Schaeffer et al. 2023, *Are Emergent Abilities of Large Language Models a Mirage?*
