@@ -80,7 +80,7 @@ def test_the_check_of_wsd_finds_schedules_that_are_off_by_a_step_or_end_elsewher
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_bert_mask_finds_wrong_shares_special_tokens_and_changed_rows(lesson):
+def test_the_check_of_bert_mask_finds_wrong_shares_tokens_and_fates_and_changed_rows(lesson):
     exercise = EXERCISES["3.4"]
     source = exercise.solution
     wrong = [
@@ -93,6 +93,13 @@ def test_the_check_of_bert_mask_finds_wrong_shares_special_tokens_and_changed_ro
         planted(source, "rows.masked_fill(~chosen, -100)", "rows"),
         planted(source, "return inputs, rows", "rows[chosen] = MASK\n    return inputs, rows"),
         source.replace(", generator=generator", ""),
+        planted(source, "NUM_SPECIAL, TOKENS, rows.shape", "NUM_SPECIAL, 1000, rows.shape"),
+        planted(source, "NUM_SPECIAL, TOKENS, rows.shape", "NUM_SPECIAL, 272, rows.shape"),
+        planted(
+            source,
+            "fate = torch.rand(rows.shape, generator=generator)",
+            "fate = torch.rand((len(rows), 1), generator=generator).expand(rows.shape)",
+        ),
         planted(source, "    chosen =", "    generator = torch.Generator().manual_seed(0)\n    chosen ="),
     ]
     prove_check(exercise, lesson, wrong)
