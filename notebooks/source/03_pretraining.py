@@ -882,7 +882,7 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards much of the form is right: lines of sums, pairs that end in a colour, pieces of sentences. The content often is not: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, and in the samples they are wrong. Stories go on falling; a part of that is memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards much of the form is right: lines of sums, pairs that end in a colour, pieces of sentences. The content often is not: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, so check them in the samples. Stories go on falling; a part of that may be memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
