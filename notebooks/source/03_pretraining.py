@@ -1201,7 +1201,7 @@ asked_for = [text for text in documents if re.search(r"Question:.*instrument.*\n
 print(f"{len(told)} of {len(documents):,} documents have the format of the prompt")
 print(f"{len(asked_for):,} ask for somebody's instrument: that is how pretraining may know the sorts")
 
-# %%
+
 class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
@@ -1348,8 +1348,6 @@ figure = plots.curve(
 figure.axes[0].set_xticks(LABELS, LABELS)
 alt = "Accuracy over labelled words, mean and range of five draws: nearest centre on top, then pretrained."
 plots.show(figure, alt)
-
-# %%
 without = max(mean["from scratch"][4], mean["letters"][4])
 lesson.claim(
     "with 4 labels the nearest centre of pretrained embeddings is at least 10 points ahead of from scratch and letters",
