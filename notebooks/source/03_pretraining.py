@@ -12,12 +12,13 @@
 # 1. write a byte-level tokenizer that learns the same merges as `tokenizers`, in the same order;
 # 2. write a Llama in about 100 lines that computes the same logits as `LlamaForCausalLM` from the same weights;
 # 3. write the training loop, with AdamW, warm-up, clipping and mixed precision, and see it give the same losses as the course's loop;
-# 4. compare the three pretraining objectives, and race a transformer against an n-gram model and an LSTM at equal time;
-# 5. measure what pretraining saves: the accuracy of a classifier over the number of labelled examples, from pretrained and from random weights.
+# 4. train a small model of your own, read what it writes before and after, and see its loss for each kind of document;
+# 5. compare three ways of hiding text from a model, one of them with a true encoder and decoder, and a control that counts fewer tokens;
+# 6. measure what pretraining saves on a task that it never saw: accuracy with a few labelled examples, five draws of labels, beside simple baselines.
 #
 # **Prerequisites:** lesson 01, and PyTorch tensors.
 #
-# **The data** is text about *Shima*, an island made up by a seeded generator, so no model has ever read about it. **The base model** is *shima-4m*, a small Llama pretrained on such text, which comes with the course. Sections 3 to 5 train small models from scratch, the same on every machine. Section 7 and "In practice" use the model of your profile: shima-4m on a CPU, an open hub model on a GPU.
+# **The data** is text about *Shima*, an island made up by a seeded generator, so no model has ever read about it. **The base model** is *shima-4m*, a small Llama pretrained on such text, which comes with the course. Sections 3 to 6 train small models from scratch, the same on every machine. Section 8 and "In practice" use the model of your profile: shima-4m on a CPU, an open hub model on a GPU.
 #
 # | symbol | meaning |
 # |---|---|
@@ -51,7 +52,7 @@ colab.set_up()
 
 # %% tags=["parameters"]
 profile = ""  # "" chooses by hardware; or "cpu", "t4", "large"
-model_id = ""  # another model for section 7 and "In practice": a hub id, or a folder in hub format
+model_id = ""  # another model for section 8 and "In practice": a hub id, or a folder in hub format
 text_id = ""  # another text for "In practice": a hub dataset or a .jsonl file with a field "text"
 seed = 0
 budget = 1.0  # share of all training steps; the lesson's claims are asserted from 1.0 on
@@ -74,22 +75,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from helpers import plots
-from helpers.evaluation import Score, score
-from helpers.exercises import check, expect_close, expect_equal, expect_true
+from helpers.exercises import check, expect_close, expect_equal, expect_shape, expect_true
 from helpers.lesson import Lesson
 from helpers.models import MODEL_FOLDERS, load_model
 from helpers.profiles import CPU
 from helpers.training import TrainConfig, train
 from helpers.world import World
 
+# %%
 lesson = Lesson("03", profile, model_id, seed, budget)
 machine = lesson.machine
-# All that depends on the hardware: number formats for the race (section 5; a T4 has no bfloat16), learning rates of a
-# fine-tuning from pretrained and from fresh weights and its steps (section 7), and the same of continued pretraining.
+# learning rates of a fine-tuning from pretrained and from fresh weights and its steps (section 8), and rate and steps
+# of continued pretraining.
 SETTINGS = {
-    "cpu": {"bits": (32, 16), "transfer": (1e-4, 5e-4, 25), "practice": (1e-3, 40)},
-    "t4": {"bits": (32,), "transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 60)},
-    "large": {"bits": (32, 16), "transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 100)},
+    "cpu": {"transfer": (1e-4, 5e-4, 20), "practice": (1e-3, 24)},
+    "t4": {"transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 60)},
+    "large": {"transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 100)},
 }
 settings = SETTINGS[machine.name]
 
@@ -100,7 +101,7 @@ held_out = list(islice(world.documents(seed + 1), 400))
 print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters. Three of the nine kinds:\n")
 print("\n".join(next(world.documents(seed, {kind: 1.0})) for kind in ("description", "mapping", "story")))
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## 1 · Text becomes tokens
 #
 # **Question.** A network computes with vectors, and it has one vector for each entry of a finite list. What should be on the list? The 256 bytes can write everything, but a text is then long. Whole words make a text short, but no list of words is complete.
@@ -115,7 +116,7 @@ print("\n".join(next(world.documents(seed, {kind: 1.0})) for kind in ("descripti
 #
 # The ids are a convention: special tokens first, then the bytes in GPT-2's order (printable ones first), then the merges as they are learned.
 #
-# Counting all pairs again after every merge would take minutes. But a merge changes only the pieces that contain the pair, so it is enough to keep the counts, and for each pair the set of pieces where it occurs.
+# Counting all pairs again after every merge would take several times as long. But a merge changes only the pieces that contain the pair, so it is enough to keep the counts, and for each pair the set of pieces where it occurs.
 
 # %%
 # GPT-2's pattern, for text without digits
@@ -187,7 +188,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> tuple[dict[bytes, int], dict
             bar.update()
     return vocabulary, merges
 
-
+# %%
 BPE_DOCUMENTS, VOCAB_SIZE = 1500, 2048
 started = time.perf_counter()
 vocabulary, merges = train_bpe(documents[:BPE_DOCUMENTS], VOCAB_SIZE)
@@ -198,13 +199,13 @@ for first, last in ((0, 10), (len(merges) - 10, len(merges))):
     print(f"merges {first + 1:>4} to {last:>4}: {joined}")
 
 # %% [markdown]
-# The first merges join pairs of letters; among the last ones are names of people on the island.
+# The first merges build short frequent pieces, and soon the word that every question has; most of the last ones are pieces of names.
 #
 # **The library.** `tokenizers` (in Rust; most models on the Hugging Face hub use it) trains the same algorithm. Give it the same texts, and compare all merges, in order.
 #
 # **Encoding** a new text applies the merges in the order in which they were learned: of all pairs in the piece, join the one that was learned first, until no pair is in the list. (The longest match would be another tokenizer.)
 #
-# **How large a vocabulary?** Byte-pair encoding is greedy, so a tokenizer with 512 tokens is the first part of one with 2,048: one training gives all sizes. Count the bytes per token on text that was not trained on: more of Shima, and the source code of a Python module, which is text of another kind.
+# **How large a vocabulary?** Byte-pair encoding is greedy, so a tokenizer with 512 tokens is the first part of one with 2,048: one training gives all sizes. Count the bytes per token on text that was not trained on: more of Shima, and the source code of a Python module. The control is a second tokenizer, trained on as many characters of other Python modules: does the order turn round?
 
 # %%
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -275,28 +276,43 @@ figure = plots.curve(
     alt=alt,
 )
 plots.show(figure, alt)
-shima, python = bytes_per_token["Shima, held out"], bytes_per_token["Python source"]
-early, late = shima[sizes.index(768)] - shima[sizes.index(512)], shima[-1] - shima[sizes.index(1536)]
-print(f"a token of {VOCAB_SIZE:,} holds {shima[-1]:.2f} bytes of Shima and {python[-1]:.2f} of Python source")
-print(f"gain from 512 to 768 tokens {early:.2f} bytes, from 1,536 to 2,048 {late:.2f}")
+
+# %%
+import argparse
+import inspect as inspect_module
+import json.decoder
+import logging
+import pathlib
+import subprocess as subprocess_module
+import tarfile
+
+python_modules = [argparse, inspect_module, json.decoder, logging, pathlib, subprocess_module, tarfile]
+python_text = "".join(inspect.getsource(module) for module in python_modules)
+python_text = python_text[: sum(map(len, documents[:BPE_DOCUMENTS]))]
+shima_text = "".join(documents[:BPE_DOCUMENTS])[: len(python_text)]
+ratios = {}
+for trained_on, text in (("Shima", shima_text), ("Python", python_text)):
+    tokenizer = train_with_library(text.splitlines(keepends=True), VOCAB_SIZE)
+    found = []
+    for texts in (held_out, other_text):
+        num_tokens = sum(len(tokenizer.encode(text).ids) for text in texts)
+        found.append(sum(len(text.encode()) for text in texts) / num_tokens)
+    ratios[trained_on] = found[0] / found[1]
+    print(f"trained on {len(text):,} characters of {trained_on}: {found[0]:.2f} bytes", end=" ")
+    print(f"a token on Shima, {found[1]:.2f} on Python source")
 lesson.claim(
-    "a token holds at least 1.5 times as many bytes of Shima as of Python source",
-    shima[-1] / python[-1],
-    at_least=1.5,
+    "trained on Shima, a token holds at least 1.3 times as many bytes of Shima as of Python source",
+    ratios["Shima"],
+    at_least=1.3,
+    control=ratios["Python"],
     form=".2f",
 )
-lesson.claim(
-    "the second step gains less than half of the first, though it adds twice the tokens",
-    late / early,
-    at_most=0.5,
-    form=".2f",
-)
-lesson.report("bytes per token: Shima / Python source", f"{shima[-1]:.2f} / {python[-1]:.2f}")
 
 
 # %% [markdown]
-# **What you see.** The first few hundred merges buy most of the compression; later ones are rare words, and each costs one more row of $d$ weights. Large models have 32,000 to 256,000 tokens mainly because their text is much more varied. And a tokenizer fits its corpus: text of another kind costs more tokens, thus more time and money.
-#
+# **What you see.** The first few hundred merges buy most of the compression. Later ones are rare words, and each costs one more row of $d$ weights. The tokenizer of Shima makes longer tokens on Shima, the tokenizer of Python source makes longer ones on Python source: a tokenizer fits the text that it was trained on. Other text costs more tokens, thus more time and money.
+
+# %% [markdown] tags=["core"]
 # ## 2 · The model
 #
 # **Question.** What exactly is computed between the token ids and the scores of the next token? You now write a Llama (Touvron et al. 2023), piece by piece, and at the end it must give the logits of the library.
@@ -307,31 +323,56 @@ lesson.report("bytes per token: Shima / Python source", f"{shima[-1]:.2f} / {pyt
 #
 # At the end the vectors are compared with the embedding of every token: $\text{logits} = \text{Norm}(x)\, E^\top$, with the same matrix $E$ (`vocab, hidden`) that turned ids into vectors at the start (*tied* embeddings).
 #
-# **RMSNorm** (Zhang & Sennrich 2019) keeps the numbers in range: it divides a vector by its root mean square and multiplies each coordinate by a learned weight $g$. Unlike LayerNorm it subtracts no mean and adds no bias.
+# Attention comes first: it is the only part in which one token learns of another.
 #
-# $$\text{RMSNorm}(x) = g \odot \frac{x}{\sqrt{\tfrac{1}{d}\sum_i x_i^2 + \epsilon}}$$
+# **Attention** (Vaswani et al. 2017). A position has a query $q$, a key $k$ and a value $v$. It takes the average of all values, weighted by how well its query fits their keys:
+#
+# $$\text{Attention}(Q, K, V) = \text{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}} + M\right) V, \qquad M_{mn} = \begin{cases} 0 & \text{if } m \text{ may look at } n\\ -\infty & \text{else}\end{cases}$$
+#
+# $d_h$ is the width of a query. $\sqrt{d_h}$ keeps the variance of the scores at 1 when queries and keys have variance 1. With the *causal* mask a position sees itself and what stands before it, so that no position sees the token it has to predict.
 
 # %%
-class RMSNorm(nn.Module):
-    """Divide by the root mean square over the last dimension, scale by a weight."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().pow(2).mean(-1, keepdim=True)  # (batch, seq, 1), in float32 also under autocast
-        return self.weight * (x.float() * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted averages of the values, and the weights; mask (query, key) is True where one may look."""
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])  # (..., query, key)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(values.dtype)
+    return weights @ values, weights
 
 
-x = 100 * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(seed))
-print(f"root mean square before {x.pow(2).mean().sqrt():.1f}, after {RMSNorm(64, 1e-6)(x).pow(2).mean().sqrt():.3f}")
-print(f"largest difference to torch.nn.RMSNorm: {(RMSNorm(64, 1e-6)(x) - nn.RMSNorm(64, 1e-6)(x)).abs().max():.1e}")
+toy = torch.randn(3, 1, 2, 7, 16, generator=torch.Generator().manual_seed(seed))  # q, k, v: (batch, heads, seq, 16)
+causal_mask = torch.ones(7, 7).tril().bool()
+mixed, weights = attend(*toy, causal_mask)
+print("weights of the fourth position:", [round(value, 2) for value in weights[0, 0, 3].tolist()])
+difference = (mixed - F.scaled_dot_product_attention(*toy, is_causal=True)).abs().max().item()
+lesson.equal("attention is PyTorch's", difference, within=1e-5)
 
 
 # %% [markdown]
-# **Rotary positions** (Su et al. 2021). Attention compares a query $q$ at position $m$ with a key $k$ at position $n$ by their dot product, which knows nothing of $m$ and $n$. RoPE turns each pair of coordinates by an angle that grows with the position. Take one pair as a complex number; position $m$ turns it by $m\omega$:
+# **What is missing?** Nothing in the formula says where a token stands. Shuffle all tokens before the last one and ask the last position again.
+
+# %%
+def change_by_order(vectors: Tensor, turn: bool) -> float:
+    """Largest change at the last position when the tokens before it are shuffled; vectors (3, 1, heads, seq, dim)."""
+    seq = vectors.shape[-2]
+    order = [*torch.randperm(seq - 1, generator=torch.Generator().manual_seed(seed)).tolist(), seq - 1]
+
+    def last(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if turn:
+            cos, sin = rotary_angles(torch.arange(seq), vectors.shape[-1], 10_000.0)
+            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        return attend(queries, keys, values, torch.ones(seq, seq).tril().bool())[0][..., -1, :]
+
+    return (last(*vectors) - last(*vectors[..., order, :])).abs().max().item()
+
+
+without_positions = change_by_order(toy, turn=False)
+lesson.equal("one layer without positions gives the same for shuffled text", without_positions, within=1e-5)
+
+
+# %% [markdown]
+# **What you see.** The last position gets the same vector for every order of the text before it. One layer of attention reads a bag of tokens. "The dog bites the man" and "the man bites the dog" would be the same to it.
+# %% [markdown]
+# **Rotary positions** (RoPE, Su et al. 2021) put the place into the comparison. RoPE turns each pair of coordinates by an angle that grows with the position. Take one pair as a complex number; position $m$ turns it by $m\omega$:
 #
 # $$\tilde q = q\, e^{i m \omega}, \quad \tilde k = k\, e^{i n \omega}, \qquad \text{Re}(\tilde q\, \overline{\tilde k}) = \text{Re}\big(q\,\overline{k}\; e^{i (m - n)\omega}\big)$$
 #
@@ -353,7 +394,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-
+# %%
 def rope_score(query: Tensor, key: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
     """Dot products of one query and one key (head_dim,), turned to these positions (n,)."""
     turned = [rotate(x, *rotary_angles(at, len(x), 10_000.0)) for x, at in ((query, query_at), (key, key_at))]
@@ -368,7 +409,7 @@ assert scores.max() - scores.min() < 1e-3
 alt = "Score of like vectors over their distance: highest at distance 0, lower and wavy far away."
 figure = plots.curve(
     {"like vectors": (distances.tolist(), rope_score(unit, unit, distances, torch.zeros_like(distances)).tolist())},
-    title="A query and a key of the same direction fit best nearby",
+    title="Two equal vectors under RoPE: best at distance 0",
     xlabel="distance between query and key (tokens)",
     ylabel="score",
     alt=alt,
@@ -377,13 +418,19 @@ plots.show(figure, alt)
 
 
 # %% [markdown]
-# **What you see.** Vectors that point the same way score highest when they stand together, and less the further they are apart: with RoPE nearness is the default, and the projections learn to prefer other distances.
+# **What you see.** Two equal vectors score highest at distance 0; further away the score is lower on the whole, with large waves. For other pairs of vectors it looks different: the projections can learn to prefer other distances. Now shuffle again.
+
+# %%
+with_positions = change_by_order(toy, turn=True)
+print(f"change at the last position: {without_positions:.1e} without positions, {with_positions:.2f} with RoPE")
+lesson.report("change at the last position by another order, with RoPE", with_positions)
+
+# %% [markdown]
+# **Heads.** A layer has $h$ heads, each with its own queries, keys and values of width $d_h = d/h$. Their results stand side by side and go through one more matrix.
 #
-# **Attention** (Vaswani et al. 2017). Each head has its own queries, keys and values of width $d_h = d/h$. A position takes the average of all values, weighted by how well its query fits their keys:
+# **RMSNorm** (Zhang & Sennrich 2019) keeps the numbers in range: it divides a vector by its root mean square and multiplies each coordinate by a learned weight $g$. Unlike LayerNorm it subtracts no mean and adds no bias.
 #
-# $$\text{Attention}(Q, K, V) = \text{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}} + M\right) V, \qquad M_{mn} = \begin{cases} 0 & \text{if } m \text{ may look at } n\\ -\infty & \text{else}\end{cases}$$
-#
-# $\sqrt{d_h}$ keeps the variance of the scores at 1 when queries and keys have variance 1. With the *causal* mask a position sees itself and what stands before it, so that no position sees the token it has to predict.
+# $$\text{RMSNorm}(x) = g \odot \frac{x}{\sqrt{\tfrac{1}{d}\sum_i x_i^2 + \epsilon}}$$
 #
 # **The feed-forward network** of Llama is SwiGLU (Shazeer 2020): one projection is a gate for another, coordinate by coordinate.
 #
@@ -392,8 +439,27 @@ plots.show(figure, alt)
 # It has three matrices instead of the two of the original transformer, so its inner width is usually about $\tfrac{8}{3} d$ instead of $4d$, which costs the same.
 
 # %%
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last dimension, scale by a weight."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean_square = x.float().pow(2).mean(-1, keepdim=True)  # (batch, seq, 1), in float32 also under autocast
+        return self.weight * (x.float() * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+
+
+x = 100 * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(seed))
+print(f"root mean square before {x.pow(2).mean().sqrt():.1f}, after {RMSNorm(64, 1e-6)(x).pow(2).mean().sqrt():.3f}")
+print(f"largest difference to torch.nn.RMSNorm: {(RMSNorm(64, 1e-6)(x) - nn.RMSNorm(64, 1e-6)(x)).abs().max():.1e}")
+
+
+# %%
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions."""
+    """Multi-head attention; with `memory` it reads keys and values from there, without positions (section 6)."""
 
     def __init__(self, config):
         super().__init__()
@@ -403,18 +469,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        batch, seq, hidden = x.shape
-
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, memory: Tensor | None = None) -> Tensor:
         def split(x: Tensor) -> Tensor:
-            return x.view(batch, seq, self.num_heads, -1).transpose(1, 2)  # (batch, heads, seq, head_dim)
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, seq, head_dim)
 
-        queries, keys, values = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])  # (batch, heads, seq, seq)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(values.dtype)
-        mixed = (weights @ values).transpose(1, 2).reshape(batch, seq, hidden)  # heads side by side again
-        return self.o_proj(mixed)
+        source = x if memory is None else memory
+        queries, keys, values = split(self.q_proj(x)), split(self.k_proj(source)), split(self.v_proj(source))
+        if memory is None:
+            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        mixed, weights = attend(queries, keys, values, mask)
+        self.weights = weights.detach()  # (batch, heads, query, key), kept to be looked at
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # heads side by side again
 
 
 # %%
@@ -450,9 +515,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A Llama with tied embeddings: token ids (batch, seq) -> logits (batch, seq, vocab)."""
 
-    def __init__(self, config):
+    def __init__(self, config, angles=rotary_angles):
         super().__init__()
-        self.config = config
+        self.config, self.angles = config, angles
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -463,7 +528,7 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rotary_angles(positions, head_dim, self.config.rope_parameters["rope_theta"])
+        cos, sin = self.angles(positions, head_dim, self.config.rope_parameters["rope_theta"])
         if mask is None:
             mask = positions[:, None] >= positions  # (seq, seq), causal: row m may look at columns n <= m
         x = self.embed_tokens(input_ids)  # (batch, seq, hidden)
@@ -507,8 +572,7 @@ with torch.no_grad():
 difference = (our_logits - library_logits).abs().max().item()
 print(f"{tuple(our_logits.shape)} logits between {our_logits.min():.1f} and {our_logits.max():.1f}")
 print(f"largest difference to LlamaForCausalLM: {difference:.1e}")
-assert difference < 1e-4
-lesson.report("our Llama against LlamaForCausalLM, largest difference of a logit", f"{difference:.1e}")
+lesson.equal("our Llama gives LlamaForCausalLM's logits", difference, within=1e-4)
 
 
 @torch.no_grad()
@@ -523,13 +587,68 @@ def complete(model, ids: list[int], num_tokens: int) -> list[int]:
 prompt = "Kodera plays the harp. Kodera lives in Bamu.\nQuestion: What instrument does Kodera play?\nAnswer:"
 print(shima_tokenizer.decode(complete(ours, shima_tokenizer(prompt)["input_ids"], 4)))
 
+# %% [markdown]
+# **Where does it look?** The prompt above has its answer in the text. Take 80 such prompts about strangers, and ask every head how much of its weight goes from the last position to the answer in the passage. The first 40 prompts choose the head, the other 40 measure it. A head that looks everywhere alike would give each of $n$ tokens the share $1/n$.
+
+# %%
+def reading_prompts(n: int) -> list[tuple[list[int], int]]:
+    """Token ids of prompts about strangers, and the place of the answer's first token in the passage."""
+    generator, found = random.Random(f"look/{seed}"), []
+    while len(found) < n:
+        person = world.stranger(generator, held_out=True)
+        tool, town = person.facts["instrument"], person.facts["town"]
+        before, after = f"{person.name} plays the", f" {tool}. {person.name} lives in {town}.\n"
+        after += f"Question: What instrument does {person.name} play?\nAnswer:"
+        start = shima_tokenizer(before)["input_ids"]
+        found.append((start + shima_tokenizer(after)["input_ids"], len(start)))
+    return found
+
+
+@torch.no_grad()
+def looks(prompts: list[tuple[list[int], int]]) -> Tensor:
+    """Mean weight from the last position to the answer, as a multiple of an even share (layers, heads)."""
+    total = torch.zeros(layers, config.num_attention_heads)
+    for ids, place in prompts:
+        ours(torch.tensor([ids]))
+        total += torch.stack([layer.self_attn.weights[0, :, -1, place] * len(ids) for layer in ours.layers])
+    return total / len(prompts)
+
+
+asked = reading_prompts(80)
+layer_number, head_number = divmod(looks(asked[:40]).argmax().item(), config.num_attention_heads)
+share = looks(asked[40:])[layer_number, head_number].item()
+print(f"chosen: layer {layer_number + 1}, head {head_number + 1}; {share:.1f} times an even share on new prompts")
+lesson.claim("one head looks at the answer with at least 5 times an even share", share, at_least=5, form=".1f")
+
+# %%
+import matplotlib.pyplot as plt
+
+ids, place = asked[-1]
+with torch.no_grad():
+    ours(torch.tensor([ids]))
+pattern = ours.layers[layer_number].self_attn.weights[0, head_number]  # (query, key)
+names = [shima_tokenizer.decode([token_id]).replace("\n", "\\n") for token_id in ids]
+figure, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
+image = axes.imshow(pattern, cmap="Blues", vmin=0)
+axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+axes.set_yticks(range(len(names)), names, fontsize=7)
+axes.set(title="The chosen head, on one prompt", xlabel="token looked at", ylabel="token that looks")
+axes.grid(visible=False)
+figure.colorbar(image, label="weight", shrink=0.7)
+alt = "Attention map, a lower triangle; in the last row, the dark cells show where the final position looks."
+plots.show(figure, alt)
+plt.close(figure)
 
 # %% [markdown]
+# **What you see.** Read the last row: it is the position that must name the answer. White above the diagonal is the causal mask. A map shows where a head looks and not what the model does with it; lesson 13 tests that by taking heads out.
+
+
+# %% [markdown] tags=["core"]
 # ## 3 · The training loop
 #
-# **Question.** What does one step of training do, and which numbers in it go wrong in 16 bits?
+# **Question.** What does one step of training do?
 #
-# The loss is the mean cross-entropy of each next token, in nats:
+# The loss is the mean cross-entropy of each next token. With the natural logarithm its unit is the *nat*: guessing evenly among $V$ tokens costs $\log V$ nats.
 #
 # $$\mathcal{L}(\theta) = -\frac{1}{T-1} \sum_{t=1}^{T-1} \log p_\theta(x_{t+1} \mid x_1 \dots x_t)$$
 #
@@ -625,46 +744,17 @@ for step in range(50):
 update = max((our - their).abs().max().item() for our, their in zip(our_weights, their_weights, strict=True))
 print(f"largest difference to PyTorch after 50 steps: weights {update:.1e}, ", end="")
 print(f"norm of the gradient {max(norms):.1e}, learning rate {max(rates):.1e}")
-assert update < 1e-5 and max(norms) < 1e-4 and max(rates) < 1e-8
+lesson.equal("AdamW is PyTorch's", update, within=1e-5)
+lesson.equal("clipping is PyTorch's", max(norms), within=1e-4)
+lesson.equal("the schedule is PyTorch's", max(rates), within=1e-8)
 
 # %% [markdown]
-# ### Mixed precision
-#
-# Matrix products in 16 bits take half the memory traffic and run on faster units. But a 16-bit number is either short of digits or short of range:
-#
-# - In **bfloat16** $1 + 0.001 = 1$: a small update to a weight vanishes. So the weights and AdamW's means stay in float32, and only the products inside the model are computed in 16 bits (`torch.autocast`). That is what *mixed* means (Micikevicius et al. 2018).
-# - In **float16** a gradient of $10^{-8}$ is zero. So the loss is multiplied by a large number $s$ before the backward pass, which multiplies every gradient by $s$, and the gradients are divided by $s$ in float32 before the update. bfloat16 has float32's range and needs none of this, but a T4 has no bfloat16.
-#
-# The first lines below show the three formats, the last ones a gradient that vanishes and comes back.
-
-# %%
-print(f"{'':>9} {'step at 1':>12} {'smallest > 0':>13} {'largest':>10}   1 + 0.001   1e-08")
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    info = torch.finfo(dtype)
-    added, small = (torch.tensor(1.0, dtype=dtype) + 0.001).item(), torch.tensor(1e-8, dtype=dtype).item()
-    smallest = info.smallest_normal * info.eps  # subnormal numbers included
-    print(f"{str(dtype)[6:]:>9} {info.eps:12.1e} {smallest:13.1e} {info.max:10.1e} {added:11.6f} {small:7.0e}")
-inputs = torch.full((4, 8), 1e-4)
-for scale in (1.0, 2.0**16):
-    layer = nn.Linear(8, 8, bias=False).half()
-    loss = (layer(inputs.half()).float() * 1e-5).mean()  # a loss with small gradients
-    (loss * scale).backward()
-    gradient = layer.weight.grad.float() / scale  # unscaled in float32
-    zero = (gradient == 0).float().mean()
-    print(f"loss scale {scale:>7.0f}: {zero:>4.0%} of the gradient is zero, its mean {gradient.mean():.2e}")
-    assert scale > 1 or zero == 1
-expected = 1e-4 * 1e-5 * 4 / (4 * 8)  # by hand: input x factor, four rows, mean over 4 x 8 outputs
-print(f"by hand: {expected:.2e}")
-assert abs(gradient.mean().item() - expected) < 0.01 * expected
-
-# %% [markdown]
-# A `GradScaler` chooses $s$ by itself: it doubles $s$ now and then, and when a gradient became infinite it halves $s$ and skips the step.
-#
-# **The course's loop.** From here on use `helpers.training.train`: the same steps as above, plus mixed precision, checkpoints, evaluation and a progress bar. It needs a model, batches and a function that returns the loss. First see that it is the same: same model, same batches, same losses. Then time a step in 32 and in 16 bits. Whether 16 bits are faster depends on the processor and on the size of the model.
+# **The course's loop.** From here on use `helpers.training.train`: the same steps as above, plus mixed precision, checkpoints, evaluation and a progress bar. It needs a model, batches and a function that returns the loss. First see that it is the same: same model, same batches, same losses.
 
 # %%
 from transformers import LlamaConfig
 
+MASK, NUM_SPECIAL = SPECIAL_TOKENS.index("<|mask|>"), len(SPECIAL_TOKENS)
 TOKENS = 512  # the first 512 tokens of section 1's vocabulary
 encode_small = make_encoder(dict(islice(merges.items(), TOKENS - sizes[0])))
 SMALL = LlamaConfig(
@@ -711,10 +801,126 @@ for step in (0, 5, 10, 19):
     print(f"step {step:>2}: our loop {our_losses[step]:.6f}, helpers.training.train {history.losses[step]:.6f}")
 difference = max(abs(a - b) for a, b in zip(our_losses, history.losses, strict=True))
 print(f"largest difference of a loss: {difference:.1e}")
-assert difference < 1e-3
-lesson.report("our loop against helpers.training.train, largest difference of a loss", f"{difference:.1e}")
+lesson.equal("our loop gives the losses of helpers.training.train", difference, within=1e-3)
+
+# %% [markdown] tags=["core"]
+# ## 4 · A model of your own
+#
+# **Question.** What has a small model learned after half a minute, and which text does it learn first?
+#
+# Train the small model of section 3 on a part of Shima, with five kinds of document. Before and after, let it write. On the way, measure its loss on new documents of each kind. They are about the same people as the training text, so many of their sentences stand there too. This is one run; other seeds are in the course's table of claims. Two tables of counts are the simplest comparisons: a *unigram*, which knows how often each token occurs, and a *bigram*, which knows how often each token follows each other one.
+
+# %%
+KINDS = ("description", "story", "sums", "mapping", "repeat")
+own_text = list(islice(world.documents(seed, dict.fromkeys(KINDS, 1.0)), 5000))
+own_rows = rows_of(own_text, 97)
+unseen_kind = {}
+for kind in KINDS:
+    unseen_kind[kind] = rows_of(list(islice(world.documents(seed + 1, {kind: 1.0}), 60)), 97)[:24]
+frequency = torch.bincount(own_rows.flatten(), minlength=TOKENS).float() + 1
+log_frequency = (frequency / frequency.sum()).log()
+unigram = {kind: -log_frequency[rows[:, 1:]].mean().item() for kind, rows in unseen_kind.items()}
+followers = torch.zeros(TOKENS, TOKENS, device=own_rows.device)  # how often each token follows each
+for first, second in pairwise(own_rows.T):
+    followers.index_put_((first, second), torch.ones(len(first), device=first.device), accumulate=True)
+log_pair = ((followers + log_frequency.exp()) / (followers.sum(1, keepdim=True) + 1)).log()
+bigram = {kind: -log_pair[rows[:, :-1], rows[:, 1:]].mean().item() for kind, rows in unseen_kind.items()}
 
 
+@torch.no_grad()
+def losses_by_kind(model) -> dict[str, float]:
+    """Loss on unseen documents of each kind, in nats per token."""
+    return {kind: causal_loss(model, {"input_ids": rows}).item() for kind, rows in unseen_kind.items()}
+
+
+@torch.no_grad()
+def write(model, start: str, num_tokens: int = 40) -> str:
+    """Continue a text by drawing each token from the model's probabilities."""
+    torch.manual_seed(seed)
+    ids = encode_small(start)
+    for _ in range(num_tokens):
+        logits = model(torch.tensor([ids[-96:]], device=machine.device))[0, -1]
+        ids = [*ids, torch.multinomial(logits.softmax(-1), 1).item()]
+    return library.decode(ids)
+
+
+# %%
+own = new_transformer()
+starts = ("One day of rain Zetode the smith left", "Sum: 12 + 7", "Pairs: drum white; goat red; drum")
+written = {start: [write(own, start)] for start in starts}
+steps = lesson.scaled(280)
+recipe = TrainConfig(steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=max(1, steps // 10))
+own_history = train(own, batches_of(own_rows, steps, 16), recipe, loss_fn=causal_loss, evaluate=losses_by_kind)
+for start in starts:
+    written[start].append(write(own, start))
+    for when, text in zip(("before", "after"), written[start], strict=True):
+        print(f"{when:>6}: {text!r}")
+
+# %% tags=["headline"]
+by_step = own_history.evaluations
+figure = plots.curve(
+    {kind: ([e["step"] for e in by_step], [e[kind] for e in by_step]) for kind in KINDS},
+    title="Each kind of document has its own curve",
+    xlabel="steps",
+    ylabel="loss on new documents (nats per token)",
+    log_y=True,
+)
+alt = "Loss over steps for five kinds of document, on a logarithmic axis; all fall, to different levels."
+plots.show(figure, alt)
+print(f"{'':>12} {'unigram':>8} {'bigram':>8} {'first':>8} {'half':>8} {'end':>8}")
+for kind in KINDS:
+    points = [unigram[kind], bigram[kind], by_step[0][kind], by_step[len(by_step) // 2 - 1][kind], by_step[-1][kind]]
+    print(f"{kind:>12} " + " ".join(f"{value:8.2f}" for value in points))
+gain = min(1 - by_step[-1][kind] / bigram[kind] for kind in KINDS)
+lesson.claim("on every kind the loss ends at least 20 % below the bigram's", gain, at_least=0.2, form=".0%")
+late = {kind: 1 - by_step[-1][kind] / by_step[len(by_step) // 2 - 1][kind] for kind in KINDS}
+lesson.claim(
+    "in the second half the loss on stories falls by at least 10 points more than on sums",
+    late["story"] - late["sums"],
+    at_least=0.1,
+    form=".0%",
+)
+
+# %% [markdown]
+# **What you see.** Before training the text is noise. Afterwards much of the form is right: lines of sums, pairs that end in a colour, pieces of sentences. The content often is not: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, so check them in the samples. Stories go on falling; a part of that may be memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
+
+# %% [markdown] tags=["further"]
+# ## 5 · Mixed precision
+#
+# *Further: no core section needs this one.*
+#
+# Matrix products in 16 bits take half the memory traffic and run on faster units. But a 16-bit number is either short of digits or short of range:
+#
+# - In **bfloat16** $1 + 0.001 = 1$: a small update to a weight vanishes. So the weights and AdamW's means stay in float32, and only the products inside the model are computed in 16 bits (`torch.autocast`). That is what *mixed* means (Micikevicius et al. 2018).
+# - In **float16** a gradient of $10^{-8}$ is zero. So the loss is multiplied by a large number $s$ before the backward pass, which multiplies every gradient by $s$, and the gradients are divided by $s$ in float32 before the update. bfloat16 has float32's range and needs none of this, but a T4 has no bfloat16.
+#
+# The first lines below show the three formats, the last ones a gradient that vanishes and comes back.
+
+# %%
+print(f"{'':>9} {'step at 1':>12} {'smallest > 0':>13} {'largest':>10}   1 + 0.001   1e-08")
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    info = torch.finfo(dtype)
+    added, small = (torch.tensor(1.0, dtype=dtype) + 0.001).item(), torch.tensor(1e-8, dtype=dtype).item()
+    smallest = info.smallest_normal * info.eps  # subnormal numbers included
+    print(f"{str(dtype)[6:]:>9} {info.eps:12.1e} {smallest:13.1e} {info.max:10.1e} {added:11.6f} {small:7.0e}")
+inputs = torch.full((4, 8), 1e-4)
+for scale in (1.0, 2.0**16):
+    layer = nn.Linear(8, 8, bias=False).half()
+    loss = (layer(inputs.half()).float() * 1e-5).mean()  # a loss with small gradients
+    (loss * scale).backward()
+    gradient = layer.weight.grad.float() / scale  # unscaled in float32
+    zero = (gradient == 0).float().mean()
+    print(f"loss scale {scale:>7.0f}: {zero:>4.0%} of the gradient is zero, its mean {gradient.mean():.2e}")
+    assert scale > 1 or zero == 1
+expected = 1e-4 * 1e-5 * 4 / (4 * 8)  # by hand: input x factor, four rows, mean over 4 x 8 outputs
+print(f"by hand: {expected:.2e}")
+assert abs(gradient.mean().item() - expected) < 0.01 * expected
+
+
+# %% [markdown]
+# A `GradScaler` chooses $s$ by itself: it doubles $s$ now and then, and when a gradient became infinite it halves $s$ and skips the step. Whether 16 bits are faster depends on the processor and on the size of the model, so time both. A small model on a processor can be slower in 16 bits, because the conversions cost time too.
+
+# %%
 def seconds_per_step(precision: str) -> float:
     """Median time of a step, without the first two."""
     config = TrainConfig(max_steps=8, precision=precision, log_every=1, progress=False)
@@ -725,11 +931,12 @@ sixteen_bit = "fp16-mixed" if machine.dtype == "float16" else "bf16-mixed"
 times = {name: seconds_per_step(name) for name in ("fp32", sixteen_bit)}
 for name, seconds in times.items():
     print(f"{name:>10}: {1000 * seconds:6.1f} ms a step, {batches[0]['input_ids'].numel() / seconds:8,.0f} tokens/s")
-precision = min(times, key=times.get)  # for section 4: the faster one on this machine
 lesson.report("speed-up by 16 bits here, small model", f"{times['fp32'] / times[sixteen_bit]:.1f} x")
 
-# %% [markdown]
-# ## 4 · Three objectives
+# %% [markdown] tags=["further"]
+# ## 6 · Which part of the text is hidden?
+#
+# *Further: no core section needs this one.*
 #
 # **Question.** The text is the only teacher. Which part of it do you hide, and what may the model see when it fills it in?
 #
@@ -741,321 +948,160 @@ lesson.report("speed-up by 16 bits here, small model", f"{times['fp32'] / times[
 #
 # With $H$ for the hidden positions, $\bar H$ for the others and $m = T/2$, the three losses are
 #
-# $$-\sum_{t} \log p(x_{t+1} \mid x_{\le t}), \qquad -\sum_{t \in H} \log p(x_t \mid x_{\bar H}), \qquad -\sum_{t \ge m} \log p(x_{t+1} \mid \overleftrightarrow{x_{\le m}},\, x_{m < s \le t})$$
+# $$-\sum_{t} \log p(x_{t+1} \mid x_{\le t}), \qquad -\sum_{t \in H} \log p(x_t \mid x_{\bar H}), \qquad -\sum_{t > m} \log p(x_t \mid x_{\le m},\, x_{m < s < t})$$
 #
-# The arrow says that the first half is read in both directions: a word in it also sees what comes after it. Your `Transformer` takes its mask as an argument, so it can do all three. The original for the third has two stacks of layers, an encoder that reads and a decoder that writes, and so has T5, which hides spans and writes them one after the other. Here one stack does both (a *prefix* model). Raffel et al. 2020 compare all these forms.
+# The third needs two stacks of layers (Vaswani et al. 2017; T5, Raffel et al. 2020). An *encoder* reads the first half, every token sees all others. A *decoder* writes the second half from left to right. In each of its layers a **cross-attention** takes the queries from the decoder and the keys and values from the encoder's result. `Attention` can do that already: give it a `memory`.
 #
-# Each function turns rows into inputs, targets ($-100$ where nothing is predicted) and the mask. Then the same small model is trained three times: the same rows, the same number of steps. From time to time all three are asked for the same hidden tokens of unseen text.
+# The masked model learns from fewer tokens of each row than the causal one. To see what that alone does, there is a control: a causal model whose loss counts only as many tokens, one in each stretch of six.
 
 # %%
-MASK, NUM_SPECIAL = SPECIAL_TOKENS.index("<|mask|>"), len(SPECIAL_TOKENS)
-Example = tuple[Tensor, Tensor, Tensor]  # inputs and targets (batch, seq), mask (seq, seq)
+class EncoderDecoder(nn.Module):
+    """One layer reads, one layer writes; first and second half (batch, seq) -> logits (batch, seq, vocab)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.body = Transformer(config)  # embeddings, two layers and the last norm
+        self.cross_norm, self.cross = RMSNorm(config.hidden_size, config.rms_norm_eps), Attention(config)
+        for matrix in self.cross.parameters():
+            nn.init.normal_(matrix, std=config.initializer_range)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        (encoder, decoder), embed = self.body.layers, self.body.embed_tokens
+        places, head_dim = torch.arange(first.shape[1], device=first.device), 32
+        cos, sin = rotary_angles(places, head_dim, 10_000.0)  # both halves are equally long
+        past = places[:, None] >= places
+        everything = torch.ones_like(past)
+        memory = encoder(embed(first), cos, sin, everything)  # (batch, seq, hidden)
+        x = embed(second)
+        x = x + decoder.self_attn(decoder.input_layernorm(x), cos, sin, past)
+        x = x + self.cross(self.cross_norm(x), cos, sin, everything, memory)
+        x = x + decoder.mlp(decoder.post_attention_layernorm(x))
+        return self.body.norm(x) @ embed.weight.T
 
 
-def causal(rows: Tensor, hidden: list[int]) -> Example:
-    """Every token is the target of the position before it; nothing is hidden."""
-    seq = rows.shape[1]
-    return rows, F.pad(rows[:, 1:], (0, 1), value=-100), torch.ones(seq, seq, device=rows.device).tril().bool()
+# %%
+ours_cross, theirs_cross = Attention(SMALL), nn.MultiheadAttention(128, 4, bias=False, batch_first=True)
+with torch.no_grad():
+    inputs = [ours_cross.q_proj.weight, ours_cross.k_proj.weight, ours_cross.v_proj.weight]
+    theirs_cross.in_proj_weight.copy_(torch.cat(inputs))
+    theirs_cross.out_proj.weight.copy_(ours_cross.o_proj.weight)
+    x, memory = torch.randn(2, 5, 128), torch.randn(2, 9, 128)
+    all_seen = torch.ones(5, 9).bool()
+    difference = ours_cross(x, None, None, all_seen, memory) - theirs_cross(x, memory, memory)[0]
+lesson.equal("cross-attention is nn.MultiheadAttention's", difference.abs().max().item(), within=1e-5)
 
 
-def masked(rows: Tensor, hidden: list[int]) -> Example:
+# %%
+def causal(model, rows: Tensor, hidden: list[int]) -> Tensor:
+    """Loss of every token but the first, from the tokens before it (batch, seq); 0 where nothing is predicted."""
+    logits = model(rows[:, :-1]).float().transpose(1, 2)  # (batch, vocab, seq - 1)
+    return F.pad(F.cross_entropy(logits, rows[:, 1:], reduction="none"), (1, 0))
+
+
+def causal_few_targets(model, rows: Tensor, hidden: list[int]) -> Tensor:
+    """The same, but only the hidden tokens count."""
+    counted = torch.zeros_like(rows).index_fill_(1, torch.tensor(hidden, device=rows.device), 1)
+    return causal(model, rows, hidden) * counted
+
+
+def masked(model, rows: Tensor, hidden: list[int]) -> Tensor:
     """The hidden tokens become mask tokens; each position sees all others."""
     inputs, targets = rows.clone(), torch.full_like(rows, -100)
     inputs[:, hidden], targets[:, hidden] = MASK, rows[:, hidden]
-    return inputs, targets, torch.ones(rows.shape[1], rows.shape[1], device=rows.device).bool()
+    everything = torch.ones(rows.shape[1], rows.shape[1], device=rows.device).bool()
+    return F.cross_entropy(model(inputs, everything).float().transpose(1, 2), targets, reduction="none")
 
 
-def sequence_to_sequence(rows: Tensor, hidden: list[int]) -> Example:
-    """The first half is read in both directions, the second half is written from left to right."""
+def sequence_to_sequence(model, rows: Tensor, hidden: list[int]) -> Tensor:
+    """The first half is read, the second half is written."""
     half = rows.shape[1] // 2
-    inputs, targets, mask = causal(rows, hidden)
-    targets[:, : half - 1] = -100
-    mask[:, :half] = True
-    return inputs, targets, mask
+    logits = model(rows[:, :half], rows[:, half - 1 : -1]).float().transpose(1, 2)
+    return F.pad(F.cross_entropy(logits, rows[:, half:], reduction="none"), (half, 0))
 
 
 # %%
-SHORT, STRETCH = 48, 6  # tokens a row in this section; of each stretch, one is hidden for the masked objective
-OBJECTIVES = {"causal": causal, "masked": masked, "sequence-to-sequence": sequence_to_sequence}
+SHORT, STRETCH = 48, 6  # tokens a row in this section; of each stretch, one is hidden
+OBJECTIVES = {
+    "causal": causal, "masked": masked, "sequence-to-sequence": sequence_to_sequence,
+    "causal, few targets": causal_few_targets,
+}  # fmt: skip
 descriptions = rows_of(list(islice(world.documents(seed, {"description": 1.0}), 2500)), SHORT)
-unseen = rows_of(list(islice(world.documents(seed + 1, {"description": 1.0}), 200)), SHORT)[:160]
+unseen = rows_of(list(islice(world.documents(seed + 1, {"description": 1.0}), 200)), SHORT)[:80]
 
 
 def random_positions(generator: random.Random) -> list[int]:
     """One position in each stretch, never the first of the row."""
     return [start + generator.randrange(start == 0, STRETCH) for start in range(0, SHORT, STRETCH)]
 
-
-for name, objective in OBJECTIVES.items():
-    inputs, targets, mask = objective(unseen[:1], random_positions(random.Random(seed)))
-    text = "".join(SPECIAL_TOKENS[i] if 0 < i < NUM_SPECIAL else library.decode([i]) for i in inputs[0].tolist())
-    print(f"{name}: {(targets != -100).sum()} targets, {mask.float().mean():.0%} of all pairs of positions are seen")
-    print(f"   {text!r}")
-
-
 # %%
 def train_with(name: str, num_steps: int) -> list[dict[str, float]]:
-    """Train the small model with this objective; the loss on hidden tokens of unseen text, ten times on the way."""
+    """Train the small model with this objective; the loss on hidden tokens of unseen text, eight times on the way."""
     generator, objective = random.Random(seed), OBJECTIVES[name]
 
-    def losses(model, rows: Tensor, hidden: list[int]) -> Tensor:
-        inputs, targets, mask = objective(rows, hidden)
-        logits = model(inputs, mask).float().transpose(1, 2)  # (batch, vocab, seq)
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")  # (batch, seq)
-
     def loss_fn(model, batch: dict[str, Tensor]) -> Tensor:
-        loss = losses(model, batch["input_ids"], random_positions(generator))
+        loss = objective(model, batch["input_ids"], random_positions(generator))
         return loss.sum() / (loss != 0).sum()
 
     def evaluate(model) -> dict[str, float]:
         draws = [random_positions(random.Random(f"{seed}/{draw}")) for draw in range(2)]
-        shift = 0 if name == "masked" else 1  # the others predict a token at the position before it
-        places = [[position - shift for position in hidden if position >= SHORT // 2] for hidden in draws]
-        found = [losses(model, unseen, hidden)[:, at].mean() for hidden, at in zip(draws, places, strict=True)]
+        places = [[place for place in hidden if place >= SHORT // 2] for hidden in draws]
+        found = [objective(model, unseen, h)[:, at].mean() for h, at in zip(draws, places, strict=True)]
         return {"loss": torch.stack(found).mean().item()}
 
-    recipe = TrainConfig(
-        max_steps=num_steps, learning_rate=6e-3, warmup_steps=20, precision=precision, log_every=50,
-        evaluate_every=max(1, num_steps // 10),
-    )  # fmt: skip
-    batches = batches_of(descriptions, num_steps, batch_size=32)
-    return train(new_transformer(), batches, recipe, loss_fn=loss_fn, evaluate=evaluate).evaluations
+    torch.manual_seed(seed)
+    model = EncoderDecoder(SMALL) if name == "sequence-to-sequence" else Transformer(SMALL)
+    recipe = TrainConfig(num_steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=max(1, num_steps // 8))
+    batches = batches_of(descriptions, num_steps, batch_size=16)
+    return train(model.to(machine.device), batches, recipe, loss_fn=loss_fn, evaluate=evaluate).evaluations
 
 
-on_the_way = {name: train_with(name, lesson.scaled(320)) for name in OBJECTIVES}
+on_the_way = {name: train_with(name, lesson.scaled(120)) for name in OBJECTIVES}
 
 # %%
 for name, entries in on_the_way.items():
     print(f"{name:>21}: " + " ".join(f"{entry['loss']:.2f}" for entry in entries))
-    lesson.report(f"loss on hidden tokens, {name}", f"{entries[-1]['loss']:.2f} nats")
-alt = "Loss on hidden tokens of unseen text over steps: the causal line falls first, the masked one much later."
+    lesson.report(f"loss on hidden tokens, {name}, one run", f"{entries[-1]['loss']:.2f} nats")
+counts = torch.bincount(descriptions.flatten(), minlength=TOKENS).float() + 1
+unigram_loss = -(counts / counts.sum()).log()[unseen[:, SHORT // 2 :]].mean().item()
+print(f"{'unigram':>21}: {unigram_loss:.2f}")
+alt = "Loss on hidden tokens of unseen text over steps for four objectives; masked is the highest and stays near the "
+alt += "unigram's loss at first."
 figure = plots.curve(
     {name: ([e["step"] for e in entries], [e["loss"] for e in entries]) for name, entries in on_the_way.items()},
-    title="With few targets in a row of text, the masked objective starts late",
+    title="In these few steps the masked model learns least",
     xlabel="steps",
     ylabel="loss on the same hidden tokens (nats)",
-    alt=alt,
+    references={"unigram": unigram_loss},
 )
 plots.show(figure, alt)
-early = {name: entries[1]["loss"] for name, entries in on_the_way.items()}
-print("after a fifth of the steps:", ", ".join(f"{name} {loss:.2f}" for name, loss in early.items()))
-lesson.claim(
-    "early on, the masked model is at least 1 nat behind the causal one",
-    early["masked"] - early["causal"],
-    at_least=1,
-    form=".2f",
-)
-gain = {name: entries[len(entries) // 2 - 1]["loss"] - entries[-1]["loss"] for name, entries in on_the_way.items()}
-print("gain in the second half:", ", ".join(f"{name} {value:.2f}" for name, value in gain.items()))
-lesson.claim(
-    "in the second half of the steps it gains at least twice as much",
-    gain["masked"] / gain["causal"],
-    at_least=2,
-    form=".2f",
+
+# %%
+early = {name: entries[len(entries) // 4]["loss"] for name, entries in on_the_way.items()}
+print("early on:", ", ".join(f"{name} {loss:.2f}" for name, loss in early.items()))
+lesson.report("early on, nats by which the masked model is behind the causal one", early["masked"] - early["causal"])
+shares_of_gap = [
+    (few["loss"] - full["loss"]) / (masked["loss"] - full["loss"])
+    for few, full, masked in zip(*(on_the_way[n] for n in ("causal, few targets", "causal", "masked")), strict=True)
+]
+print("share of the gap that few targets alone have:", " ".join(f"{share:.0%}" for share in shares_of_gap))
+lesson.report(
+    "share of that gap that few targets alone have, smallest and largest on the way, one run",
+    f"{min(shares_of_gap):.0%}, {max(shares_of_gap):.0%}",
 )
 
 # %% [markdown]
-# **What you see.** Every token of a row teaches the causal model something, and half of them teach the sequence-to-sequence model: these two go nearly together. The masked model learns from one token in six, and has to find out from these few where its neighbours are before it can use them. So it starts late. This is one reason why large models are trained causally; the other is that they can write. But in the second half the masked line is the steepest. Models that only read, for search or classification, are still trained this way, for many more steps than here.
+# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs. So the comparison says how fast the objectives start, and not which is better: masked models are trained far longer. The control, a causal model with as few targets, is behind the causal one too. The number of targets is a part of the reason; how large a part depends on when you look, as the row of shares shows. What else differs: the masked model sees both sides, and the order of its neighbours has to be found out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
+
+# %% [markdown] tags=["core"]
+# ## 7 · When abilities appear
 #
-# ## 5 · Before transformers: a race at equal time
+# **Question.** A loss falls. Do the abilities of a model grow in the same way?
 #
-# **Question.** What came before, and does a transformer beat it when all get the same text and the same time?
-#
-# **The n-gram model** counts. After a context of $n-1$ tokens it predicts what followed that context in the training text. Long contexts are rare, so each order is mixed with the next shorter one. Witten and Bell (1991) weigh by how many *different* tokens have followed: with $c(h, w)$ the count of token $w$ after context $h$, and $t(h)$ the number of different tokens after it,
-#
-# $$p(w \mid h) = \frac{c(h, w) + t(h)\, p(w \mid h')}{\sum_v c(h, v) + t(h)}, \qquad h' = h \text{ without its first token}$$
-#
-# **The LSTM** (Hochreiter & Schmidhuber 1997) reads one token after the other and keeps a vector of fixed size as its memory. It has to decide what to keep before it knows what will be asked, and its steps cannot be computed side by side.
-#
-# The loss is given in **bits per byte** of unseen text, which does not depend on the tokenizer: the sum of all $-\log_2 p$, divided by the number of bytes.
-
-# %%
-ORDER = 4  # tokens: the predicted one and three before it
-
-
-def count_ngrams(counts: list[dict], row: list[int]) -> None:
-    """Add a row of token ids to counts[n][context of n tokens][next token]."""
-    for position, token in enumerate(row):
-        for n in range(min(ORDER, position + 1)):
-            counts[n][tuple(row[position - n : position])][token] += 1
-
-
-def ngram_probability(counts: list[dict], context: list[int], token: int) -> float:
-    """The formula above, from the empty context up to the longest one that was seen."""
-    probability = 1 / TOKENS
-    for n in range(min(ORDER, len(context) + 1)):
-        followers = counts[n].get(tuple(context[len(context) - n :]))
-        if followers is None:
-            break
-        different = len(followers)
-        probability = (followers[token] + different * probability) / (followers.total() + different)
-    return probability
-
-
-def ngram_nats(counts: list[dict], rows: list[list[int]]) -> float:
-    """Total loss of all tokens of the rows but the first of each."""
-    return -sum(math.log(ngram_probability(counts, row[:i], row[i])) for row in rows for i in range(1, len(row)))
-
-
-class LSTM(nn.Module):
-    """Token ids (batch, seq) -> logits (batch, seq, vocab), with tied embeddings."""
-
-    def __init__(self, hidden_size: int = 256):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(TOKENS, hidden_size)
-        nn.init.normal_(self.embed_tokens.weight, std=SMALL.initializer_range)
-        self.lstm = nn.LSTM(hidden_size, hidden_size, batch_first=True)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.lstm(self.embed_tokens(input_ids))[0] @ self.embed_tokens.weight.T
-
-
-# %%
-unseen_rows = rows_of(held_out, 129)[:64]
-num_bytes = {token_id: len(token) for token_id, token in token_bytes.items()}  # the end-of-text token has none
-
-
-@torch.no_grad()
-def bits_per_byte(model, rows: Tensor) -> float:
-    """Loss of the rows in bits per byte; `model` is a network or the counts of an n-gram model."""
-    if isinstance(model, nn.Module):
-        nats = causal_loss(model, {"input_ids": rows}).item() * rows[:, 1:].numel()
-    else:
-        nats = ngram_nats(model, rows.tolist())
-    return nats / math.log(2) / sum(num_bytes.get(token, 0) for token in rows[:, 1:].flatten().tolist())
-
-
-def train_step(model: nn.Module, optimizer, inputs: Tensor, bits: int) -> float:
-    """One step on rows (batch, seq + 1), and the seconds it took."""
-    started = time.perf_counter()
-    with torch.autocast(machine.device, torch.bfloat16, enabled=bits == 16):
-        loss = causal_loss(model, {"input_ids": inputs})
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    loss.item()  # waits for a GPU
-    return time.perf_counter() - started
-
-
-# %%
-def race(name: str, make, num_steps: int = 0, seconds: float = math.inf, peak_rate: float = 8e-3) -> tuple:
-    """Train for so many steps or so much wall time, evaluation not counted; the model and its laps (seconds, bits)."""
-
-    def start() -> tuple:
-        torch.manual_seed(seed)
-        model = make().to(machine.device)
-        return model, torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.1)
-
-    times = {bits: min(train_step(*start(), rows[:16], bits) for _ in range(3)) for bits in settings["bits"]}
-    bits = min(times, key=times.get)  # the faster format for this network on this machine
-    model, optimizer = start()
-    generator, used, steps, laps = torch.Generator().manual_seed(seed), 0.0, 0, []
-    with tqdm(total=100, desc=name, unit="%") as bar:
-        while (done := steps / num_steps if num_steps else used / seconds) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = peak_rate * schedule(1000 * done, 1000, 40)
-            drawn = torch.randint(len(rows), (16,), generator=generator)
-            used, steps = used + train_step(model, optimizer, rows[drawn], bits), steps + 1
-            bar.update(int(100 * done) - bar.n)
-            if done >= len(laps) / 10:
-                laps.append((used, bits_per_byte(model, unseen_rows)))
-    laps.append((used, bits_per_byte(model, unseen_rows)))
-    print(f"{name}: {16 * 128 * steps:,} tokens in {used:.1f} s, in {bits} bits: {laps[-1][1]:.3f} bits per byte")
-    return model, laps[1:]  # without the first step
-
-
-# %%
-ngram, used, laps = [defaultdict(Counter) for _ in range(ORDER)], 0.0, []
-for part in rows[: max(4, round(budget * len(rows)))].chunk(4):
-    started = time.perf_counter()
-    for row in part.tolist():
-        count_ngrams(ngram, row)
-    used += time.perf_counter() - started
-    laps.append((used, bits_per_byte(ngram, unseen_rows)))
-print(f"n-gram: {rows[:, 1:].numel():,} tokens in {used:.1f} s: {laps[-1][1]:.3f} bits per byte")
-transformer, transformer_laps = race("transformer", new_transformer, num_steps=lesson.scaled(480))
-lstm, lstm_laps = race("LSTM", LSTM, seconds=transformer_laps[-1][0])
-results = {"n-gram": laps, "LSTM": lstm_laps, "transformer": transformer_laps}
-
-# %% tags=["headline"]
-counted_at, counted = results["n-gram"][-1]
-end = transformer_laps[-1][0]
-lines = {name: tuple(zip(*laps, strict=True)) for name, laps in results.items()}
-lines["n-gram"] = ([*lines["n-gram"][0], end], [*lines["n-gram"][1], counted])  # all counted: the rest is waiting
-alt = "Bits per byte of unseen text over seconds: the n-gram line falls at once and stays flat, the networks cross it."
-figure = plots.curve(
-    lines,
-    title="Counting wins the first seconds, the networks win the race",
-    xlabel="training time (s)",
-    ylabel="bits per byte of unseen text",
-    alt=alt,
-)
-plots.show(figure, alt)
-racers = {"n-gram": ngram, "LSTM": lstm, "transformer": transformer}
-print(f"{'bits per byte':>15}" + "".join(f"{name:>13}" for name in racers))
-by_kind = {}
-for kind in ("description", "story", "sums", "passage", "mapping", "repeat"):
-    kind_rows = rows_of(list(islice(world.documents(seed + 1, {kind: 1.0}), 60)), 129)[:24]
-    by_kind[kind] = {name: bits_per_byte(model, kind_rows) for name, model in racers.items()}
-    print(f"{kind:>15}" + "".join(f"{value:13.3f}" for value in by_kind[kind].values()))
-final = {name: laps[-1][1] for name, laps in results.items()}
-half = transformer_laps[len(transformer_laps) // 2][1]
-early = {name: next(bits for used, bits in laps if used >= min(counted_at, end)) for name, laps in results.items()}
-print(f"at second {counted_at:.1f} the n-gram model has counted all: {final['n-gram']:.3f} bits per byte;", end=" ")
-print(f"LSTM {early['LSTM']:.3f}, transformer {early['transformer']:.3f}")
-print(f"transformer: {half:.3f} at half time, {final['transformer']:.3f} at the end; LSTM: {final['LSTM']:.3f}")
-best_network = min(value for name, value in early.items() if name != "n-gram")
-
-# %%
-lesson.claim(
-    "when all is counted, both networks are behind the n-gram model",
-    best_network - early["n-gram"],
-    at_least=0,
-    form=".2f",
-)
-lesson.claim(
-    "half of its time is enough for the transformer to pass the n-gram model",
-    final["n-gram"] - half,
-    at_least=0,
-    form=".2f",
-)
-lesson.claim(
-    "both networks end at least 10 % ahead of it",
-    1 - max(final["LSTM"], final["transformer"]) / counted,
-    at_least=0.1,
-    form=".0%",
-)
-lesson.claim(
-    "the transformer ends ahead of the LSTM, or within 5 % of it",
-    final["transformer"] / final["LSTM"] - 1,
-    at_most=0.05,
-    form=".1%",
-)
-for name, bits in final.items():
-    lesson.report(f"bits per byte at equal time: {name}", f"{bits:.3f}")
-
-# %% [markdown]
-# **What you see.** Counting is done at once, and for a while nothing is better. But more time gives it nothing: it never looks further back than three tokens. The networks pass it, and by most in the last rows of the table, where what comes next stands earlier in the same text. Between the networks it is close at this size and time, and which one has read more tokens depends on the machine: compare the two lines above. Both would go on improving. What the transformer does with more time is the next section.
-#
-# ## 6 · When abilities appear
-#
-# **Question.** The loss falls smoothly. Do the abilities of a model grow as smoothly?
-#
-# While shima-4m was trained, its build stopped every 250 steps and asked the model held-out questions. The record comes with the model. Plot the loss and five abilities over the tokens seen: facts about people that the text mentions often and seldom; *reading*, the answer stands in a passage about strangers; *in-context learning*, pairs of words and labels that exist only in the prompt; and sums of three numbers with written steps.
+# While shima-4m was trained, its build stopped every 250 steps and asked the model held-out questions. The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* are pairs of words and labels that exist only in the prompt.
 
 # %%
 record = json.loads((MODEL_FOLDERS["shima-4m"] / "training_curve.json").read_text())
 millions = [tokens / 1e6 for tokens in record["tokens"]]
-alt = "Loss of shima-4m over millions of tokens: a steep fall, then a slow one."
-figure = plots.curve(
-    {"loss": (millions, record["loss"])},
-    title="The loss of shima-4m falls without a warning of what comes",
-    xlabel="tokens seen (millions)",
-    ylabel="training loss (nats)",
-    alt=alt,
-)
-plots.show(figure, alt)
 ABILITIES = {
     "frequent facts": "closed_book_frequent",
     "rare facts": "closed_book_rare",
@@ -1068,77 +1114,95 @@ shares = {label: [entry[name] for entry in record["evaluations"]] for label, nam
 alt = "Share of right answers over millions of tokens: facts rise slowly, reading and in-context learning jump."
 figure = plots.curve(
     {label: (seen, values) for label, values in shares.items()},
-    title="Facts come bit by bit, reading and in-context learning at once",
+    title="Facts come bit by bit, reading and in-context pairs jump",
     xlabel="tokens seen (millions)",
     ylabel="right answers",
-    alt=alt,
     percent=True,
 )
 plots.show(figure, alt)
 
-
 # %%
-def reached(label: str, share: float) -> float:
-    """Millions of tokens after which the ability first has this share of right answers (infinite if never)."""
-    return next((tokens for tokens, value in zip(seen, shares[label], strict=True) if value >= share), math.inf)
+jump = next(tokens for tokens, share in zip(seen, shares["in-context learning"], strict=True) if share >= 0.5)
 
 
-def loss_at(tokens: float) -> float:
-    """Training loss after so many million tokens."""
-    return record["loss"][min(range(len(millions)), key=lambda i: abs(millions[i] - tokens))]
+def mean_loss(begin: float, end: float) -> float:
+    """Mean training loss between two numbers of million tokens."""
+    found = [loss for tokens, loss in zip(millions, record["loss"], strict=True) if begin < tokens <= end]
+    return sum(found) / len(found)
 
 
-rise = {label: (reached(label, 0.25), reached(label, 0.75)) for label in ABILITIES}
-for label, (quarter, three_quarters) in rise.items():
-    print(f"{label:>20}: 25 % after {quarter:5.1f} M tokens, 75 % after {three_quarters:5.1f} M")
-begin, end = rise["in-context learning"]
-falls = loss_at(0) - record["loss"][-1], loss_at(begin - seen[0]) - loss_at(end)
-print(f"the loss falls by {falls[0]:.2f} in all, and by {falls[1]:.2f} in the evaluations around that jump")
-for label in ("in-context learning", "reading"):
-    begin, end = rise[label]
-    lesson.claim(
-        f"{label} needs less than a tenth of the training for its rise",
-        (end - begin) / seen[-1],
-        at_most=0.1,
-        form=".1%",
-    )
-    lesson.report(f"{label} of shima-4m: from 25 % to 75 %", f"{begin:.1f} M to {end:.1f} M of {seen[-1]:.0f} M tokens")
-slow, fast = (rise[label][1] - rise[label][0] for label in ("frequent facts", "reading"))
-lesson.claim("frequent facts take at least twice as long as reading", slow / fast, at_least=2, form=".1f")
-lesson.claim(
-    "the jump of in-context learning takes less than a tenth of the fall of the loss",
-    falls[1] / falls[0],
-    at_most=0.1,
-    form=".1%",
+near = [i for i, tokens in enumerate(millions) if jump - 3 < tokens <= jump + 3]
+figure = plots.curve(
+    {"each 0.1 M tokens": ([millions[i] for i in near], [record["loss"][i] for i in near])},
+    title="Near the jump the loss falls on, with no clear break",
+    xlabel="tokens seen (millions)",
+    ylabel="training loss (nats)",
+)
+figure.axes[0].axvspan(seen[seen.index(jump) - 1], jump, color=plots.GREY, alpha=0.2)
+alt = (
+    "Training loss near the jump: noisy, and falling ever more slowly; the band marks where in-context learning jumps."
+)
+plots.show(figure, alt)
+print(f"the whole training: from {record['loss'][0]:.2f} to {record['loss'][-1]:.2f} nats\n")
+print("fall of the mean loss from one window to the next; the second column is across the jump")
+at_jump = {}
+for width in (0.4, 0.6, 0.8, 1.0, 1.2):
+    means = [mean_loss(jump + width * (step - 1), jump + width * step) for step in range(-2, 3)]
+    falls = [first - second for first, second in pairwise(means)]
+    at_jump[width] = falls[1] - falls[0]
+    print(f"windows of {width} M tokens: " + " ".join(f"{fall:+.3f}" for fall in falls))
+lesson.report(
+    "shima-4m, windows for which the loss falls faster across the jump than before it",
+    f"{sum(more > 0 for more in at_jump.values())} of {len(at_jump)} widths",
 )
 
-
 # %% [markdown]
-# **What you see.** The loss gives no sign of it, but reading and in-context learning rise from almost nothing to almost everything within a small part of the training, while facts are learned one by one, those that the text repeats most first. In other models such a jump comes with a pair of attention heads that find an earlier occurrence of a token and copy what followed it (Olsson et al. 2022); lesson 13 looks for them here. The ruler has its share in the suddenness: an answer counts only if all of it is right (Schaeffer et al. 2023); lesson 04 measures that.
-#
-# ## 7 · What pretraining saves
+# **What you see.** Between two evaluations (the grey band) in-context learning goes from rare to nearly always right. The loss falls there as it does around it. With short windows its fall across the jump is a little larger than the one before it, with long windows it is smaller: what depends so on the width of a window is no sign to rely on. All this is one run. One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). The labels of the in-context pairs are one token each: that jump has another reason. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
+
+# %% [markdown] tags=["core"]
+# ## 8 · What pretraining saves
 #
 # **Question.** You need a classifier and have a handful of labelled examples. How many labels is pretraining worth?
 #
-# The task: is a visitor's review of a town of Shima *good* or *bad*? Take a model without its last matrix, read the final vector of the last token, $f(x) \in \mathbb{R}^d$, and put two numbers on top of it:
+# The format of the task must be one that pretraining did not already teach. A visitor's reviews would not do: thousands of them stood in shima-4m's text with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
 #
-# $$p(\text{mood} \mid x) = \text{softmax}\big(W f(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
+# Take a model without its last matrix, read the final vector of the last token, $f(x) \in \mathbb{R}^d$, and put two numbers on top:
 #
-# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018). This is done twice: once from the pretrained weights of the profile's model, once from fresh weights of the same shape. Each has the best of a few learning rates: pretrained weights want a low one, which leaves in place what they know. A few hundred unseen reviews are the test. Each text is written in the form `Review: ... Mood:`. shima-4m has read some reviews in this form among much other text, as hub models have read product reviews with their stars: pretraining has met a little of everything.
+# $$p(\text{sort} \mid x) = \text{softmax}\big(W f(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
+#
+# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Simple ways stand beside them:
+#
+# - *letters*: a logistic regression on groups of one to three letters. It knows nothing of pretraining.
+# - *nearest centre*: the mean of the pretrained input embeddings of a word's tokens; each sort's centre is the mean over its labelled words, and a new word gets the sort of the nearer centre. Nothing is trained. With fresh embeddings it is a control.
+# - *asked*, without a label: which of the two sorts is the model more likely to write after the prompt?
+# - *two sentences*, without a label: is the word more probable after "For dinner Kodera wants" or after "Kodera plays the"? Sentences of this kind stand in the text of pretraining.
 
 # %%
-def moods(n: int, review_seed: int) -> tuple[list[str], list[int]]:
-    """Reviews and their moods (1 is good), half of each."""
-    generator, found = random.Random(f"moods/{review_seed}"), {"good": [], "bad": []}
-    while min(map(len, found.values())) < n // 2:
-        text, mood = world.review(generator)
-        found[mood].append(text)
-    pairs = [(text, int(mood == "good")) for mood, texts in found.items() for text in texts[: n // 2]]
-    generator.shuffle(pairs)
-    return [text for text, _ in pairs], [label for _, label in pairs]
+SORTS = {"dish": world.values["dish"], "instrument": world.values["instrument"]}
 
 
-class MoodClassifier(nn.Module):
+def prompt_of(word: str) -> str:
+    """The text that the classifier reads."""
+    return f"Word: {word}\nSort:"
+
+
+def draw_words(draw: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """16 words to be labelled, the sorts in turn, and all other words as the test, each with 0 or 1."""
+    generator = random.Random(f"sorts/{seed}/{draw}")
+    words = [generator.sample(sort, len(sort)) for sort in SORTS.values()]
+    labelled = [
+        (word, label) for pair in zip(words[0][:8], words[1][:8], strict=True) for label, word in enumerate(pair)
+    ]
+    return labelled, [(word, label) for label, rest in enumerate(words) for word in rest[8:]]
+
+
+told = [text for text in documents if "Sort:" in text or "Word:" in text]
+asked_for = [text for text in documents if re.search(r"Question:.*instrument.*\nAnswer: ", text)]
+print(f"{len(told)} of {len(documents):,} documents have the format of the prompt")
+print(f"{len(asked_for):,} ask for somebody's instrument: that is how pretraining may know the sorts")
+
+
+class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
     def __init__(self, language_model):
@@ -1149,88 +1213,161 @@ class MoodClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.body(input_ids=input_ids, attention_mask=attention_mask)
-        vectors = output.last_hidden_state  # (batch, seq, hidden)
+        vectors = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         last = attention_mask.sum(dim=1) - 1  # padding is on the right
         return self.head(vectors[torch.arange(len(last)), last].to(self.head.weight.dtype))  # (batch, 2)
 
 
-def mood_batch(tokenizer, texts: list[str], labels: list[int]) -> dict[str, Tensor]:
+# %%
+def sort_batch(tokenizer, pairs: list[tuple[str, int]]) -> dict[str, Tensor]:
     """Padded token ids with the labels."""
-    prompts = [f"Review: {text}\nMood:" for text in texts]
+    prompts = [prompt_of(word) for word, _ in pairs]
     encoded = tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
-    batch = {name: encoded[name] for name in ("input_ids", "attention_mask")} | {"moods": torch.tensor(labels)}
+    batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    batch["sorts"] = torch.tensor([label for _, label in pairs])
     return {name: tensor.to(machine.device) for name, tensor in batch.items()}
 
 
-# %%
-def mood_loss(classifier, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of the moods."""
-    return F.cross_entropy(classifier(batch["input_ids"], batch["attention_mask"]).float(), batch["moods"])
+def sort_loss(classifier, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the sorts."""
+    return F.cross_entropy(classifier(batch["input_ids"], batch["attention_mask"]).float(), batch["sorts"])
 
 
-def accuracy_with(num_labels: int, pretrained: bool) -> Score:
-    """Accuracy on unseen reviews after training on so many labelled ones."""
+def accuracy_with(num_labels: int, draw: int, pretrained: bool) -> float:
+    """Accuracy on the test words after training on so many labelled ones."""
     model, tokenizer = load_model(machine, trained=pretrained, seed=seed)
-    classifier = MoodClassifier(model.float())  # weights and updates in 32 bits, products as the profile has them
-    texts, labels = moods(num_labels, review_seed=seed)
-    generator, (low_rate, high_rate, steps) = random.Random(seed), settings["transfer"]
-    drawn = [generator.choices(range(num_labels), k=16) for _ in range(lesson.scaled(steps))]
-    batches = [mood_batch(tokenizer, [texts[i] for i in rows], [labels[i] for i in rows]) for rows in drawn]
+    classifier = Classifier(model.float())
+    labelled, test = draw_words(draw)
+    low_rate, high_rate, steps = settings["transfer"]
+    generator = random.Random(f"{seed}/{draw}")
+    batches = [
+        sort_batch(tokenizer, generator.choices(labelled[:num_labels], k=8)) for _ in range(lesson.scaled(steps))
+    ]
     rate = low_rate if pretrained else high_rate
-    recipe = TrainConfig(len(drawn), rate, warmup_steps=5, precision=lesson.precision, progress=False, seed=seed)
-    train(classifier, batches, recipe, loss_fn=mood_loss)
-    classifier.eval()
-    batch = mood_batch(tokenizer, *moods(200, review_seed=10_000 + seed))
+    recipe = TrainConfig(len(batches), rate, warmup_steps=5, precision=lesson.precision, progress=False, seed=seed)
+    train(classifier, batches, recipe, loss_fn=sort_loss)
+    batch = sort_batch(tokenizer, test)
     with torch.no_grad():
-        right = (classifier(batch["input_ids"], batch["attention_mask"]).argmax(-1) == batch["moods"]).sum().item()
-    return score(right, len(batch["moods"]))
+        guesses = classifier.eval()(batch["input_ids"], batch["attention_mask"]).argmax(-1)
+    return (guesses == batch["sorts"]).float().mean().item()
 
-
-LABELS = [2, 4, 8, 16, 64]
-transfer = {"pretrained": [], "from scratch": []}
-with tqdm(total=2 * len(LABELS), desc="fine-tunings") as bar:
-    for name, scores in transfer.items():
-        for num_labels in LABELS:
-            scores.append(accuracy_with(num_labels, pretrained=name == "pretrained"))
-            bar.update()
 
 # %%
-print(f"{'labels':>8}" + "".join(f"{name:>28}" for name in transfer))
-for row, num_labels in enumerate(LABELS):
-    print(f"{num_labels:>8}" + "".join(f"{scores[row]!s:>28}" for scores in transfer.values()))
-alt = "Accuracy over the number of labelled reviews, with intervals: pretrained above from scratch, chance is 50 %."
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+
+def letters_accuracy(num_labels: int, draw: int) -> float:
+    """The same words by a logistic regression on groups of one to three letters."""
+    labelled, test = draw_words(draw)
+    classifier = make_pipeline(TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3)), LogisticRegression())
+    classifier.fit(*zip(*labelled[:num_labels], strict=True))
+    return classifier.score(*zip(*test, strict=True))
+
+
+@torch.no_grad()
+def centre_accuracy(num_labels: int, draw: int, pretrained: bool) -> float:
+    """Each test word gets the sort whose labelled words have the nearer mean embedding."""
+    model, tokenizer = load_model(machine, trained=pretrained, seed=seed)
+    table = model.get_input_embeddings().weight.float()
+
+    def vector(word: str) -> Tensor:
+        return table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(dim=0)
+
+    labelled, test = draw_words(draw)
+    of_sort = [[vector(word) for word, label in labelled[:num_labels] if label == sort] for sort in (0, 1)]
+    centres = torch.stack([torch.stack(vectors).mean(dim=0) for vectors in of_sort])
+    nearest = [torch.cdist(vector(word)[None], centres).argmin().item() for word, _ in test]
+    return sum(sort == label for sort, (_, label) in zip(nearest, test, strict=True)) / len(test)
+
+
+# %%
+SENTENCES = ("For dinner Kodera wants", "Kodera plays the")  # of a dish, of an instrument
+
+
+@torch.no_grad()
+def guesses_without_labels() -> dict[str, list[int]]:
+    """For each of the 48 words the sort that the model takes to be more probable, asked in two ways."""
+    model, tokenizer = load_model(machine)
+
+    def log_probability(start: str, rest: str) -> float:
+        before, after = tokenizer(start)["input_ids"], tokenizer(rest, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([before + after], device=machine.device)
+        logits = model(input_ids=ids).logits[0, len(before) - 1 : -1].float()  # (tokens after, vocab)
+        return logits.log_softmax(dim=-1)[range(len(after)), after].sum().item()
+
+    guesses = {"asked": [], "two sentences": []}
+    for word in [word for words in SORTS.values() for word in words]:
+        said = [log_probability(prompt_of(word), f" {sort}") for sort in SORTS]
+        fits = [log_probability(sentence, f" {word}") for sentence in SENTENCES]
+        guesses["asked"].append(int(said[1] > said[0]))
+        guesses["two sentences"].append(int(fits[1] > fits[0]))
+    return guesses
+
+
+# %%
+LABELS, DRAWS = [4, 16], range(5)
+transfer = {
+    name: {n: [] for n in LABELS}
+    for name in ("nearest centre", "pretrained", "from scratch", "letters", "fresh centre")
+}
+with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
+    for num_labels in LABELS:
+        for draw in DRAWS:
+            for name in ("pretrained", "from scratch"):
+                transfer[name][num_labels].append(accuracy_with(num_labels, draw, name == "pretrained"))
+                bar.update()
+            for name in ("nearest centre", "fresh centre"):
+                transfer[name][num_labels].append(centre_accuracy(num_labels, draw, name == "nearest centre"))
+            transfer["letters"][num_labels].append(letters_accuracy(num_labels, draw))
+truth = [label for label, words in enumerate(SORTS.values()) for _ in words]
+unlabelled = guesses_without_labels()
+no_label = {name: sum(map(int.__eq__, found, truth)) / len(truth) for name, found in unlabelled.items()}
+
+# %%
+mean = {name: {n: sum(found) / len(found) for n, found in row.items()} for name, row in transfer.items()}
+for name, found in unlabelled.items():
+    dishes = found.count(0)
+    print(f"no label, {name}: {no_label[name]:.0%} right; {dishes} of {len(found)} words are called a dish")
+print(f"labels, then mean and lowest to highest of {len(DRAWS)} draws:")
+for name, row in transfer.items():
+    cells = [f"{n:>2} labels {mean[name][n]:.0%} ({min(row[n]):.0%} to {max(row[n]):.0%})" for n in LABELS]
+    print(f"{name:>15}: " + "   ".join(cells))
+lines = {name: (LABELS, [mean[name][n] for n in LABELS], *([f(row[n]) for n in LABELS] for f in (min, max)))
+         for name, row in transfer.items() if name != "fresh centre"}  # fmt: skip
 figure = plots.curve(
-    {
-        name: (LABELS, [s.accuracy for s in scores], [s.low for s in scores], [s.high for s in scores])
-        for name, scores in transfer.items()
-    },
-    title="Pretraining replaces labels",
-    xlabel="labelled reviews",
-    ylabel="accuracy on unseen reviews",
-    alt=alt,
+    lines,
+    title="The simplest use of the pretrained weights sorts best",
+    xlabel="labelled words",
+    ylabel="accuracy on other words",
     log_x=True,
     percent=True,
-    references={"chance": 0.5},
+    references={f"no label, {name}": share for name, share in no_label.items()},
 )
+figure.axes[0].set_xticks(LABELS, LABELS)
+alt = "Accuracy over labelled words, mean and range of five draws: nearest centre on top, then pretrained."
 plots.show(figure, alt)
-few = {name: sum(s.accuracy for s in scores[:3]) / 3 for name, scores in transfer.items()}
-enough = transfer["pretrained"][LABELS.index(16)].accuracy
-print("mean over 2, 4 and 8 labels:", ", ".join(f"{name} {100 * value:.0f} %" for name, value in few.items()))
-ahead, full = few["pretrained"] - few["from scratch"], transfer["from scratch"][-1].accuracy
-lesson.claim("with so few labels the pretrained model is at least 15 points ahead", ahead, at_least=0.15, form=".0%")
+without = max(mean["from scratch"][4], mean["letters"][4])
 lesson.claim(
-    "with 16 labels it is as good as the other with 64 (2 points allowed)", enough - full, at_least=-0.02, form=".0%"
+    "with 4 labels the nearest centre of pretrained embeddings is at least 10 points ahead of from scratch and letters",
+    mean["nearest centre"][4] - without,
+    at_least=0.1,
+    control=mean["fresh centre"][4] - without,
+    form=".0%",
 )
-for name, scores in transfer.items():
-    shares = f"{100 * few[name]:.0f} %; {100 * scores[3].accuracy:.0f} %"
-    lesson.report(f"mood of a review, {name}, after 2 to 8 labels; 16", shares)
-
+for name, row in mean.items():
+    lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", ", ".join(f"{row[n]:.0%}" for n in LABELS))
+for name, share in no_label.items():
+    lesson.report(f"dish or instrument, no label, {name}", share, ".0%")
 
 # %% [markdown]
-# **What you see.** With two or four labels the pretrained model is already far above chance, and the model from scratch is not. The pretrained vectors hold what the labels ask for; the labels only have to point at it. From scratch the model must learn from the labels alone which words speak for which mood, so it needs several times as many. The task is easy, with a few dozen telling words, so the gap closes soon.
+# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, with the same few steps, the model gives nearly every word the same sort; letters and fresh embeddings help little: the sort does not stand in the spelling. With pretrained weights it can, and it matters how you use them. Fine-tuning all weights on four labelled words depends on the draw and is sometimes hardly better than the letters; with 16 it is more reliable. Comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
 #
-# ## 8 · Exercises
+# So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first: they say whether a task is new to the model. This one is not. All the words stood in the text of pretraining, with sentences that tell their use; with words that it never read the gain would be smaller.
+
+# %% [markdown]
+# ## 9 · Exercises
 #
 # Six, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 
@@ -1395,8 +1532,13 @@ def bert_mask(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 def check_bert_mask(bert_mask):
     rows = torch.randint(0, TOKENS, (200, 100), generator=torch.Generator().manual_seed(1))
     before = rows.clone()
+    torch.manual_seed(6)
     inputs, targets = bert_mask(rows, torch.Generator().manual_seed(2))
     expect_equal("rows after the call", rows, before)
+    torch.manual_seed(7)
+    again, other = bert_mask(rows, torch.Generator().manual_seed(2)), bert_mask(rows, torch.Generator().manual_seed(3))
+    expect_true("the same generator chooses the same again", (again[0] == inputs).all() and (again[1] == targets).all())
+    expect_true("another generator chooses other tokens", (other[1] != targets).any())
     chosen = targets != -100
     expect_true("the targets are the tokens of the rows", (targets[chosen] == rows[chosen]).all())
     expect_true("what is not chosen stays the same in the inputs", (inputs[~chosen] == rows[~chosen]).all())
@@ -1408,7 +1550,10 @@ def check_bert_mask(bert_mask):
     expect_close("share of the chosen that stay", (given == original).float().mean(), 0.1, 0.025)
     others = given[(given != MASK) & (given != original)]
     expect_true("random tokens are no special ones", others.min() >= NUM_SPECIAL)
-    expect_true("random tokens are of many kinds", len(others.unique()) > 100)
+    expect_true("random tokens are of many kinds", len(others.unique()) > 150)
+    expect_true("random tokens are of the whole vocabulary", TOKENS - 20 < others.max() < TOKENS)
+    mixed_rows = [len(set((inputs[i][chosen[i]] == MASK).tolist())) == 2 for i in range(len(rows))]
+    expect_true("each chosen token has its own fate", sum(mixed_rows) > len(rows) / 2)
 
 
 check("3.4", check_bert_mask, bert_mask)
@@ -1465,7 +1610,6 @@ def check_document_mask(document_mask):
 
 check("3.5", check_document_mask, document_mask)
 
-
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
@@ -1489,60 +1633,134 @@ check("3.5", check_document_mask, document_mask)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 3.6, open: a better recipe for 60 steps.
-def my_recipe() -> dict:
-    """Keyword arguments for `trial` in the cell below; what you leave out keeps its default.
+# Exercise 3.6, open: predict, then measure. What does a model of two layers lose without positions?
+PREDICTION = None  # loss without positions minus loss with them, in nats, after 60 steps; write it before you measure
 
-    Train a model with at most as many parameters as the default one, on the same 60 small batches, to a loss on
-    unseen text at least 0.15 nats lower. You may change the shape of the model, its first weights, the learning rate
-    and the warm-up. Ask one question at a time, and note what each answer was.
-    """
+
+def no_positions(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """In place of `rotary_angles`: cosine and sine, each (seq, head_dim), with which `rotate` changes nothing."""
     raise NotImplementedError
 
 
 # %% tags=["check"]
-def trial(
-    hidden=128, inner=352, layers=2, heads=4, initializer_range=0.02, learning_rate=1e-3, warmup_steps=20
-) -> tuple[float, int]:
-    """Loss on unseen text after 60 steps (about 2 s), and the number of parameters."""
-    model = new_transformer(
-        LlamaConfig(
-            vocab_size=TOKENS, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-            num_attention_heads=heads, initializer_range=initializer_range,
-        )
-    )  # fmt: skip
-    config = TrainConfig(max_steps=60, learning_rate=learning_rate, warmup_steps=warmup_steps, progress=False)
-    train(model, batches_of(rows[:, :65], 60, batch_size=8), config, loss_fn=causal_loss)
+def loss_after_60_steps(angles) -> float:
+    """Train the small model on the rows of section 3 with these angles; loss on unseen text (about 3 s)."""
+    torch.manual_seed(seed)
+    model = Transformer(SMALL, angles).to(machine.device)
+    config = TrainConfig(max_steps=60, learning_rate=6e-3, warmup_steps=10, progress=False)
+    train(model, batches_of(rows[:, :49], 60, batch_size=16), config, loss_fn=causal_loss)
     with torch.no_grad():
-        loss = causal_loss(model, {"input_ids": unseen_rows[:32]}).item()
-    return loss, sum(parameter.numel() for parameter in model.parameters())
+        return causal_loss(model, {"input_ids": rows_of(held_out, 49)[:64]}).item()
 
 
-def check_recipe(my_recipe):
-    recipe = my_recipe()
-    (loss, parameters), (default_loss, most) = trial(**recipe), trial()
-    expect_true(f"{parameters:,} parameters are at most {most:,}", parameters <= most)
-    expect_true(f"loss {loss:.2f} is at least 0.15 below the default's {default_loss:.2f}", loss <= default_loss - 0.15)
+def check_no_positions(no_positions, prediction):
+    x = torch.randn(2, 3, 5, 8)
+    cos, sin = no_positions(torch.arange(5), 8, 10_000.0)
+    expect_shape("the cosine for 5 positions and heads of 8", cos, (5, 8))
+    expect_close("rotate(x, cos, sin)", rotate(x, cos, sin), x)
+    guessed = isinstance(prediction, int | float) and -10 < prediction < 10
+    expect_true("PREDICTION is a number of nats, written before you measured", guessed)
+    difference = loss_after_60_steps(no_positions) - loss_after_60_steps(rotary_angles)
+    print(f"you predicted {prediction:+.2f} nats, it is {difference:+.2f}")
 
 
-check("3.6", check_recipe, my_recipe)
+check("3.6", check_no_positions, no_positions, PREDICTION)
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# Sixty steps are very few: begin with the learning rate and the warm-up, then look at the size of the first weights.
+# `rotate` multiplies by the cosine and adds something times the sine. For the prediction: the second layer of a causal model can count how many tokens a position sees.
 #
 # </details>
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# One of many. With 60 steps there is no time to lose: a learning rate far above that of a long run, a short warm-up, and larger first weights, so that the tied output matrix can tell tokens apart from the start.
+# An angle of zero has the cosine 1 and the sine 0. Any prediction is right that was written first; ask why yours was too high or too low. One layer is blind to order, two are not quite: under the causal mask each position averages over another number of tokens, and the next layer can use that.
 #
 # ```python
-# def my_recipe() -> dict:
-#     return {"learning_rate": 8e-3, "warmup_steps": 5, "initializer_range": 0.05}
+# PREDICTION = 0.5
+#
+#
+# def no_positions(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+#     cos = torch.ones(len(positions), head_dim, device=positions.device)
+#     return cos, torch.zeros_like(cos)
 # ```
+#
+# </details>
+
+# %% [markdown]
+# ## Quiz
+#
+# Five questions, two of them on a figure of this lesson. Choose before you unfold the answer.
+
+# %% [markdown] tags=["quiz"]
+# **1. A tokenizer was trained on English. Which text of 1,000 bytes costs the most tokens?**
+#
+# - A. An English news article.
+# - B. An English novel.
+# - C. A Thai news article.
+# - D. All cost the same, for all have 1,000 bytes.
+#
+# <details><summary>Answer</summary>
+#
+# C. Its pairs of bytes were rare in the training text, so few merges apply. Section 1 saw the same with Python source, and the order turned round with the other tokenizer.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **2. You take the rotation out of a model of one causal layer. What can its last position still tell?**
+#
+# - A. Which tokens stood before it and how often, but not in which order.
+# - B. Nothing about the tokens before it.
+# - C. Only which token stood directly before it.
+# - D. Everything, for the causal mask gives each token its place.
+#
+# <details><summary>Answer</summary>
+#
+# A. The weighted average is the same for every order of what it averages. The mask tells the last position how many tokens there are, and not their order.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **3. In the figure "Each kind of document has its own curve", the kind *sums* hardly falls any further. What follows?**
+#
+# - A. The model has learned everything about this kind.
+# - B. The learning rate is too low for all kinds.
+# - C. What is left of its loss is either chance in the text or something that the model has not learned to use; the curve alone does not say which.
+# - D. This kind should be taken out of the training text.
+#
+# <details><summary>Answer</summary>
+#
+# C. The numbers of a sum are drawn at random, and no model can foresee them. But the result follows from them, and there the model is still wrong. A loss contains both.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **4. In the figure on labels, the dashed line "no label, two sentences" is the highest. What follows for a model that gets 99 % with 16 labels?**
+#
+# - A. It learned the two sorts from the 16 labels.
+# - B. It may have known the two sorts before the first label, so the 99 % do not show what labels taught it.
+# - C. Its test words were among the labelled ones.
+# - D. It would get the same with fresh weights.
+#
+# <details><summary>Answer</summary>
+#
+# B. Compare with what the model can do without labels, asked in its own language. A is what one would say without that line. C is false by construction, and D by the line from scratch.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **5. Why does AdamW divide the two running means by $1-\beta^t$?**
+#
+# - A. To shorten gradients that are too long.
+# - B. To lower the learning rate during the training.
+# - C. To keep the weights small.
+# - D. Because both start at zero and are too small in the first steps.
+#
+# <details><summary>Answer</summary>
+#
+# D. After $t$ steps the weights of the mean sum to $1-\beta^t$ and not to 1. A is clipping, B the schedule, C the decay.
 #
 # </details>
 
@@ -1557,7 +1775,7 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Nobody writes the model and the loop again for each run. With `transformers` the profile's model is loaded, and trained further on new text, in a few lines. This is *continued pretraining*: the same objective, other text, a lower learning rate. Here the text is Shima's medicine, which shima-4m has never read (and no hub model either). Watch the loss on the new text, and on text of the old kind.
+# Nobody writes the model and the loop again for each run. With `transformers` the profile's model is loaded, and trained further on new text, in a few lines. This is *continued pretraining*: the same objective, other text, here with a somewhat lower learning rate. Here the text is Shima's medicine, which shima-4m has never read (and no hub model either). Watch the loss on the new text, and on text of the old kind.
 
 # %%
 from datasets import Dataset
@@ -1576,10 +1794,10 @@ def packed(texts: list[str]) -> Dataset:
     rows = list(pack(documents, 128))
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
-
+# %%
 new_text = list(islice(world.documents(seed, {"medicine": 1.0}), 600))
-old_text = text_dataset(text_id or machine, 150, seed=10_000 + seed)["text"]
-sets = {"new": packed(new_text[:100]), "old": packed(list(old_text))}
+old_text = text_dataset(text_id or machine, 60, seed=10_000 + seed)["text"]
+sets = {"new": packed(new_text[:60]), "old": packed(list(old_text))}
 arguments = TrainingArguments(
     output_dir=str(ROOT / "build" / "03_pretraining"), max_steps=lesson.scaled(settings["practice"][1]),
     learning_rate=settings["practice"][0], lr_scheduler_type="cosine", warmup_steps=5, per_device_train_batch_size=8,
@@ -1592,15 +1810,11 @@ trainer.train()
 after = {name: math.log(perplexity(model.eval(), rows.iter(8))) for name, rows in sets.items()}
 for name in sets:
     print(f"{name} text: {before[name]:.2f} -> {after[name]:.2f} nats per token")
-lesson.claim(
-    "the loss on the new text falls by at least a quarter", 1 - after["new"] / before["new"], at_least=0.25, form=".0%"
-)
-lesson.claim(
-    "the old text gains nothing from it (2 % allowed)", 1 - after["old"] / before["old"], at_most=0.02, form=".1%"
-)
+chance = math.log(len(tokenizer))
+print(f"guessing all tokens alike would cost {chance:.2f} nats")
 
 # %% [markdown]
-# The old text suffers: the model forgets. Lesson 14 measures that and its remedy, to mix old text in.
+# Before, the model is worse on the new text than guessing all tokens alike: it is sure of words that do not come. Afterwards the old text has suffered: the model forgets. Lesson 14 measures that and its remedy, to mix old text in.
 #
 # **What is different at scale**
 #
@@ -1616,10 +1830,6 @@ lesson.claim(
 #
 # ## Read on
 #
-# - Shannon 1951, *Prediction and Entropy of Printed English*: n-grams, and what a bit per character means.
-# - Bengio et al. 2003, *A Neural Probabilistic Language Model*: the first neural one with learned word vectors.
-# - Hochreiter & Schmidhuber 1997, *Long Short-Term Memory*.
-# - Witten & Bell 1991, *The Zero-Frequency Problem*.
 # - Sennrich et al. 2016, *Neural Machine Translation of Rare Words with Subword Units*: byte-pair encoding.
 # - Vaswani et al. 2017, *Attention Is All You Need*.
 # - Radford et al. 2018, *Improving Language Understanding by Generative Pre-Training*; 2019, *Language Models are Unsupervised Multitask Learners*.

@@ -23,23 +23,24 @@ def definitions(source: str) -> str:
 def lesson() -> dict:
     """The names that the exercises use, made by the lesson's own cells, with a small tokenizer."""
     names: dict = {"profile": "cpu", "model_id": "", "seed": 0, "budget": 0.1, "display": lambda *_, **__: None}
-    small = planted(CELLS["train-bpe"], "1500, 2048", "300, 600")
+    small = planted(CELLS["run-bpe"], "1500, 2048", "300, 600")
     for source in (
+        CELLS["imports"],
         CELLS["settings"],
         CELLS["helpers"],
         CELLS["pre-tokenize"],
         CELLS["merge-pair"],
+        CELLS["train-bpe"],
         small,
         "sizes = [len(SPECIAL_TOKENS) + 256]\n" + definitions(CELLS["encode"]) + "\nencode = make_encoder(merges)",
+        definitions(CELLS["attend"]),
+        CELLS["rope"],
         CELLS["rms-norm"],
-        definitions(CELLS["rope"]),
         CELLS["attention"],
         CELLS["block"],
         CELLS["transformer"],
         CELLS["rows"],
         definitions(CELLS["same-losses"]),
-        "MASK, NUM_SPECIAL = SPECIAL_TOKENS.index('<|mask|>'), len(SPECIAL_TOKENS)",
-        "rows, unseen_rows = rows[:, :25], rows_of(held_out, 129)[:64]",  # short rows, for quick trials in 3.6
     ):
         exec(source, names)
     return names
@@ -79,7 +80,7 @@ def test_the_check_of_wsd_finds_schedules_that_are_off_by_a_step_or_end_elsewher
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_bert_mask_finds_wrong_shares_special_tokens_and_changed_rows(lesson):
+def test_the_check_of_bert_mask_finds_wrong_shares_tokens_and_fates_and_changed_rows(lesson):
     exercise = EXERCISES["3.4"]
     source = exercise.solution
     wrong = [
@@ -91,6 +92,15 @@ def test_the_check_of_bert_mask_finds_wrong_shares_special_tokens_and_changed_ro
         planted(source, "rows.masked_fill(~chosen", "inputs.masked_fill(~chosen"),
         planted(source, "rows.masked_fill(~chosen, -100)", "rows"),
         planted(source, "return inputs, rows", "rows[chosen] = MASK\n    return inputs, rows"),
+        source.replace(", generator=generator", ""),
+        planted(source, "NUM_SPECIAL, TOKENS, rows.shape", "NUM_SPECIAL, 1000, rows.shape"),
+        planted(source, "NUM_SPECIAL, TOKENS, rows.shape", "NUM_SPECIAL, 272, rows.shape"),
+        planted(
+            source,
+            "fate = torch.rand(rows.shape, generator=generator)",
+            "fate = torch.rand((len(rows), 1), generator=generator).expand(rows.shape)",
+        ),
+        planted(source, "    chosen =", "    generator = torch.Generator().manual_seed(0)\n    chosen ="),
     ]
     prove_check(exercise, lesson, wrong)
 
@@ -107,14 +117,21 @@ def test_the_check_of_document_mask_finds_masks_that_leak_or_cut_too_early(lesso
 
 
 @pytest.mark.slow
-def test_the_check_of_the_recipe_finds_larger_models_and_no_progress(lesson):
+def test_the_check_of_no_positions_finds_turning_vectors_and_a_missing_prediction(lesson):
     exercise = EXERCISES["3.6"]
-    recipe = '{"learning_rate": 8e-3, "warmup_steps": 5, "initializer_range": 0.05}'
     wrong = [
-        planted(exercise.solution, recipe, "{}"),
-        planted(exercise.solution, recipe, '{"inner": 400, "learning_rate": 8e-3, "initializer_range": 0.05}'),
+        planted(exercise.solution, "torch.zeros_like(cos)", "cos"),
+        planted(exercise.solution, "torch.ones(", "torch.zeros("),
+        planted(exercise.solution, "len(positions), head_dim", "len(positions), head_dim // 2"),
+        planted(exercise.solution, "PREDICTION = 0.5", "PREDICTION = None"),
     ]
     prove_check(exercise, lesson, wrong)
+
+
+@pytest.mark.slow
+def test_the_core_path_runs_alone(tmp_path):
+    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
+    assert said.count("not attempted yet") == len(EXERCISES)
 
 
 @pytest.mark.slow
