@@ -147,7 +147,12 @@ TASKS = ("mood", "pairs")
 encode = partial(encode_answer, tokenizer)  # -> tokens, and labels: -100 in the prompt
 
 
-def instructions(n: int, stream: int, tasks: Sequence[str] = TASKS, held_out: bool = False) -> list[tuple[str, str]]:
+def instructions(
+    n: int,
+    stream: int,
+    tasks: Sequence[str] = TASKS,
+    held_out: bool = False,
+) -> list[tuple[str, str]]:
     """`n` instructions, the tasks in turn; held-out ones use words never trained on."""
     rng = random.Random(f"{stream}/{held_out}")
     items = [world.chat(rng, tasks[i % len(tasks)], held_out) for i in range(n)]
@@ -243,7 +248,8 @@ print(f"base model, loss on documents: {text_before:.3f} nats a token")
 # %%
 def fit(model: nn.Module, rows: list[dict], rate: float, steps: int, **options):
     """Train what requires a gradient; `options` are those of `TrainConfig` and `train`."""
-    given = {name: options.pop(name) for name in ("evaluate", "optimizer_fn") if name in options}
+    names = {"evaluate", "optimizer_fn"} & options.keys()
+    given = {name: options.pop(name) for name in names}
     config = {
         "max_steps": steps,
         "learning_rate": rate * settings["rate"],
@@ -334,13 +340,15 @@ MOST = max(len(s) for _, s, _ in updates.values())
 rows, cut = {}, {}
 for rank in (1, 4, 16, 64, MOST):
     cut[rank], loss = quality(truncated(rank))
-    shares = [(s[:rank] ** 2).sum() / (s**2).sum().clamp(min=1e-30) for _, s, _ in updates.values()]
+    energies = [s**2 for _, s, _ in updates.values()]
+    shares = [float(e[:rank].sum() / e.sum().clamp(min=1e-30)) for e in energies]
     rows[f"rank {rank} of {MOST}"] = f"{np.mean(shares):.0%}", cut[rank], f"{loss:.3f}"
 for name, others in {"and the norms": "norm", "and all the rest": ""}.items():
     right, loss = quality(truncated(MOST, others))
     rows[name] = "", right, f"{loss:.3f}"
 show_table(rows, ["energy", "held-out instructions", "loss"])
-lesson.report("update cut to rank 1, 4 and 16, right", "; ".join(str(cut[r]) for r in (1, 4, 16)))
+for rank in (1, 4, 16):
+    lesson.report(f"the update cut to rank {rank}, right", str(cut[rank]))
 lesson.equal("all parts together are the fine-tuned model", abs(loss - loss_full), within=1e-3)
 
 # %% [markdown]
@@ -393,7 +401,12 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 ALL = ATTENTION + FEED_FORWARD
 
 
-def lora(rank: int = 4, targets: Sequence[str] = ALL, scale: float = 2, kind: type = LoRALinear) -> Callable:
+def lora(
+    rank: int = 4,
+    targets: Sequence[str] = ALL,
+    scale: float = 2,
+    kind: type = LoRALinear,
+) -> Callable:
     """The method LoRA with alpha = scale * rank, on these layers."""
     return lambda model: wrap(model, targets, lambda m: kind(m, rank, scale * rank))
 
@@ -543,7 +556,8 @@ with tqdm(total=10, desc="runs") as bar:
     for name, (method, rates) in SWEEP.items():
         runs[name] = []
         lowest = rates[0]
-        for rate, stream in [(r, seed) for r in rates] + [(lowest, seed + 50), (lowest, seed + 51)]:
+        seeds = [(lowest, seed + 50), (lowest, seed + 51)]
+        for rate, stream in [(rate, seed) for rate in rates] + seeds:
             keep = name if (rate, stream) == (lowest, seed) else ""
             runs[name].append(reach(method, rate, stream, keep))
             bar.update()
@@ -560,7 +574,8 @@ for name, found in runs.items():
         places = [run["rate"] / factor for run in found]
         axes.plot(places[:3], values[:3], "o-", color=COLOR[name], label=name)
         axes.plot(places[3:], values[3:], "o", color=COLOR[name], markerfacecolor="white")
-for axes, label in zip(sides, ("steps until 95 % are right", "lost on documents (nats)"), strict=True):
+labels = "steps until 95 % are right", "lost on documents (nats)"
+for axes, label in zip(sides, labels, strict=True):
     axes.set(xscale="log", xlabel="learning rate (for LoRA: a tenth of its)", ylabel=label)
     axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
     axes.minorticks_off()
@@ -578,7 +593,8 @@ lowest = {name: [found[0], *found[3:]] for name, found in runs.items()}
 for name, found in lowest.items():
     rises = [run["rise"] for run in found]
     print(f"{name}, lowest rate, three seeds: {min(rises):+.3f} to {max(rises):+.3f} nats")
-    lesson.report(f"documents at equal quality, {name}, nats", ", ".join(f"{r:+.3f}" for r in rises))
+    said = ", ".join(f"{rise:+.3f}" for rise in rises)
+    lesson.report(f"documents at equal quality, {name}, nats", said)
 least = min(run["right"].accuracy for run in lowest["LoRA"])
 lesson.claim(
     "LoRA, three seeds: at least 70 points more of the held-out instructions than before",
@@ -614,14 +630,16 @@ def update_size(update: Callable[[str], Tensor]) -> tuple[float, float]:
     return tuple(np.mean(sizes, axis=0))
 
 
+whole, low = kept_parts["full fine-tuning"], kept_parts["LoRA"]
 changed = {
-    "full fine-tuning": lambda n: kept_parts["full fine-tuning"][f"{n}.weight"] - PARAMETERS[f"{n}.weight"],
-    "LoRA": lambda n: 2 * kept_parts["LoRA"][f"{n}.B"] @ kept_parts["LoRA"][f"{n}.A"],
+    "full fine-tuning": lambda n: whole[f"{n}.weight"] - PARAMETERS[f"{n}.weight"],
+    "LoRA": lambda n: 2 * low[f"{n}.B"] @ low[f"{n}.A"],
 }
 for name, update in changed.items():
     norm, spectral = update_size(update)
     print(f"{name}: norm {norm:.1%} of the weights', largest singular value {spectral:.1%}")
-    lesson.report(f"largest singular value of the update, {name}", f"{spectral:.0%} of the weights'")
+    said = f"{norm:.0%} and {spectral:.0%} of the weights'"
+    lesson.report(f"norm and largest singular value of the update, {name}", said)
 
 # %% [markdown]
 # **What you see.** At the same quality LoRA has moved the weights further, and most of all in their strongest direction. Shuttleworth et al. (2024) find such strong new directions after LoRA in large models as well and link them to forgetting. The numbers here fit to that; they do not prove it, since nothing was done to the directions alone.
@@ -714,9 +732,8 @@ lesson.claim(
 # %%
 def nf4_levels() -> Tensor:
     """The 16 levels: quantiles of a normal distribution from 0.0323 to 0.9677."""
-    positive, negative = (
-        torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64)[:-1]) for n in (9, 8)
-    )
+    shares = (torch.linspace(0.9677083, 0.5, n, dtype=torch.float64) for n in (9, 8))
+    positive, negative = (torch.special.ndtri(share[:-1]) for share in shares)
     levels = torch.cat([-negative, torch.zeros(1), positive]).float().sort().values
     return levels / levels.max()
 
@@ -767,7 +784,8 @@ wrong, count = 0, 0
 for name in LINEAR[:28]:
     weight = PARAMETERS[f"{name}.weight"]
     ours = pack(weight)
-    theirs, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    kind = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+    theirs, state = quantize_4bit(weight, **kind)
     wrong += int((ours["packed"] != theirs.flatten()).sum())
     wrong += int((ours["absmax"] != state.absmax).sum())
     wrong += int((ours["absmax_of_absmax"] != state.state2.absmax).sum())
@@ -796,6 +814,7 @@ class Dequantised(torch.autograd.Function):
         return gradient @ context.layer.dequantize().to(gradient.dtype), None
 
 
+# %%
 class NF4Linear(nn.Module):
     """A frozen linear layer in 4 bits, with the absmax of its blocks in 8."""
 
@@ -843,7 +862,11 @@ del quantised, four_bit
 # %%
 def qlora(rank: int = 4) -> Callable:
     """The method QLoRA: every linear layer in NF4, and LoRA in fp32 on top."""
-    return lambda model: wrap(model, ALL, lambda layer: LoRALinear(NF4Linear(layer), rank, 2 * rank))
+
+    def make(layer: nn.Linear) -> LoRALinear:
+        return LoRALinear(NF4Linear(layer), rank, 2 * rank)
+
+    return lambda model: wrap(model, ALL, make)
 
 
 runs["QLoRA"] = [reach(qlora(), 10 * RATES[0], keep="QLoRA")]
@@ -854,8 +877,6 @@ lesson.claim(
     "QLoRA: at least 70 points more of the held-out instructions than before",
     runs["QLoRA"][0]["right"].accuracy - before.accuracy, at_least=0.7, form=".0%",
 )  # fmt: skip
-
-# %%
 loaded = load_in_4_bit(base.name_or_path, machine.device, torch.float32)
 print(type(loaded.model.layers[0].self_attn.q_proj))
 theirs = peft.get_peft_model(loaded, lora_config)
@@ -915,8 +936,6 @@ for name in LINEAR:
     weight = plain.get_submodule(name).weight.detach().cpu() - update
     restored = max(restored, largest(weight, PARAMETERS[f"{name}.weight"]))
 lesson.equal("unmerging gives the base model back", restored, within=1e-5)
-
-# %%
 theirs = peft.get_peft_model(fresh(), lora_config)
 found = dict(theirs.named_parameters())
 for name, tensor in kept_parts["LoRA"].items():
@@ -1015,7 +1034,8 @@ costs = {name: cost(method) for name, method in METHODS.items()}
 rows = {}
 for name, found in costs.items():
     total = sum(size for part, size in found.items() if part != "ms")
-    rows[name] = *(f"{found[part]:.1f}" for part in [*found][:4]), f"{total:.1f}", f"{found['ms']:.0f}"
+    parts = [f"{found[part]:.1f}" for part in [*found][:4]]
+    rows[name] = *parts, f"{total:.1f}", f"{found['ms']:.0f}"
     lesson.report(f"memory of a step, {name}", f"{total:.0f} MiB")
 show_table(rows, ["weights", "gradients", "optimiser", "activations", "MiB", "ms"])
 
@@ -1212,7 +1232,8 @@ for number, task in enumerate(TASKS, start=1):
 ADAPTERS = [*TASKS, "LoRA"]  # LoRA does both tasks
 bank = fresh()
 for name in LINEAR:
-    A, B = (torch.stack([kept_parts[a][f"{name}.{f}"] for a in ADAPTERS]).to(machine.device) for f in "AB")
+    stacked = (torch.stack([kept_parts[a][f"{name}.{f}"] for a in ADAPTERS]) for f in "AB")
+    A, B = (factors.to(machine.device) for factors in stacked)
     parent, _, leaf = name.rpartition(".")
     layer = LoRABank(bank.get_submodule(name), A, B, scale=2)
     setattr(bank.get_submodule(parent), leaf, layer)
@@ -1279,7 +1300,8 @@ for name, weights in MIXES.items():
         right, _ = answered(bank, rows)
         mixes[name][task] = score(sum(right), len(right))
     print(f"{name:>20}: " + ", ".join(f"{t} {right}" for t, right in mixes[name].items()))
-    lesson.report(f"adapters: {name}", "; ".join(f"{t} {s.accuracy:.0%}" for t, s in mixes[name].items()))
+    said = "; ".join(f"{task} {found.accuracy:.0%}" for task, found in mixes[name].items())
+    lesson.report(f"adapters: {name}", said)
 
 # %%
 figure = plots.bars_with_intervals(
@@ -1290,8 +1312,9 @@ figure = plots.bars_with_intervals(
 )
 plots.show(figure)
 gone = [
-    mixes[f"both-task - {task}"][other].accuracy - mixes[f"both-task - {task}"][task].accuracy
+    found[other].accuracy - found[task].accuracy
     for task, other in (TASKS, TASKS[::-1])
+    for found in [mixes[f"both-task - {task}"]]
 ]
 lesson.claim(
     "minus one task, the adapter is at least 50 points better at the other",
@@ -1373,7 +1396,8 @@ print(f"loss {losses[0]:.3f} -> {np.mean(losses[-5:]):.3f}")
 # %%
 def mood_of(review: str) -> int:
     """+1 if it has more good adjectives than bad ones, -1 if fewer, else 0."""
-    good, bad = (sum(review.count(word) for word in MOODS[mood][0]) for mood in ("good", "bad"))
+    words = (MOODS[mood][0] for mood in ("good", "bad"))
+    good, bad = (sum(map(review.count, adjectives)) for adjectives in words)
     return (good > bad) - (good < bad)
 
 
@@ -1434,8 +1458,8 @@ for name, make in OPTIMIZERS.items():
         warnings.simplefilter("ignore")  # paging on a CPU
         given = {"optimizer_fn": lambda _, made=optimizer: made}
         losses = fit(model, rows_of(steps * BATCH, seed), 5e-4, steps, **given).losses
-    planned = sum(optimizer_state(name, [tuple(p.shape) for p in model.parameters()], width=4))
-    found = state_bytes(optimizer)
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    planned, found = sum(optimizer_state(name, shapes, width=4)), state_bytes(optimizer)
     off.append(abs(planned - found) / max(1, found))
     rows[name] = f"{losses[0]:.3f}", f"{losses[-1]:.3f}", f"{found / SIZE:.2f}"
     lesson.report(f"{name}, bytes a parameter", found / SIZE, form=".2f")
@@ -1467,17 +1491,21 @@ counts, rows = {}, {}
 for rank in (1, 2, 4, 8):
     counts[rank] = 96 * 2 * rank * (12288 + 12288)
     fewer, size = GPT3.num_parameters / counts[rank], 2 * counts[rank]
-    rows[f"r = {rank}"] = f"{counts[rank] / 1e6:.1f} M", f"{fewer:,.0f}", f"{size / 1e6:.0f} MB"
+    trained = f"{counts[rank] / 1e6:.1f} M"
+    rows[f"r = {rank}"] = trained, f"{fewer:,.0f}", f"{size / 1e6:.0f} MB"
 show_table(rows, ["trained", "times fewer", "16-bit checkpoint"])
 paper = {1: 4.7, 8: 37.7}  # millions, table 4 of the paper
 off = max(abs(counts[rank] / 1e6 - said) for rank, said in paper.items())
 lesson.equal("our counts are the paper's, in millions", off, within=0.05)
-lesson.report("GPT-3, LoRA with r = 4: times fewer", GPT3.num_parameters / counts[4], form=",.0f")
+fewer = GPT3.num_parameters / counts[4]
+lesson.report("GPT-3, LoRA with r = 4: times fewer", fewer, form=",.0f")
 
 # %%
-common = {"precision": "fp16", "batch_size": 1, "seq_len": 2048, "gradient_checkpointing": True}
+common = {"precision": "fp16", "batch_size": 1, "seq_len": 2048}
+common |= {"gradient_checkpointing": True}
 everywhere = estimate_training(GPT3, method="full", **common)
-adapted = estimate_training(GPT3, method="lora", lora_rank=4, lora_targets=("qkv_proj",), **common)
+place = {"lora_rank": 4, "lora_targets": ("qkv_proj",)}
+adapted = estimate_training(GPT3, method="lora", **place, **common)
 rows = {}
 for name, found in {"full": everywhere, "LoRA": adapted}.items():
     parts = found.total, found.parameters, found.gradients, found.optimizer
@@ -1642,7 +1670,8 @@ def check_update_ratio(update_ratio):
         for factor in (3.0, 8.0):
             found = measured_update(optimizer, 4 * factor) / measured_update(optimizer, 4)
             call = f"update_ratio({optimizer!r}, {factor:g})"
-            expect_close(f"{call}, measured {found:.2f},", update_ratio(optimizer, factor) / found, 1.0, 0.02)
+            said = update_ratio(optimizer, factor) / found
+            expect_close(f"{call} over the measured {found:.2f}", said, 1.0, 0.02)
 
 
 check("6.3", check_update_ratio, update_ratio)
@@ -1858,11 +1887,14 @@ from trl import SFTConfig, SFTTrainer
 from helpers.data import instruction_dataset
 
 CPU, FOLDER = machine.device == "cpu", ROOT / "build" / "lesson06-adapter"
-source = instruction_dataset(machine, lesson.scaled(96), seed=seed, **({"tasks": TASKS} if CPU else {}))
+chosen = {"tasks": TASKS} if CPU else {}
+source = instruction_dataset(machine, lesson.scaled(96), seed=seed, **chosen)
 pairs = [(row["instruction"] + "\n", row["answer"] + "\n") for row in source]
 pairs = [(prompt, answer) for prompt, answer in pairs if len(prompt + answer) < 2000]
-columns = dict(zip(("prompt", "completion"), map(list, zip(*pairs, strict=True)), strict=True))
+columns = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
 warnings.filterwarnings("ignore", message=".*pin_memory")
+
+# %%
 arguments = SFTConfig(
     output_dir=str(FOLDER), max_steps=lesson.scaled(12), per_device_train_batch_size=8,
     learning_rate=5e-3 if CPU else 2e-4, lr_scheduler_type="linear", logging_steps=1,
@@ -1872,7 +1904,7 @@ arguments = SFTConfig(
 )  # fmt: skip
 adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 trainer = SFTTrainer(
-    fresh(), arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
+    fresh(), arguments, train_dataset=Dataset.from_list(columns), processing_class=tokenizer,
     peft_config=adapter,
 )  # fmt: skip
 trainer.remove_callback(PrinterCallback)
@@ -1880,7 +1912,10 @@ trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 print(f"loss {losses[0]:.2f} -> {np.mean(losses[-3:]):.2f}, {num_trained(trainer.model):,} trained")
 fell = losses[0] - np.mean(losses[-3:])
-lesson.claim("SFTTrainer with a peft_config: the loss falls by at least 1 nat", fell, at_least=1, form=".2f")
+lesson.claim(
+    "SFTTrainer with a peft_config: the loss falls by at least 1 nat",
+    fell, at_least=1, form=".2f",
+)  # fmt: skip
 
 # %% [markdown]
 # Save the adapter, read it back on a fresh base, merge it, and you have a plain model again. For QLoRA load the base with a `BitsAndBytesConfig` (section 6) and give that model to `SFTTrainer`; merge into a base that was read in 16 bits, not into the 4-bit one.
