@@ -35,7 +35,6 @@ WITHOUT_CORE_AND_QUIZ = (
     "03_pretraining",
     "04_scaling_laws",
     "05_supervised_fine_tuning",
-    "06_peft",
     "08_rlhf",
     "09_dpo",
     "10_compression",
