@@ -103,7 +103,6 @@ COLOR = {  # one colour for each method, in all figures
     "LoRA": plots.COLORS[1],
     "rank 1": plots.COLORS[3],
     "rank 16": plots.COLORS[4],
-    "QLoRA": plots.COLORS[2],
 }
 
 # %% [markdown]
@@ -153,7 +152,7 @@ def instructions(
     tasks: Sequence[str] = TASKS,
     held_out: bool = False,
 ) -> list[tuple[str, str]]:
-    """`n` instructions, the tasks in turn; held-out ones use words never trained on."""
+    """`n` instructions, the tasks in turn; held-out reviews and lists are never trained on."""
     rng = random.Random(f"{stream}/{held_out}")
     items = [world.chat(rng, tasks[i % len(tasks)], held_out) for i in range(n)]
     return [(item.prompt + "\n", item.answer + "\n") for item in items]
@@ -302,7 +301,7 @@ full_weights = trained_part(full)
 del full
 
 # %% [markdown]
-# **What you see.** Forty small batches are enough for the two instructions, with words that training never used. The base model answers none of them. The price: a share of what it could do before is gone, and its own kind of text has become less likely.
+# **What you see.** Forty small batches are enough for the two instructions, on reviews and lists that training never had. The base model answers none of them. The price: a share of what it could do before is gone, and its own kind of text has become less likely.
 #
 # Two notes on the comparison that follows. The model can already judge and look up, in other formats, so this task is mostly one of form. And nearly all is right at the end: where two methods both reach 100 %, this score cannot tell them apart. Sections 4 and 5 deal with both.
 
@@ -1047,7 +1046,7 @@ figure, axes = plt.subplots(figsize=(7, 2.6))
 left = dict.fromkeys(costs, 0.0)
 for number, part in enumerate(("weights", "gradients", "optimiser", "activations")):
     sizes = [found[part] for found in costs.values()]
-    colour = [plots.GREY, plots.COLORS[3], plots.COLORS[4], plots.COLORS[5]][number]
+    colour = [plots.GREY, plots.COLORS[2], plots.COLORS[5], "#C8C8C8"][number]
     axes.barh([*costs], sizes, left=[*left.values()], color=colour, label=part)
     left = {name: left[name] + size for name, size in zip(left, sizes, strict=True)}
 axes.invert_yaxis()
@@ -1302,14 +1301,6 @@ for name, weights in MIXES.items():
     said = "; ".join(f"{task} {found.accuracy:.0%}" for task, found in mixes[name].items())
     lesson.report(f"adapters: {name}", said)
 
-# %%
-figure = plots.bars_with_intervals(
-    mixes,
-    title="What sums and differences of adapters still answer",
-    xlabel="held-out instructions right",
-    alt="Right answers on both tasks for single adapters, their sum, their mean and differences.",
-)
-plots.show(figure)
 
 # %% [markdown]
 # **What you see.** One run. Each specialist does its own task and not the other. Minus one specialist, the adapter for both loses that task, and keeps some of the other. Compare the sum with the mean: at full strength the two updates, trained apart as if each had the model for itself, disturb each other; at half strength both tasks are there. Where both learnt the same thing, such as to answer instead of going on with the text, a sum does it twice. Merging methods (such as TIES, Yadav et al. 2023, arXiv:2306.01708) try to repair this.
@@ -1408,13 +1399,22 @@ lesson.claim(
 del writer
 
 # %%
-figure = plots.bars_with_intervals(
-    steered,
-    title="With the branch, most reviews have the wanted mood",
-    xlabel="sampled reviews of the wanted mood",
-    alt="Share of reviews of the wanted mood: most with the steered branch, about half without.",
-)
-plots.show(figure)
+figure, axes = plt.subplots(figsize=(7, 2.6))
+tints, position = {"steered": plots.INK, "base model": plots.GREY}, 0
+for found in steered.values():
+    for name, hits in found.items():
+        label = name if position < 2 else None
+        axes.barh(position, hits.accuracy, color=tints[name], label=label)
+        axes.plot([hits.low, hits.high], [position] * 2, color="white", linewidth=3)
+        axes.plot([hits.low, hits.high], [position] * 2, color=plots.COLORS[5])
+        position += 1
+axes.set_yticks([0.5, 2.5], [f"{mood} wanted" for mood in steered])
+axes.set(xlim=(0, 1), xlabel="sampled reviews of the wanted mood")
+axes.xaxis.set_major_formatter(plots.PERCENT)
+axes.set_title("With the branch, most reviews have the wanted mood")
+axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+alt = "Share of reviews of the wanted mood, with intervals: most with the branch, "
+plots.show(figure, alt=alt + "about half without.")
 
 # %% [markdown]
 # **What you see.** One run. The base model writes good and bad reviews about equally often, whatever is wanted. With the branch it writes mostly what is asked for, although its own weights did not change.
