@@ -112,7 +112,7 @@ COLOR = {  # one colour for each method, in all figures
 world = World()
 base, tokenizer = load_model(machine)
 base = base.float().cpu().requires_grad_(False)
-STEPS, BATCH = lesson.scaled(40), 8
+STEPS, BATCH = lesson.scaled(40), 6
 
 
 def fresh() -> nn.Module:
