@@ -613,9 +613,9 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** LoRA reaches the goal as full fine-tuning does, with about two percent of the numbers trained. It does not forget less. At each of the three rates, and with each seed of the lowest, it takes more steps to the same quality, and more of the old text is lost on the way. In both methods the highest rate is the quickest to the goal and loses the most. So in this lesson the learning rate, not the number of trained parameters, decides most about forgetting.
+# **What you see.** LoRA reaches the goal as full fine-tuning does, with about two percent of the numbers trained. It does not forget less. At each of the three rates, and with each seed of the lowest, it takes more steps to the same quality, and more of the old text is lost on the way. In both methods the highest rate is the quickest to the goal and loses the most. So in this lesson the choice of the rate makes a larger difference to forgetting than the choice between the two methods.
 #
-# Does this contradict Biderman et al.? They trained models of 7 billion parameters for long on code and mathematics, compared after equal data, and LoRA had learnt less there. Here the model is tiny, the training short, and quality is made equal. And you saw one $\alpha$ and three rates: still lower rates take longer and may lose less. What carries over is the method: fix the quality, search the rate for each method, measure old tasks of your own, and take the lowest rate that you have the time for.
+# Does this contradict Biderman et al.? They trained models of 7 billion parameters for long on code and mathematics, compared after equal data, and LoRA had learnt less there. Here the model is tiny, the training short, and quality is made equal. And you saw one $\alpha$ and three rates: still lower rates take longer and may lose less, and exercise 6.5 asks for a gentler LoRA. What carries over is the method: fix the quality, search the rate for each method, measure old tasks of your own, and take the lowest rate that you have the time for.
 #
 # LoRA's update must pass through a few directions, so it has to be strong in them. How strong? Compare the size of both updates, and their largest singular value, with those of $W$.
 
@@ -718,7 +718,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The smallest adapter learns the two instructions, and stores hardly any of the codes. Rank 16 stores most of them in the same steps, and all weights together are quicker still. So the rank to choose depends on how much new content is in the data, not on how hard the task looks. Two cautions. It is one run each. And slower is what was measured: at one of its rates the loss of rank 1 is still falling in the end, and in many more steps it may get there. Schulman et al. report the same for large models: no wall, but slower learning.
+# **What you see.** The smallest adapter learns the two instructions, and stores few of the codes. Rank 16 stores most of them in the same steps, and all weights together are quicker still. So the rank to choose depends on how much new content is in the data, not on how hard the task looks. Two cautions. It is one run each. And slower is what was measured: at one of its rates the loss of rank 1 is still falling in the end, and in many more steps it may get there. Schulman et al. report the same for large models: no wall, but slower learning.
 
 # %% [markdown] tags=["core"]
 # ## 6 · QLoRA: the frozen weights in 4 bits
