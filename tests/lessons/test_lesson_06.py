@@ -126,7 +126,7 @@ def test_a_4_bit_layer_gives_the_product_and_the_gradient_of_its_own_matrix() ->
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.functional import get_4bit_type
 
-    names = defined("def nf4_levels(", "def quantize(", "class NF4Linear(")
+    names = defined("def nf4_levels(", "def quantize(", "class Dequantised(", "class NF4Linear(")
     names["NF4"], names["DYNAMIC"] = get_4bit_type("nf4", device="cpu"), names["dynamic_levels"]()
     torch.manual_seed(0)
     layer = names["NF4Linear"](nn.Linear(128, 64).requires_grad_(False))
