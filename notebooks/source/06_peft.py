@@ -98,12 +98,6 @@ SETTINGS = {  # factor on learning rates (large models want smaller ones), numbe
 settings = SETTINGS[machine.name]
 if machine.device == "cpu":
     settings = settings | {"precision": "fp32"}
-COLOR = {  # one colour for each method, in all figures
-    "full fine-tuning": plots.COLORS[0],
-    "LoRA": plots.COLORS[1],
-    "rank 1": plots.COLORS[3],
-    "rank 16": plots.COLORS[4],
-}
 
 # %% [markdown]
 # `fresh` returns a frozen copy of the base model in fp32. Every method starts from it. No cell holds more than two models at a time: what is needed later is kept as its trained numbers only, in main memory. `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
@@ -113,6 +107,12 @@ world = World()
 base, tokenizer = load_model(machine)
 base = base.float().cpu().requires_grad_(False)
 STEPS, BATCH = lesson.scaled(40), 6
+COLOR = {  # one colour for each method, in all figures
+    "full fine-tuning": plots.COLORS[0],
+    "LoRA": plots.COLORS[1],
+    "rank 1": plots.COLORS[3],
+    "rank 16": plots.COLORS[4],
+}
 
 
 def fresh() -> nn.Module:
