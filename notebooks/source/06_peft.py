@@ -3,19 +3,19 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/06_peft.ipynb)
 #
-# Full fine-tuning changes every weight, keeps three more numbers for each of them while it trains, and leaves you with a second model to store. Parameter-efficient fine-tuning (PEFT) freezes the model and trains something small beside it. In this lesson you write the methods that are used, each in at most 25 lines, and compare them with the library `peft`. Then you ask what a comparison must keep equal, and measure: which learning rate, what is forgotten at equal quality, where a small adapter is too small, and what memory is saved. At the end you merge adapters, and a further section serves several in one batch.
+# Full fine-tuning changes every weight, keeps three more numbers for each of them while it trains, and leaves you with a second model to store. Parameter-efficient fine-tuning (PEFT) freezes the model and trains something small beside it. In this lesson you write the methods that are used, each in at most 25 lines, and compare them with the library `peft`. Then you ask what a comparison must keep equal, and measure: what is forgotten at equal quality, where a small adapter learns too slowly, and what memory is saved. At the end you merge adapters, and a further section serves several in one batch.
 #
 # **cpu 0 s · 0 GB**
 #
 # **You will**
 #
 # 1. write LoRA and QLoRA, and find them equal to `peft` and `bitsandbytes`: same weights in, same outputs and gradients out;
-# 2. search the learning rate of each method, stop every run at the same quality, and measure what the model has forgotten by then;
-# 3. find a task that the smallest adapter learns, and one for which it is too small;
-# 4. merge adapters into the weights, and see what rounding to 4 bits again does to them;
+# 2. stop every run at the same quality, and measure what the model has forgotten by then, at several learning rates and scales;
+# 3. find a task that the smallest adapter learns, and one that it learns too slowly;
+# 4. merge adapters into the weights, and see how much of an update survives rounding to 4 bits again;
 # 5. count where the memory of a training step goes, and what each method saves of it.
 #
-# The further sections add DoRA, prompt tuning, IA3, several adapters in one batch and arithmetic with them, a branch that starts at zero, 8-bit optimisers and the numbers of the LoRA paper.
+# The further sections add DoRA, prompt tuning, several adapters in one batch, a branch that starts at zero, 8-bit optimisers and the numbers of the LoRA paper.
 #
 # **Prerequisites:** lesson 05.
 #
@@ -27,7 +27,7 @@
 # | $\Delta W$ | its update, what fine-tuning adds |
 # | $r$ | rank of the update |
 # | $A$, $B$ | the factors of LoRA, $(r, d_\text{in})$ and $(d_\text{out}, r)$ |
-# | $\alpha$, $s$ | LoRA's constant and its scale, $s = \alpha / r$; here always $\alpha = 2r$, so $s = 2$ |
+# | $\alpha$, $s$ | LoRA's constant and its scale, $s = \alpha / r$; mostly $\alpha = 2r$, so $s = 2$ |
 
 # %% tags=["setup"]
 # Finds the course's files. In Colab it first fetches them, installs what is missing and says what it runs on.
@@ -108,8 +108,9 @@ base, tokenizer = load_model(machine)
 base = base.float().cpu().requires_grad_(False)
 STEPS, BATCH = lesson.scaled(40), 6
 COLOR = {  # one colour for each method, in all figures
-    "full fine-tuning": plots.COLORS[0],
+    "full rank": plots.COLORS[0],
     "LoRA": plots.COLORS[1],
+    "LoRA, alpha = 32 r": plots.COLORS[2],
     "rank 1": plots.COLORS[3],
     "rank 16": plots.COLORS[4],
 }
@@ -163,7 +164,7 @@ def rows_of(n: int, stream: int, *arguments, **options) -> list[dict]:
     return [encode(*pair) for pair in instructions(n, stream, *arguments, **options)]
 
 
-tests = {t: rows_of(lesson.scaled(50), seed, (t,), held_out=True) for t in TASKS}
+tests = {t: rows_of(lesson.scaled(40), seed, (t,), held_out=True) for t in TASKS}
 held_out = [row for task in TASKS for row in tests[task]]
 for task in TASKS:
     prompt, answer = instructions(1, seed, (task,), held_out=True)[0]
@@ -174,17 +175,20 @@ for task in TASKS:
 
 # %%
 @torch.no_grad()
-def answered(model: nn.Module, rows: list[dict], size: int = 50) -> tuple[list, float]:
+def answered(model: nn.Module, rows: list[dict], size: int = 24) -> tuple[list, float]:
     """Whether greedy decoding gives each right answer; mean loss of its tokens, nats."""
-    right, total, count = [], 0.0, 0
+    right, total, count = [False] * len(rows), 0.0, 0
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     model.eval()
     for start in range(0, len(rows), size):
-        batch = collate(rows[start : start + size], tokenizer.pad_token_id)
+        places = order[start : start + size]  # rows of like length: little padding
+        batch = collate([rows[i] for i in places], tokenizer.pad_token_id)
         batch = {name: tensor.to(machine.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]  # (batch, seq - 1): the next tokens
         logits = model(**batch).logits[:, :-1].float()  # (batch, seq - 1, vocab)
         agree = (logits.argmax(-1) == labels) | (labels == -100)
-        right += agree.all(dim=1).tolist()
+        for i, ok in zip(places, agree.all(dim=1).tolist(), strict=True):
+            right[i] = ok
         scores, wanted = logits.flatten(0, 1), labels.flatten()
         total += F.cross_entropy(scores, wanted, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
@@ -198,15 +202,18 @@ def quality(model: nn.Module) -> tuple[Score, float]:
 
 
 before, loss_before = quality(fresh())
+answers = [a for _, a in instructions(len(tests["mood"]), seed, ("mood",), held_out=True)]
+constant = max(map(answers.count, answers))  # one word for every review, and no list right
 print(f"base model: {before}, loss {loss_before:.2f} nats")
+print(f"the same word for every review: {score(constant, len(held_out))}")
 
 
 # %% [markdown]
 # **Forgetting** needs a second yardstick: things that the base model could do before, in the formats of pretraining. Facts about well-known people, reading a passage, mappings shown in the prompt, and sums with written steps. And the loss on fresh documents.
 
 # %%
-def ability_rows(n: int) -> dict[str, list[dict]]:
-    """Questions on what the base model can do, as rows of tokens, and fresh documents."""
+def ability_pairs(n: int) -> dict[str, list[tuple[str, str]]]:
+    """Questions on what the base model can do, each with its answer as in pretraining."""
     questions = {
         "facts": world.closed_book(n, seed, range(1, 101)),
         "reading": world.open_book(n, seed),
@@ -221,13 +228,14 @@ def ability_rows(n: int) -> dict[str, list[dict]]:
             answers = [sum_with_steps([int(term) for term in terms]) for terms in numbers]
         end = ";" if name == "mappings" else "\n"
         pairs = zip(items, answers, strict=True)
-        found[name] = [encode(item.prompt, f" {text}{end}") for item, text in pairs]
+        found[name] = [(item.prompt, f" {text}{end}") for item, text in pairs]
     return found
 
 
 stream, start = world.documents(seed + 500), tokenizer.eos_token
 documents = [encode(start, next(stream)[:600]) for _ in range(lesson.scaled(16))]
-old = ability_rows(lesson.scaled(16))
+old_pairs = ability_pairs(lesson.scaled(16))
+old = {name: [encode(*pair) for pair in pairs] for name, pairs in old_pairs.items()}
 
 
 # %%
@@ -237,9 +245,11 @@ def remembered(model: nn.Module) -> tuple[Score, float]:
     return score(sum(right), len(right)), answered(model, documents)[1]
 
 
+abilities = {}
 for name, rows in old.items():
     right, _ = answered(fresh(), rows)
-    print(f"base model, {name:>8}: {score(sum(right), len(right))}")
+    abilities[name] = [score(sum(right), len(right))]
+    print(f"base model, {name:>8}: {abilities[name][0]}")
 kept_before, text_before = remembered(fresh())
 print(f"base model, loss on documents: {text_before:.3f} nats a token")
 
@@ -276,7 +286,7 @@ def everything(model: nn.Module) -> nn.Module:
 full = everything(fresh())
 fit(full, rows_of(STEPS * BATCH, seed), rate=5e-4, steps=STEPS)
 (right_full, loss_full), (kept_full, text_full) = quality(full), remembered(full)
-each = lesson.scaled(20)
+each = lesson.scaled(12)
 sample = [p for t in TASKS for p in instructions(each, seed, (t,), held_out=True)]
 written = generate(full, tokenizer, [prompt for prompt, _ in sample], 8, stop=("\n",))
 for text, (_, answer) in [*zip(written, sample, strict=True)][:: each // 2]:
@@ -286,22 +296,34 @@ one_pass = answered(full, [encode(*pair) for pair in sample])[0]
 lesson.equal("one pass and decoding agree", sum(map(bool.__ne__, decoded, one_pass)))
 
 # %%
+rows = {}
+for name, items in old.items():
+    right, _ = answered(full, items)
+    rows[name] = abilities[name][0], score(sum(right), len(right))
+show_table(rows, ["base model", "fine-tuned"])
+prompts = [old_pairs[name][i][0] for name in old for i in range(2)]
+wanted = [old_pairs[name][i][1] for name in old for i in range(2)]
+written = generate(full, tokenizer, prompts, 24, stop=("\n", ";"))
+for text, answer in zip(written, wanted, strict=True):
+    print(f"wanted {answer.strip()!r}, written {text.strip()!r}")
+
+# %%
 print(f"held-out instructions: {before} -> {right_full}")
 print(f"old questions: {kept_before} -> {kept_full}")
 print(f"documents: {text_before:.3f} -> {text_full:.3f} nats a token")
 lesson.report("base model, held-out instructions", str(before))
 lesson.report("full fine-tuning, held-out instructions", str(right_full))
 lesson.report("full fine-tuning, old questions", f"{kept_before} -> {kept_full}")
-gained = right_full.accuracy - before.accuracy
+gained = right_full.accuracy - constant / len(held_out)
 lesson.claim(
-    "full fine-tuning answers at least 80 points more of the held-out instructions",
-    gained, at_least=0.8, form=".0%",
+    "full fine-tuning: at least 50 points more held-out instructions than one constant word",
+    gained, at_least=0.5, form=".0%",
 )  # fmt: skip
 full_weights = trained_part(full)
 del full
 
 # %% [markdown]
-# **What you see.** Forty small batches are enough for the two instructions, on reviews and lists that training never had. The base model answers none of them. The price: a share of what it could do before is gone, and its own kind of text has become less likely.
+# **What you see.** Forty small batches are enough for the two instructions, on reviews and lists that training never had. The base model answers none of them, since it does not know this form. So 0 % is no baseline; the share of one constant word is. The price: about half of what the model could do before is gone, and its own kind of text has become less likely. Read the raw answers: they show in which form the wrong ones come.
 #
 # Two notes on the comparison that follows. The model can already judge and look up, in other formats, so this task is mostly one of form. And nearly all is right at the end: where two methods both reach 100 %, this score cannot tell them apart. Sections 4 and 5 deal with both.
 
@@ -310,7 +332,7 @@ del full
 #
 # **Question.** The update $\Delta W$ of a weight matrix has as many numbers as $W$. How many directions does it need?
 #
-# The singular value decomposition writes $\Delta W = \sum_i \sigma_i u_i v_i^\top$ with $\sigma_1 \ge \sigma_2 \ge \dots$. The first $r$ terms are the best approximation of rank $r$. Their share of the energy is $\sum_{i \le r} \sigma_i^2 / \sum_i \sigma_i^2$. The better test: start from the base model, add only these terms to every linear layer, and ask the questions again. At last add the changes outside the linear layers, those of the norms and of the embeddings, which also write the output.
+# The singular value decomposition writes $\Delta W = \sum_i \sigma_i u_i v_i^\top$ with $\sigma_1 \ge \sigma_2 \ge \dots$. The first $r$ terms are the best approximation of rank $r$. Their share of the energy is $\sum_{i \le r} \sigma_i^2 / \sum_i \sigma_i^2$. For comparison, the table has the same share for a matrix of random numbers. The better test: start from the base model, add only these terms to every linear layer, and ask the questions again. At last add the changes outside the linear layers, those of the norms and of the embeddings, which also write the output.
 
 # %%
 PARAMETERS = dict(base.named_parameters())
@@ -321,37 +343,56 @@ for name in LINEAR:
     updates[name] = torch.linalg.svd(delta, full_matrices=False)  # (out, k), (k,), (k, in)
 
 
+def energy(spectra: Sequence[Tensor], rank: int) -> float:
+    """Mean share of the energy in the first `rank` singular values."""
+    energies = [s**2 for s in spectra]
+    return np.mean([float(e[:rank].sum() / e.sum().clamp(min=1e-30)) for e in energies])
+
+
 @torch.no_grad()
-def truncated(rank: int, others: str = "^$") -> nn.Module:
-    """The base model, the best update of this rank, and all changes elsewhere that match."""
+def truncated(rank: int, others: Sequence[str] = ()) -> nn.Module:
+    """The base model, the best update of this rank, and all changes of `others`."""
     model = fresh()
     for name, (u, s, vh) in updates.items():
         part = (u[:, :rank] * s[:rank]) @ vh[:rank]
         model.get_submodule(name).weight += part.to(machine.device)
     for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in updates and re.search(others, name):
+        if name.removesuffix(".weight") not in updates and any(o in name for o in others):
             parameter.copy_(full_weights[name])
     return model
 
 
 # %%
 MOST = max(len(s) for _, s, _ in updates.values())
-rows, cut = {}, {}
+sizes = [PARAMETERS[f"{name}.weight"].shape for name in LINEAR[:7]]  # of one layer
+generator = torch.Generator().manual_seed(seed)
+chance = [torch.linalg.svdvals(torch.randn(size, generator=generator)) for size in sizes]
+spectra, rows = [s for _, s, _ in updates.values()], {}
+
+
+def by_task(model: nn.Module) -> tuple[list[str], Score, float]:
+    """Share of right answers for each task; of both; and the loss."""
+    right, loss = answered(model, held_out)
+    half = len(right) // 2
+    cells = [f"{np.mean(part):.0%}" for part in (right[:half], right[half:])]
+    return cells, score(sum(right), len(right)), loss
+
+
 for rank in (1, 4, 16, 64, MOST):
-    cut[rank], loss = quality(truncated(rank))
-    energies = [s**2 for _, s, _ in updates.values()]
-    shares = [float(e[:rank].sum() / e.sum().clamp(min=1e-30)) for e in energies]
-    rows[f"rank {rank} of {MOST}"] = f"{np.mean(shares):.0%}", cut[rank], f"{loss:.3f}"
-for name, others in {"and the norms": "norm", "and all the rest": ""}.items():
-    right, loss = quality(truncated(MOST, others))
-    rows[name] = "", right, f"{loss:.3f}"
-show_table(rows, ["energy", "held-out instructions", "loss"])
-for rank in (1, 4, 16):
-    lesson.report(f"the update cut to rank {rank}, right", str(cut[rank]))
+    tasks, right, loss = by_task(truncated(rank))
+    shares = [f"{energy(found, rank):.0%}" for found in (spectra, chance)]
+    rows[f"rank {rank} of {MOST}"] = *shares, *tasks, f"{loss:.3f}"
+    if rank <= 16:
+        lesson.report(f"the update cut to rank {rank}, right", str(right))
+REST = ("norm", "embed", "bias", "lm_head")
+for name, others in {"and the norms": ("norm",), "and all the rest": REST}.items():
+    tasks, right, loss = by_task(truncated(MOST, others))
+    rows[name] = "", "", *tasks, f"{loss:.3f}"
+show_table(rows, ["energy", "random", *TASKS, "loss"])
 lesson.equal("all parts together are the fine-tuned model", abs(loss - loss_full), within=1e-3)
 
 # %% [markdown]
-# **What you see.** A few of the directions hold much of the energy, and a small part of them is enough for most of the answers. So the update that training found is not spread evenly over all directions. The last rows show what lies outside the linear layers. The answers hardly need it. The loss does: with all directions it stays above that of the fine-tuned model until the embeddings are added. Most methods below freeze the embeddings, so do not compare their *loss* with that of full fine-tuning; compare answers.
+# **What you see.** A few of the directions hold much of the energy, far more than in a random matrix of the same size, and a small part of them is enough for all answers that training gave. (At rank 1 compare with one constant word, which gets about half of the moods.) So the update that training found is not spread evenly over all directions. The last rows show what lies outside the linear layers. The answers hardly need it. The loss does: with all directions it stays above that of the fine-tuned model until the embeddings are added. So sections 4 and 5 train the same layers with all methods, the linear ones.
 #
 # If the useful update is of low rank, why not learn it as such from the start? This is the idea of LoRA (Hu et al. 2021), after the finding of Aghajanyan et al. (2020) that fine-tuning has a low intrinsic dimension.
 
@@ -366,7 +407,7 @@ lesson.equal("all parts together are the fine-tuned model", abs(loss - loss_full
 #
 # $B$ starts at zero, so the model starts as the base model. $A$ starts random, or nothing would ever move. With $g = \partial L / \partial y$, the gradients are $\partial L/\partial B = s\, g (Ax)^\top$ and $\partial L/\partial A = s\, B^\top g\, x^\top$: at the first step only $B$ gets a gradient. The trained numbers are $r (d_\text{in} + d_\text{out})$ instead of $d_\text{in} d_\text{out}$.
 #
-# The scale $s$ multiplies the output, and with it the gradients. Adam divides by the size of the gradient, so there $s$ acts much like a factor on the learning rate. Two knobs for one thing: fix one and search the other. This lesson fixes $\alpha = 2r$, as many recipes do, and searches the learning rate. (rsLoRA, Kalajdzievski 2023, is the same layer with $s = \alpha / \sqrt r$; in peft, `use_rslora=True`.)
+# The scale $s$ multiplies the output, and with it the gradients. Adam divides by the size of the gradient, so a larger $s$ makes the update of $B$ count for more, much as a larger learning rate would. For $A$ it is not the same: the rate alone says how far $A$ moves. Section 4 tries two values, $\alpha = 2r$, as many recipes have it, and $\alpha = 32r$ with a lower rate. All other sections have $\alpha = 2r$, and what they find holds for it. (rsLoRA, Kalajdzievski 2023, is the same layer with $s = \alpha / \sqrt r$; in peft, `use_rslora=True`.)
 
 # %%
 class LoRALinear(nn.Module):
@@ -479,13 +520,24 @@ del theirs, probe
 #
 # **Question.** Does LoRA learn less than full fine-tuning, and does it forget less?
 #
-# "LoRA learns less and forgets less" is the title of a paper on large models and long training (Biderman et al. 2024). To ask it here, be careful with *equal*. The same learning rate is not equal: $s$ and the shape of the factors change what a rate does. The same number of steps is not equal either: the method that is further ahead has had more chance to forget. So make **quality** equal. Train at a constant rate, and every three steps look at one of two halves of 48 validation instructions, in turn. Stop when at least 95 % were right in the last two looks together. (One look is not enough: right answers go up and down at a constant rate, and the first lucky look would end the run.) Then measure on other instructions what was learnt, and what is lost by then.
+# "LoRA learns less and forgets less" is the title of a paper on large models and long training (Biderman et al. 2024). To ask it here, be careful with *equal*.
 #
-# Each method gets three learning rates, a factor of two apart. LoRA's are ten times those of full fine-tuning: Schulman et al. (2025, *LoRA Without Regret*) found this factor for the best rates of both over many models. The lowest rate of each runs with three training seeds.
+# - **The layers.** Full fine-tuning also trains the embeddings, LoRA does not. So here both train the same layers, the linear ones. With all numbers of these layers it is called *full rank*.
+# - **The learning rate.** The same rate is not equal: $s$ and the shape of the factors change what a rate does. Schulman et al. (2025, *LoRA Without Regret*) found the best rates of LoRA at about ten times those of full fine-tuning. Here LoRA with $\alpha = 2r$ gets ten times the rate of full rank, and LoRA with $\alpha = 32r$ the same rate as full rank. Full rank and the first LoRA also run once at four times the rate.
+# - **The quality.** The same number of steps is not equal either: the method that is further ahead has had more chance to forget. Train at a constant rate, and every three steps look at one of two halves of 48 validation instructions, in turn. Stop when at least 95 % were right in the last two looks together. (One look is not enough: right answers go up and down at a constant rate, and the first lucky look would end the run.) Then measure on other instructions what was learnt, and what is lost by then.
+#
+# Each half has 12 lists, 6 good and 6 bad reviews, so one word for every review stays far from the goal. Each method runs with three training seeds.
 
 # %%
-validation = rows_of(lesson.scaled(48), seed + 1000, held_out=True)
-LIMIT, EVERY, GOAL = lesson.scaled(63), 3, 0.95
+drawn, sixth = instructions(400, seed + 1000, held_out=True), lesson.scaled(6)
+halves = [[], []]
+for kind, number in {"Good.": 1, "Bad.": 1, "Answer": 2}.items():
+    found = [encode(*pair) for pair in drawn if pair[1].startswith(kind)]
+    for half, rows in enumerate(halves):
+        rows += found[half::2][: number * sixth]
+LIMIT, EVERY, GOAL, FIRST = lesson.scaled(63), 3, 0.95, 12
+print(f"{sum(map(len, halves))} validation instructions; the goal: {GOAL:.0%} right")
+print("all lists right, and one word for every review: 75%")
 
 
 class Reached(Exception):
@@ -494,13 +546,14 @@ class Reached(Exception):
 
 def train_until(model: nn.Module, rate: float, stream: int) -> int | None:
     """Train until the last two looks reach the goal; the steps, None if never."""
-    steps, seen, half = 0, [0.0], len(validation) // 2
+    steps, seen = 0, [0.0]
 
     def look(model: nn.Module) -> dict[str, float]:
         nonlocal steps
         steps += EVERY
-        first = steps // EVERY % 2 * half
-        right, _ = answered(model, validation[first : first + half])
+        if steps < min(FIRST, LIMIT):
+            return {}
+        right, _ = answered(model, halves[steps // EVERY % 2])
         seen.append(sum(right) / len(right))
         if sum(seen[-2:]) / 2 >= GOAL:
             raise Reached
@@ -518,106 +571,106 @@ def train_until(model: nn.Module, rate: float, stream: int) -> int | None:
 kept_parts: dict[str, dict[str, Tensor]] = {}  # trained numbers that are used again
 
 
+def linear_layers(model: nn.Module) -> nn.Module:
+    """Full rank, as a method: all weights of the linear layers, and nothing else."""
+    for name in LINEAR:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
 def reach(method: Callable, rate: float, stream: int = seed, keep: str = "") -> dict:
     """One run up to the goal: its steps, and what it has learnt and lost by then."""
     torch.manual_seed(stream)
     model = method(fresh())
-    steps = train_until(model, rate, stream)
+    found = {"rate": rate, "seed": stream, "steps": train_until(model, rate, stream)}
     right, _ = quality(model)
     kept, text = remembered(model)
     if keep:
         kept_parts[keep] = trained_part(model)
-    return {
-        "rate": rate,
-        "steps": steps,
-        "right": right,
-        "kept": kept,
-        "rise": text - text_before,
-    }
+    return found | {"right": right, "kept": kept, "rise": text - text_before}
 
 
-def table_of(runs: Sequence[dict]) -> None:
-    """Print runs: rate, steps, held-out instructions, old questions, rise on documents."""
+def table_of(runs: dict[str, Sequence[dict]]) -> None:
+    """Print runs of each method: what they took, learnt and lost."""
     rows = {}
-    for number, run in enumerate(runs, start=1):
-        steps = f"over {LIMIT}" if run["steps"] is None else run["steps"]
-        rise = f"{run['rise']:+.3f}"
-        rows[f"run {number}"] = f"{run['rate']:g}", steps, run["right"], run["kept"], rise
-    show_table(rows, ["rate", "steps", "held-out right", "old questions", "documents, nats"])
+    for name, found in runs.items():
+        for run in found:
+            steps = f"over {LIMIT}" if run["steps"] is None else run["steps"]
+            row = f"{run['rate']:g}", steps, run["right"], run["kept"], f"{run['rise']:+.3f}"
+            rows[f"{name}, seed {run['seed']}, rate {run['rate']:g}"] = row[1:]
+    show_table(rows, ["steps", "held-out right", "old questions", "documents"])
 
 
 # %%
-RATES = [2.5e-4, 5e-4, 1e-3]  # of full fine-tuning
-SWEEP = {
-    "full fine-tuning": (everything, RATES),
-    "LoRA": (lora(), [10 * rate for rate in RATES]),
+RATE, SEEDS = 2.5e-4, [seed, seed + 50, seed + 51]
+METHODS = {  # method, and its learning rate
+    "full rank": (linear_layers, RATE),
+    "LoRA": (lora(), 10 * RATE),
+    "LoRA, alpha = 32 r": (lora(scale=32), RATE),
 }
-runs = {}
-with tqdm(total=10, desc="runs") as bar:
-    for name, (method, rates) in SWEEP.items():
+runs, high = {}, {}
+with tqdm(total=11, desc="runs") as bar:
+    for name, (method, rate) in METHODS.items():
         runs[name] = []
-        lowest = rates[0]
-        seeds = [(lowest, seed + 50), (lowest, seed + 51)]
-        for rate, stream in [(rate, seed) for rate in rates] + seeds:
-            keep = name if (rate, stream) == (lowest, seed) else ""
+        for stream in SEEDS:
+            keep = name if stream == seed else ""
             runs[name].append(reach(method, rate, stream, keep))
             bar.update()
-for name, found in runs.items():
-    print(name)
-    table_of(found)
+    for name in ("full rank", "LoRA"):
+        method, rate = METHODS[name]
+        high[name] = [reach(method, 4 * rate, keep=f"{name}, high")]
+        bar.update()
+table_of(runs)
+table_of(high)
 
 # %% tags=["headline"]
-figure, sides = plt.subplots(1, 2, figsize=(8, 3.8), sharex=True)
+figure, axes = plt.subplots(figsize=(7, 4))
 for name, found in runs.items():
-    factor = 10 if name == "LoRA" else 1
-    for axes, key in zip(sides, ("steps", "rise"), strict=True):
-        values = [math.nan if run[key] is None else run[key] for run in found]
-        places = [run["rate"] / factor for run in found]
-        axes.plot(places[:3], values[:3], "o-", color=COLOR[name], label=name)
-        axes.plot(places[3:], values[3:], "o", color=COLOR[name], markerfacecolor="white")
-labels = "steps until 95 % are right", "lost on documents (nats)"
-for axes, label in zip(sides, labels, strict=True):
-    axes.set(xscale="log", xlabel="learning rate (for LoRA: a tenth of its)", ylabel=label)
-    axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
-    axes.minorticks_off()
-    axes.set_ylim(0)
-sides[0].legend()
-figure.suptitle("At equal quality, a higher rate forgets more", x=0.02, ha="left", weight="bold")
+    for group, marker, size in ((found, "o", 55), (high.get(name, []), "^", 75)):
+        steps = [math.nan if run["steps"] is None else run["steps"] for run in group]
+        rises = [run["rise"] for run in group]
+        label = name if marker == "o" else None
+        axes.scatter(steps, rises, size, color=COLOR[name], marker=marker, label=label, alpha=0.8)
+axes.scatter([], [], 75, color=plots.GREY, marker="^", label="four times the rate")
+axes.set(xlabel="steps until 95 % are right", ylabel="lost on documents by then (nats)")
+axes.set(xlim=(0, LIMIT), ylim=(0.03, 5), yscale="log")
+axes.set_title("Stopped at the same goal, the methods have lost different amounts")
+axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 plots.show(
     figure,
-    alt="Steps to the goal, and loss on documents lost by then, over the learning rate, for "
-    "full fine-tuning and LoRA. Hollow points are further training seeds at the lowest rate.",
+    alt="Loss on documents at the goal, over the steps to the goal. One point for each run: "
+    "three seeds of full rank and of LoRA with two alphas, and one run of the first two at "
+    "four times the rate, far above the others.",
 )
 
 # %%
-lowest = {name: [found[0], *found[3:]] for name, found in runs.items()}
-for name, found in lowest.items():
-    rises = [run["rise"] for run in found]
-    print(f"{name}, lowest rate, three seeds: {min(rises):+.3f} to {max(rises):+.3f} nats")
-    said = ", ".join(f"{rise:+.3f}" for rise in rises)
-    lesson.report(f"documents at equal quality, {name}, nats", said)
-least = min(run["right"].accuracy for run in lowest["LoRA"])
+for name, found in runs.items():
+    said = ", ".join(f"{run['rise']:+.3f}" for run in found)
+    lesson.report(f"lost on documents at the goal, {name}, nats", said)
+    kept = ", ".join(f"{run['kept'].accuracy:.0%}" for run in found)
+    lesson.report(f"old questions right at the goal, {name}", kept)
+    print(f"{name}: documents {said}; old questions {kept}")
+rises = {name: np.mean([run["rise"] for run in found]) for name, found in runs.items()}
 lesson.claim(
-    "LoRA, three seeds: at least 70 points more of the held-out instructions than before",
-    least - before.accuracy, at_least=0.7, form=".0%",
+    "at the goal LoRA with alpha = 2 r has lost at least 0.05 nats more than full rank",
+    rises["LoRA"] - rises["full rank"], at_least=0.05, form=".3f",
 )  # fmt: skip
-rises = {name: np.mean([run["rise"] for run in found]) for name, found in lowest.items()}
 lesson.claim(
-    "at equal quality LoRA has lost at least 0.05 nats more on documents than full",
-    rises["LoRA"] - rises["full fine-tuning"], at_least=0.05, form=".3f",
+    "at the goal alpha = 2 r has lost at least 0.05 nats more than alpha = 32 r, lower rate",
+    rises["LoRA"] - rises["LoRA, alpha = 32 r"], at_least=0.05, form=".3f",
 )  # fmt: skip
-steep = [found[2]["rise"] - found[0]["rise"] for found in runs.values()]
+steep = [high[name][0]["rise"] - runs[name][0]["rise"] for name in high]
 lesson.claim(
-    "four times the rate loses at least 0.05 nats more, with both methods",
+    "four times the rate loses at least 0.05 nats more, full rank and LoRA",
     min(steep), at_least=0.05, form=".3f",
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** LoRA reaches the goal as full fine-tuning does, with about two percent of the numbers trained. It does not forget less. At each of the three rates, and with each seed of the lowest, it takes more steps to the same quality, and more of the old text is lost on the way. In both methods the highest rate is the quickest to the goal and loses the most. So in this lesson the choice of the rate makes a larger difference to forgetting than the choice between the two methods.
+# **What you see.** TEXT4
 #
-# Does this contradict Biderman et al.? They trained models of 7 billion parameters for long on code and mathematics, compared after equal data, and LoRA had learnt less there. Here the model is tiny, the training short, and quality is made equal. And you saw one $\alpha$ and three rates: still lower rates take longer and may lose less, and exercise 6.5 asks for a gentler LoRA. What carries over is the method: fix the quality, search the rate for each method, measure old tasks of your own, and take the lowest rate that you have the time for.
+# Does this contradict Biderman et al.? They trained models of 7 billion parameters for long on code and mathematics, compared after equal data, and LoRA had learnt less there. Here the model is tiny, the training short, and quality is made equal. And no arm was searched to its best: for each, a still lower rate takes longer and may lose less. What carries over is the method: fix the quality, try rates and $\alpha$ for each method, measure old tasks of your own, and take the lowest rate that you have the time for.
 #
-# LoRA's update must pass through a few directions, so it has to be strong in them. How strong? Compare the size of both updates, and their largest singular value, with those of $W$.
+# LoRA's update must pass through a few directions, so it has to be strong in them. How strong? Compare the size of the updates, and their largest singular value, with those of $W$.
 
 # %%
 @torch.no_grad()
@@ -631,10 +684,16 @@ def update_size(update: Callable[[str], Tensor]) -> tuple[float, float]:
     return tuple(np.mean(sizes, axis=0))
 
 
-whole, low = kept_parts["full fine-tuning"], kept_parts["LoRA"]
+def lora_update(name: str, layer: str, scale: float = 2) -> Tensor:
+    """The update s B A of a layer, from trained numbers that were kept."""
+    return scale * kept_parts[name][f"{layer}.B"] @ kept_parts[name][f"{layer}.A"]
+
+
+whole = kept_parts["full rank"]
 changed = {
-    "full fine-tuning": lambda n: whole[f"{n}.weight"] - PARAMETERS[f"{n}.weight"],
-    "LoRA": lambda n: 2 * low[f"{n}.B"] @ low[f"{n}.A"],
+    "full rank": lambda layer: whole[f"{layer}.weight"] - PARAMETERS[f"{layer}.weight"],
+    "LoRA": partial(lora_update, "LoRA"),
+    "LoRA, alpha = 32 r": partial(lora_update, "LoRA, alpha = 32 r", scale=32),
 }
 for name, update in changed.items():
     norm, spectral = update_size(update)
@@ -643,7 +702,7 @@ for name, update in changed.items():
     lesson.report(f"norm and largest singular value of the update, {name}", said)
 
 # %% [markdown]
-# **What you see.** At the same quality LoRA has moved the weights further, and most of all in their strongest direction. Shuttleworth et al. (2024) find such strong new directions after LoRA in large models as well and link them to forgetting. The numbers here fit to that; they do not prove it, since nothing was done to the directions alone.
+# **What you see.** TEXT4b
 
 # %% [markdown] tags=["core"]
 # ## 5 · Where a low rank fails
@@ -725,9 +784,9 @@ lesson.claim(
 #
 # **Question.** The frozen weights are only read. How few bits do they need?
 #
-# QLoRA (Dettmers et al. 2023) stores them in 4 bits and trains LoRA in full precision on top. Two ideas make the 4 bits good enough; a third, the paged optimiser, stands in section 14.
+# QLoRA (Dettmers et al. 2023) stores them in 4 bits and trains LoRA in full precision on top. Two ideas make the 4 bits good enough; a third, the paged optimiser, stands in section 13.
 #
-# **NF4.** Cut the weights into blocks of 64 and divide each block by its largest absolute value $c$ (the *absmax*). Weights are roughly normally distributed, so let the 16 levels be quantiles of a normal distribution, scaled to $[-1, 1]$: then each level is used about equally often. Zero must be a level, so eight levels are positive and seven negative. A weight becomes the number of the nearest level; two of them share a byte.
+# **NF4.** Cut the weights into blocks of 64 and divide each block by its largest absolute value $c$ (the *absmax*). Weights are roughly normally distributed, so let the 16 levels be quantiles of a normal distribution, scaled to $[-1, 1]$: where the weights are dense, so are the levels. Zero must be a level, so eight levels are positive and seven negative. A weight becomes the number of the nearest level; two of them share a byte.
 #
 # **Double quantisation.** An fp32 absmax for 64 weights costs 0.5 bit a weight. Subtract their mean and quantise them as well, to 8 bits in blocks of 256: $8/64 + 32/(64 \cdot 256) = 0.127$ bit. The 256 levels are Dettmers' dynamic type: seven powers of ten with a growing number of steps in each.
 
@@ -782,7 +841,7 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_
 NF4, DYNAMIC = get_4bit_type("nf4", device="cpu"), dynamic_levels()
 off = largest(nf4_levels(), NF4), largest(DYNAMIC, create_dynamic_map())
 print(f"levels: largest difference to bitsandbytes {off[0]:.1e} (NF4), {off[1]:.1e} (dynamic)")
-wrong, count = 0, 0
+wrong, count, used = 0, 0, torch.zeros(16)
 for name in LINEAR[:28]:
     weight = PARAMETERS[f"{name}.weight"]
     ours = pack(weight)
@@ -793,12 +852,16 @@ for name in LINEAR[:28]:
     wrong += int((ours["absmax_of_absmax"] != state.state2.absmax).sum())
     wrong += int(ours["mean"] != state.offset)
     count += len(ours["packed"]) + len(ours["absmax"])
+    values = torch.stack([ours["packed"] >> 4, ours["packed"] & 15]).flatten()
+    used += values.bincount(minlength=16)
 print(f"{count:,} bytes compared")
+shares = ", ".join(f"{share:.1%}" for share in (used / used.sum()).tolist())
+print(f"share of the weights on each level, equal would be {1 / 16:.1%}: {shares}")
 lesson.equal("our NF4 equals bitsandbytes bit for bit", wrong)
 
 
 # %% [markdown]
-# The levels that we compute differ from the table in bitsandbytes in the last bit of some, so the codes use its table. One detail had to be copied: its CPU kernel for the 8-bit type looks the codes up in a table of 65,536 positions, so a value very close to the middle between two levels may go to the other side. On a GPU it compares with the middles themselves (`grid=0`).
+# The levels are not used equally often: a block is divided by its largest weight, so the outermost levels get fewer. The levels that we compute differ from the table in bitsandbytes in the last bit of some, so the codes use its table. One detail had to be copied: its CPU kernel for the 8-bit type looks the codes up in a table of 65,536 positions, so a value very close to the middle between two levels may go to the other side. On a GPU it compares with the middles themselves (`grid=0`).
 #
 # The layer keeps the packed codes. It makes the matrix when it is needed, in the forward pass and once more in the backward pass, and never keeps it: this is what saves the memory.
 
@@ -859,7 +922,7 @@ lesson.report("base model in NF4, documents", f"{text - text_before:+.3f} nats")
 del quantised, four_bit
 
 # %% [markdown]
-# A tenth of the weights' size is lost by rounding, and the model hardly notices. Now train: LoRA on top, at the lowest rate of section 4, up to the same goal. And the library's way: `BitsAndBytesConfig` makes transformers load every linear layer as `bnb.nn.Linear4bit`, and peft puts LoRA on it.
+# A tenth of the weights' size is lost by rounding, and the model hardly notices. Now train: LoRA on top, with the rate and the seed of the first run of LoRA in section 4, up to the same goal. And the library's way: `BitsAndBytesConfig` makes transformers load every linear layer as `bnb.nn.Linear4bit`, and peft puts LoRA on it.
 
 # %%
 def qlora(rank: int = 4) -> Callable:
@@ -871,14 +934,10 @@ def qlora(rank: int = 4) -> Callable:
     return lambda model: wrap(model, ALL, make)
 
 
-runs["QLoRA"] = [reach(qlora(), 10 * RATES[0], keep="QLoRA")]
-for name in ("LoRA", "QLoRA"):
-    print(name)
-    table_of(runs[name][:1])
-lesson.claim(
-    "QLoRA: at least 70 points more of the held-out instructions than before",
-    runs["QLoRA"][0]["right"].accuracy - before.accuracy, at_least=0.7, form=".0%",
-)  # fmt: skip
+quantised_run = reach(qlora(), 10 * RATE, keep="QLoRA")
+table_of({"LoRA": runs["LoRA"][:1], "QLoRA": [quantised_run]})
+lesson.report("QLoRA at the goal, held-out instructions", str(quantised_run["right"]))
+lesson.report("lost on documents at the goal, QLoRA, nats", quantised_run["rise"], form="+.3f")
 loaded = load_in_4_bit(base.name_or_path, machine.device, torch.float32)
 print(type(loaded.model.layers[0].self_attn.q_proj))
 theirs = peft.get_peft_model(loaded, lora_config)
@@ -887,7 +946,7 @@ compare("QLoRA", qlora()(fresh()), theirs, partial(renamed, names=FACTORS))
 del loaded, theirs
 
 # %% [markdown]
-# **What you see.** QLoRA reaches the goal too, after about as many steps as LoRA, and what it has lost by then is alike. It is one run each. The library stores the same bits and gives the same outputs and gradients.
+# **What you see.** In one run each, QLoRA needs about as many steps as LoRA, and what it has lost by then is alike. The library stores the same bits and gives the same outputs and gradients.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Merge and unmerge
@@ -934,8 +993,7 @@ lesson.equal("merging changes no logit", gap, within=1e-3)
 lesson.equal("merging changes no answer", different)
 restored = 0.0
 for name in LINEAR:
-    update = 2 * kept_parts["LoRA"][f"{name}.B"] @ kept_parts["LoRA"][f"{name}.A"]
-    weight = plain.get_submodule(name).weight.detach().cpu() - update
+    weight = plain.get_submodule(name).weight.detach().cpu() - lora_update("LoRA", name)
     restored = max(restored, largest(weight, PARAMETERS[f"{name}.weight"]))
 lesson.equal("unmerging gives the base model back", restored, within=1e-5)
 theirs = peft.get_peft_model(fresh(), lora_config)
@@ -950,43 +1008,55 @@ del tuned, plain, theirs, found
 
 
 # %% [markdown]
-# **Merging into 4 bits.** After QLoRA the base is in NF4. The merged matrix $\hat W + sBA$ is not on the levels of NF4 any more: storing it in 4 bits rounds it again, and what was learnt can drown in the rounding. The size of the rounding error against the size of the update tells.
+# **Merging into 4 bits.** After QLoRA the base is in NF4: each of its weights stands on a level. The merged matrix $\hat W + sBA$ does not, and storing it in 4 bits rounds it to levels again. What moved by less than half the way to the next level goes back to where it was. So a small update may vanish, even though the rounding moves the weights by little. Measure it: merge the whole update, a half and a quarter of it, round, and ask how much of the update is still there: the part of the stored change along the update, $\langle W_\text{stored} - \hat W, U \rangle / \lVert U \rVert^2$ with $U = sBA$, as a mean over the layers.
 
 # %%
 @torch.no_grad()
-def merged_4bit(again: bool) -> tuple[nn.Module, float, float]:
-    """QLoRA in plain weights, rounded again or not; update and error relative to W."""
-    model, sizes, part = fresh(), [], kept_parts["QLoRA"]
+def merged_4bit(share: float, again: bool) -> tuple[nn.Module, float, float]:
+    """QLoRA in plain weights, with a share of the update, rounded again or not.
+
+    Also the update's size relative to the weights, and how much of it is kept.
+    """
+    model, sizes = fresh(), []
     for name in LINEAR:
         layer = model.get_submodule(name)
-        update = 2 * (part[f"{name}.B"] @ part[f"{name}.A"]).to(machine.device)
-        weight = NF4Linear(layer).dequantize() + update
-        layer.weight.copy_(weight)
-        stored = NF4Linear(layer).dequantize() if again else weight
-        layer.weight.copy_(stored)
-        parts = update, stored - weight
-        sizes.append([float(part.norm() / weight.norm()) for part in parts])
+        update = share * lora_update("QLoRA", name).to(machine.device)
+        frozen = NF4Linear(layer).dequantize()
+        layer.weight.copy_(frozen + update)
+        if again:
+            layer.weight.copy_(NF4Linear(layer).dequantize())
+        change = layer.weight - frozen
+        kept = float((change * update).sum() / update.square().sum().clamp(min=1e-30))
+        sizes.append((float(update.norm() / frozen.norm()), kept))
     return model, *np.mean(sizes, axis=0)
 
 
-rows = {"QLoRA, as trained": (runs["QLoRA"][0]["right"], "", "")}
-for name, again in {"merged, in fp32": False, "merged, in NF4 again": True}.items():
-    model, update, error = merged_4bit(again)
-    rows[name] = quality(model)[0], f"{update:.1%}", f"{error:.1%}"
-show_table(rows, ["held-out instructions", "update", "error"])
-same = rows["merged, in fp32"][0].accuracy - rows["QLoRA, as trained"][0].accuracy
+rows, survived, merged_right = {}, {}, {}
+for share in (1, 0.5, 0.25):
+    for again in (False, True):
+        model, size, kept = merged_4bit(share, again)
+        right = merged_right[share, again] = quality(model)[0]
+        name = f"{share:g} of the update, {'NF4 again' if again else 'fp32'}"
+        rows[name] = f"{size:.1%}", f"{kept:.0%}", right
+    survived[share] = kept
+show_table(rows, ["size", "kept", "held-out instructions"])
+same = merged_right[1, False].accuracy - quantised_run["right"].accuracy
 lesson.equal("merged into fp32, QLoRA answers as before", abs(same))
-lesson.report("QLoRA rounded to NF4 again", f"{rows['merged, in NF4 again'][0]}")
+lesson.report("QLoRA rounded to NF4 again", str(merged_right[1, True]))
+lesson.claim(
+    "rounded to NF4 again, at most half is kept of a quarter of the update",
+    survived[0.25], at_most=0.5, control=survived[1], form=".0%",
+)  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Rounding again costs several percent of the weights' size. Here the update is larger than that, and the answers survive. After training with a small learning rate the update can be smaller than the rounding, and then it may be lost: compare the two numbers before you merge into 4 bits, or keep the adapter beside the 4-bit base.
+# **What you see.** Of the whole update most survives the rounding, and so do the answers. Of a quarter of the same update little is left, though in fp32 it is there in full. (The answers of the smaller shares also tell what half an update is worth.) After training with a small learning rate an update can be that small. So before you store a merged model in 4 bits, measure what is kept, or keep the adapter beside the 4-bit base.
 
 # %% [markdown] tags=["core"]
 # ## 8 · What it costs
 #
 # **Question.** The trained numbers fall to two percent. What happens to memory and time?
 #
-# Count the memory of one training step: weights, gradients of what is trained, AdamW's two moments for each of these, and activations. `kept_bytes` counts what autograd keeps between the forward and the backward pass: the activations. Counted this way, the numbers are the same on every machine. Time is what these few steps took here.
+# Count the memory of one training step: weights, gradients of what is trained, AdamW's two moments for each of these, and activations. `kept_bytes` counts what autograd keeps between the forward and the backward pass: the activations. Counted this way, the numbers are the same on every machine. It is a sum of parts, not a measured peak: what lives only for a moment is left out, such as the matrices that QLoRA makes anew. Time is what these few steps took here.
 
 # %%
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
@@ -1016,7 +1086,7 @@ def weight_bytes(model: nn.Module) -> int:
 # %%
 def cost(method: Callable) -> dict[str, float]:
     """MiB of each part of one training step, and its median milliseconds here."""
-    model, trained = method(fresh()), []
+    model = method(fresh())
     trained = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
     steps = lesson.scaled(5)
     rows = rows_of(steps * BATCH, seed)
@@ -1031,8 +1101,8 @@ def cost(method: Callable) -> dict[str, float]:
     return found | {"ms": 1000 * float(np.median(seconds))}
 
 
-METHODS = {"full fine-tuning": everything, "LoRA": lora(), "QLoRA": qlora()}
-costs = {name: cost(method) for name, method in METHODS.items()}
+compared = {"full fine-tuning": everything, "LoRA": lora(), "QLoRA": qlora()}
+costs = {name: cost(method) for name, method in compared.items()}
 rows = {}
 for name, found in costs.items():
     total = sum(size for part, size in found.items() if part != "ms")
@@ -1046,21 +1116,23 @@ figure, axes = plt.subplots(figsize=(7, 2.6))
 left = dict.fromkeys(costs, 0.0)
 for number, part in enumerate(("weights", "gradients", "optimiser", "activations")):
     sizes = [found[part] for found in costs.values()]
-    colour = [plots.GREY, plots.COLORS[2], plots.COLORS[5], "#C8C8C8"][number]
+    colour = [plots.GREY, plots.COLORS[5], plots.COLORS[6], "#E3E3E3"][number]
     axes.barh([*costs], sizes, left=[*left.values()], color=colour, label=part)
     left = {name: left[name] + size for name, size in zip(left, sizes, strict=True)}
+for place, total in enumerate(left.values()):
+    axes.text(total, place, f" {total:.0f}", va="center")
 axes.invert_yaxis()
-axes.set(xlabel="memory of a training step (MiB)")
+axes.set(xlabel="memory of a training step (MiB)", xlim=(0, 1.1 * max(left.values())))
 axes.set_title("Gradients and optimiser all but vanish, activations do not")
 axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 plots.show(
     figure,
-    alt="Stacked bars: with LoRA the parts for gradients and optimiser are too thin to see, "
+    alt="Stacked bars: with LoRA the parts for gradients and optimiser are thin slivers, "
     "with QLoRA the weights shrink too, and the activations remain large with all three.",
 )
 
 # %% [markdown]
-# **What you see.** Gradients and optimiser shrink with the trained numbers, to two percent. The weights stay with LoRA, and shrink with QLoRA (not to an eighth: the embeddings stay in fp32). The activations shrink least, and beside an adapter they are most of the sum. With long rows of a large model they are too; what saves those is activation checkpointing (lesson 07). A step is hardly faster: the forward pass is the same, and the backward pass still runs through the whole frozen model. In 4 bits it is slower again, since the matrices are made anew each time.
+# **What you see.** Gradients and optimiser shrink with the trained numbers, to two percent. The weights stay with LoRA, and shrink with QLoRA (the embeddings stay in fp32). The activations hardly shrink, and beside an adapter they are most of the sum. With long rows of a large model they are too; what saves those is activation checkpointing (lesson 07). The time of a step falls far less than the number of trained weights: the forward pass is the same, and the backward pass still runs through the whole frozen model. In 4 bits a step takes longer than with LoRA, since the matrices are made anew each time.
 
 # %% [markdown] tags=["further"]
 # ## 9 · DoRA: direction and size apart
@@ -1104,11 +1176,11 @@ show_table(rows, ["activations, MiB", "ms a step"])
 # **What you see.** The layer is peft's, and it has a price: the adapted matrix is made in every step, and autograd keeps it. Whether it is worth it, this lesson does not say: that takes a search of the rate and several seeds for both, on a task where LoRA leaves something to be wanted.
 
 # %% [markdown] tags=["further"]
-# ## 10 · Other places: prompts and factors
+# ## 10 · Prompt tuning: trained words
 #
 # *Further: no core section needs this one.*
 #
-# **Question.** Where else can trained numbers stand beside frozen weights?
+# **Question.** Can the trained numbers stand outside the model altogether?
 #
 # **Prompt tuning** (Lester et al. 2021) trains nothing inside the model: $n$ vectors stand before the embeddings of the text, as if there were $n$ more words. They start as embeddings of random tokens.
 
@@ -1139,51 +1211,13 @@ theirs = peft.get_peft_model(fresh(), config)
 ours = PromptTuning(fresh(), 16)
 name = "prompt_encoder.default.embedding.weight"
 compare("prompt tuning", ours, theirs, lambda _: name)
-
-
-# %% [markdown]
-# **IA3** (Liu et al. 2022) multiplies: one trained factor for each key, each value, and each number inside the feed-forward, starting at one.
-
-# %%
-class IA3(nn.Module):
-    """A linear layer whose output, or input, is multiplied by trained factors."""
-
-    def __init__(self, layer: nn.Linear, on_input: bool):
-        super().__init__()
-        self.layer, self.on_input = layer, on_input
-        size = layer.in_features if on_input else layer.out_features
-        self.factors = nn.Parameter(torch.ones(size, device=machine.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.on_input:
-            return self.layer(x * self.factors)
-        return self.layer(x) * self.factors
-
-
-def ia3(model: nn.Module) -> nn.Module:
-    """Factors on keys, values and the inside of the feed-forward."""
-    model = wrap(model, ("k_proj", "v_proj"), partial(IA3, on_input=False))
-    return wrap(model, ("down_proj",), partial(IA3, on_input=True))
-
-
-targets = ["k_proj", "v_proj", "down_proj"]
-config = peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
-theirs = peft.get_peft_model(fresh(), config)
-compare("IA3", ia3(fresh()), theirs, partial(renamed, names={"factors": "ia3_l.default"}))
-
-
-# %%
-few = {"LoRA": lora(), "prompt tuning": lambda m: PromptTuning(m, 16), "IA3": ia3}
-rows = {}
-for name, method in few.items():
-    count = num_trained(method(fresh()))
-    rows[name] = f"{count:,}", f"{count / SIZE:.2%}"
-show_table(rows, ["trained", "of all"])
+count = num_trained(ours)
+print(f"{count:,} trained, {count / SIZE:.2%} of all; LoRA {num_trained(lora()(fresh())):,}")
 
 # %% [markdown]
-# **What you see.** Both are peft's, and both train a small part of what LoRA trains. Whether so few numbers are enough, this lesson does not measure: they want large rates and many steps, each its own search. Prompt tuning comes close to full fine-tuning only in models of billions of parameters (Lester et al. 2021).
+# **What you see.** The layer is peft's, and trains a small part of what LoRA trains. Whether so few numbers are enough, this lesson does not measure: they want large rates and many steps, a search of its own. Prompt tuning comes close to full fine-tuning only in models of billions of parameters (Lester et al. 2021).
 #
-# The same family, not written here: norm tuning (Zhao et al. 2024; only the weights of the normalisation layers), bottleneck adapters (Houlsby et al. 2019), prefix tuning (Li and Liang 2021; trained keys and values in every layer), BitFit (Ben Zaken et al. 2022; biases only).
+# The same family, not written here: IA3 (Liu et al. 2022; a trained factor for each key, value and number inside the feed-forward), norm tuning (Zhao et al. 2024; only the weights of the normalisation layers), bottleneck adapters (Houlsby et al. 2019), prefix tuning (Li and Liang 2021; trained keys and values in every layer), BitFit (Ben Zaken et al. 2022; biases only).
 
 # %% [markdown] tags=["further"]
 # ## 11 · Many adapters on one base
@@ -1192,42 +1226,33 @@ show_table(rows, ["trained", "of all"])
 #
 # **Question.** A hundred customers have a hundred fine-tuned models. Do you need a hundred models in memory?
 #
-# The base is shared and an adapter is small. A *bank* holds the factors of all adapters, and each request says with which weights it wants them: $y_i = W x_i + s \sum_k w_{ik} B_k A_k x_i$. A row of zeros and a one chooses an adapter, and the rows of one batch may choose different ones. (Serving systems, such as S-LoRA of Sheng et al. 2024, gather only the chosen factors with special kernels.) Train one adapter for each of the two tasks.
+# The base is shared and an adapter is small. A *bank* holds the factors of all adapters, and each request names the one that it wants: $y_i = W x_i + s\, B_{k(i)} A_{k(i)} x_i$. The rows of one batch may name different ones. (Serving systems, such as S-LoRA of Sheng et al. 2024, do the same with special kernels.) Three adapters are at hand: LoRA at both rates of section 4, and QLoRA's.
 
 # %%
 class LoRABank(nn.Module):
-    """A linear layer with several LoRA updates.
-
-    `weights` (batch, adapters) says how much of each update a row gets.
-    """
+    """A linear layer with several LoRA updates; `wanted` (batch,) names one for each row."""
 
     def __init__(self, layer: nn.Module, A: Tensor, B: Tensor, scale: float):
         super().__init__()
-        self.layer, self.scale, self.weights = layer, scale, None
+        self.layer, self.scale, self.wanted = layer, scale, None
         self.register_buffer("A", A)  # (adapters, rank, in)
         self.register_buffer("B", B)  # (adapters, out, rank)
 
-    def forward(self, x: Tensor) -> Tensor:
-        low = torch.einsum("bsi,kri->bskr", x, self.A)
-        low = low * self.weights[:, None, :, None]
-        return self.layer(x) + self.scale * torch.einsum("bskr,kor->bso", low, self.B)
+    def forward(self, x: Tensor) -> Tensor:  # (batch, seq, in) -> (batch, seq, out)
+        low = torch.einsum("bsi,bri->bsr", x, self.A[self.wanted])
+        return self.layer(x) + self.scale * torch.einsum("bsr,bor->bso", low, self.B[self.wanted])
 
 
-def choose(model: nn.Module, weights: Sequence[Sequence[float]]) -> nn.Module:
-    """Set how much of each adapter each row of the next batch gets; one row serves all."""
+def choose(model: nn.Module, wanted: Sequence[int]) -> nn.Module:
+    """Name the adapter of each row of the next batch."""
     for module in model.modules():
         if isinstance(module, LoRABank):
-            module.weights = torch.tensor(weights, dtype=torch.float32, device=machine.device)
+            module.wanted = torch.tensor(wanted, device=machine.device)
     return model
 
 
 # %%
-for number, task in enumerate(TASKS, start=1):
-    torch.manual_seed(seed + number)
-    model, steps = lora()(fresh()), lesson.scaled(30)
-    fit(model, rows_of(steps * BATCH, seed + 20 + number, (task,)), rate=5e-3, steps=steps)
-    kept_parts[task] = trained_part(model)
-ADAPTERS = [*TASKS, "LoRA"]  # LoRA does both tasks
+ADAPTERS = ["LoRA", "LoRA, high", "QLoRA"]
 bank = fresh()
 for name in LINEAR:
     stacked = (torch.stack([kept_parts[a][f"{name}.{f}"] for a in ADAPTERS]) for f in "AB")
@@ -1241,14 +1266,15 @@ lesson.report("bytes of the base in those of one adapter", 4 * SIZE / size, form
 
 # %%
 requests = [0, 1, 2, 1, 0, 2]  # which adapter each row of the batch asks for
-rows = [held_out[i] if n % 2 else held_out[-1 - i] for i, n in enumerate(requests)]
-together = logits_of(choose(bank, np.eye(len(ADAPTERS))[requests].tolist()), rows)
+rows = held_out[:6]
+together = logits_of(choose(bank, requests), rows)
 one_by_one = torch.zeros_like(together)
 for number, name in enumerate(ADAPTERS):
     alone = logits_of(put_back(name, lora()), rows)
     for row in (i for i, asked in enumerate(requests) if asked == number):
         one_by_one[row] = alone[row]
-gap = largest(together, one_by_one)
+gap, apart = largest(together, one_by_one), largest(together[:1], alone[:1])
+print(f"another adapter would have changed a logit by {apart:.1f}")
 lesson.equal("a mixed batch gives what each adapter gives alone", gap, within=1e-3)
 
 # %%
@@ -1272,47 +1298,13 @@ del theirs, found
 # **What you see.** One base and three small sets of factors answer one batch of three kinds of requests, each as its own model would. The hundredth customer costs one more adapter.
 
 # %% [markdown] tags=["further"]
-# ## 12 · Adding and subtracting adapters
-#
-# *Further: no core section needs this one.*
-#
-# **Question.** Can you compute with adapters?
-#
-# With other weights the bank of section 11 adds and subtracts what was learnt (Ilharco et al. 2023). The sum of the two specialists: does it do both tasks? And the adapter for both tasks minus one specialist: does it lose that task alone?
-
-# %%
-MIXES = {
-    "mood adapter alone": [1, 0, 0],
-    "pairs adapter alone": [0, 1, 0],
-    "mood + pairs": [1, 1, 0],
-    "half of each": [0.5, 0.5, 0],
-    "both-task adapter": [0, 0, 1],
-    "both-task - mood": [-1, 0, 1],
-    "both-task - pairs": [0, -1, 1],
-}
-mixes = {}
-for name, weights in MIXES.items():
-    choose(bank, [weights])
-    mixes[name] = {}
-    for task, rows in tests.items():
-        right, _ = answered(bank, rows)
-        mixes[name][task] = score(sum(right), len(right))
-    print(f"{name:>20}: " + ", ".join(f"{t} {right}" for t, right in mixes[name].items()))
-    said = "; ".join(f"{task} {found.accuracy:.0%}" for task, found in mixes[name].items())
-    lesson.report(f"adapters: {name}", said)
-
-
-# %% [markdown]
-# **What you see.** One run. Each specialist does its own task and not the other. Minus one specialist, the adapter for both loses that task, and keeps some of the other. Compare the sum with the mean: at full strength the two updates, trained apart as if each had the model for itself, disturb each other; at half strength both tasks are there. Where both learnt the same thing, such as to answer instead of going on with the text, a sum does it twice. Merging methods (such as TIES, Yadav et al. 2023, arXiv:2306.01708) try to repair this.
-
-# %% [markdown] tags=["further"]
-# ## 13 · A branch that starts at zero
+# ## 12 · A branch that starts at zero
 #
 # *Further: no core section needs this one.*
 #
 # **Question.** How do you give a trained model a new input without breaking it?
 #
-# ControlNet (Zhang et al. 2023) steers an image model by edges or poses. A trainable branch runs beside the frozen network, sees the new input, and is joined to it through a layer whose weights start at zero, like LoRA's $B$. So the whole starts as the old model, and no noise of untrained weights ever reaches it. Is a layer of zeros not stuck? Its output is $Z h$, and $\partial L / \partial Z = g h^\top$ is not zero, since $h$ is not. After one step $Z$ is not zero, and the rest of the branch gets gradients too.
+# ControlNet (Zhang et al. 2023) steers an image model by edges or poses. A trainable branch runs beside the frozen network, sees the new input, and is joined to it through a layer whose weights start at zero, like LoRA's $B$. So the whole starts as the old model, and at the start no noise of untrained weights reaches it. Is a layer of zeros not stuck? Its output is $Z h$, and $\partial L / \partial Z = g h^\top$ is not zero, since $h$ is not. After one step $Z$ is not zero, and the rest of the branch gets gradients too.
 #
 # Here the branch stands beside each feed-forward: $\text{FFN}(x) + Z\,\phi(D x + E_c)$. The condition $c$ is the mood, good or bad, of a review that the model is to write, and $E_c$ a trained vector for it.
 
@@ -1372,7 +1364,7 @@ print(f"loss {losses[0]:.3f} -> {np.mean(losses[-5:]):.3f}")
 
 
 # %% [markdown]
-# Now let it write for each mood, sampled at temperature 1. A review counts if it holds more adjectives of the wanted mood than of the other. The base model, which cannot be told, is the control.
+# Now let it write for each mood, sampled at temperature 1. A review counts if it holds more adjectives of the wanted mood than of the other. The control is the same trained model with the other condition: what it writes of the wanted mood when it is asked for the opposite.
 
 # %%
 def mood_of(review: str) -> int:
@@ -1383,24 +1375,29 @@ def mood_of(review: str) -> int:
 
 
 sampling = {"num_samples": max(8, lesson.scaled(50)), "temperature": 1.0, "batch_size": 64}
-steered = {}
+found = {}
 for index, mood in enumerate(MOODS):
-    for name, model in {"steered": writer, "base model": fresh()}.items():
-        steer(model, torch.tensor([index]))
-        (written,) = generate(model, tokenizer, ["Review:"], 40, seed=seed, **sampling)
-        hits = sum(mood_of(text) == (1, -1)[index] for text in written)
-        steered.setdefault(mood, {})[name] = score(hits, len(written))
-        print(f"{mood}, {name}: {steered[mood][name]}; first: {written[0].strip()!r}")
-lowest_gain = min(f["steered"].accuracy - f["base model"].accuracy for f in steered.values())
+    steer(writer, torch.tensor([index]))
+    (written,) = generate(writer, tokenizer, ["Review:"], 40, seed=seed, **sampling)
+    found[mood] = [mood_of(text) for text in written]
+    for text in written[:3]:
+        print(f"{mood} wanted, written: {text.strip()!r}")
+steered, moods = {}, [*MOODS]
+for mood, opposite, sign in zip(moods, moods[::-1], (1, -1), strict=True):
+    asked = {"asked for it": found[mood], "asked for the other": found[opposite]}
+    steered[mood] = {name: score(f.count(sign), len(f)) for name, f in asked.items()}
+    for name, right in steered[mood].items():
+        print(f"{mood} reviews, {name}: {right}")
+wanted, other = ([f[name].accuracy for f in steered.values()] for name in steered["good"])
 lesson.claim(
-    "the branch steers: at least 20 points more reviews of either wanted mood",
-    lowest_gain, at_least=0.2, form=".0%",
+    "the branch steers: at least 20 points more reviews of either mood when asked for it",
+    min(np.subtract(wanted, other)), at_least=0.2, form=".0%",
 )  # fmt: skip
 del writer
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 2.6))
-tints, position = {"steered": plots.INK, "base model": plots.GREY}, 0
+tints, position = {"asked for it": plots.INK, "asked for the other": plots.GREY}, 0
 for found in steered.values():
     for name, hits in found.items():
         label = name if position < 2 else None
@@ -1408,19 +1405,20 @@ for found in steered.values():
         axes.plot([hits.low, hits.high], [position] * 2, color="white", linewidth=3)
         axes.plot([hits.low, hits.high], [position] * 2, color=plots.COLORS[5])
         position += 1
-axes.set_yticks([0.5, 2.5], [f"{mood} wanted" for mood in steered])
-axes.set(xlim=(0, 1), xlabel="sampled reviews of the wanted mood")
+axes.set_yticks([0.5, 2.5], [f"{mood} reviews" for mood in steered])
+axes.invert_yaxis()
+axes.set(xlim=(0, 1), xlabel="share of the sampled reviews")
 axes.xaxis.set_major_formatter(plots.PERCENT)
-axes.set_title("With the branch, most reviews have the wanted mood")
+axes.set_title("The branch's condition sets the mood of most reviews")
 axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
-alt = "Share of reviews of the wanted mood, with intervals: most with the branch, "
-plots.show(figure, alt=alt + "about half without.")
+alt = "Share of good and of bad reviews, with intervals: most when the branch is asked for "
+plots.show(figure, alt=alt + "that mood, few when it is asked for the other.")
 
 # %% [markdown]
-# **What you see.** One run. The base model writes good and bad reviews about equally often, whatever is wanted. With the branch it writes mostly what is asked for, although its own weights did not change.
+# **What you see.** One run. The frozen weights are the same all the time, and the text before the review too; only the condition differs, and with it the mood of most reviews. Not of all: read a few.
 
 # %% [markdown] tags=["further"]
-# ## 14 · 8-bit and paged optimisers
+# ## 13 · 8-bit and paged optimisers
 #
 # *Further: no core section needs this one.*
 #
@@ -1442,7 +1440,7 @@ OPTIMIZERS = {
 }
 rows, off = {}, []
 for name, make in OPTIMIZERS.items():
-    model, steps = everything(fresh()), lesson.scaled(6)
+    model, steps = everything(fresh()), lesson.scaled(4)
     optimizer = make(model.parameters(), lr=5e-4 * settings["rate"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # paging on a CPU
@@ -1461,13 +1459,13 @@ lesson.equal("helpers.memory plans the state within 1 %", max(off), within=0.01)
 # **What you see.** A quarter of the bytes, and over these few steps the same losses but for the last digits.
 
 # %% [markdown] tags=["further"]
-# ## 15 · The numbers of the paper
+# ## 14 · The numbers of the paper
 #
 # *Further: no core section needs this one.*
 #
 # **Question.** LoRA's abstract promises 10,000 times fewer trained parameters and 3 times less GPU memory for GPT-3 with 175 billion parameters. Where do these numbers come from?
 #
-# GPT-3 has 96 layers of width $d = 12{,}288$. LoRA on query and value trains $96 \cdot 2 \cdot r (d + d)$ numbers. The paper's checkpoint of 35 MB and the factor of 10,000 belong to $r = 4$. For memory, `helpers.memory` follows a training step: full fine-tuning in 16 bit with Adam against LoRA, one row of 2,048 tokens with activation checkpointing, before any division among GPUs.
+# GPT-3 has 96 layers of width $d = 12{,}288$. LoRA on query and value trains $96 \cdot 2 \cdot r (d + d)$ numbers. The paper's checkpoint of 35 MB and the factor of 10,000 belong to $r = 4$ (38 million bytes are 36 MiB). For memory, `helpers.memory` follows a training step: full fine-tuning in 16 bit with Adam against LoRA, one row of 2,048 tokens with activation checkpointing, before any division among GPUs.
 
 # %%
 sizes = {"vocab_size": 50257, "n_embd": 12288, "n_layer": 96, "n_head": 96}
@@ -1504,33 +1502,41 @@ lesson.report("GPT-3: memory of full fine-tuning over LoRA's", ratio, form=".1f"
 # %% [markdown]
 # The paper reports 1.2 TB and 350 GB. LoRA's 350 GB are the weights in 16 bit and little else, as here. For full fine-tuning `helpers.memory` counts 8 bytes a parameter (weight, gradient and two moments in 16 bit); 1.2 TB are 6.9 bytes, so something in the paper's setup was stored smaller or elsewhere; it does not say what. With moments in fp32, as mixed precision has them, the factor would be larger.
 #
-# A hub model on a small card is the case that you will meet. What does a model with half a billion parameters need on a T4, with batches of 4 rows of 512 tokens? A T4 has no bf16. Training there is mixed: fp16 for the products, fp32 for the weights that are trained, because PyTorch's `GradScaler` refuses gradients in fp16.
+# A hub model on a small card is the case that you will meet. What does a model with three billion parameters need on a T4, with batches of 4 rows of 512 tokens? A T4 has no bf16. Training there is mixed: fp16 for the products, fp32 for the weights that are trained, because PyTorch's `GradScaler` refuses gradients in fp16.
 
 # %%
-shape = ModelShape.from_config("Qwen/Qwen2.5-0.5B")
+shape = ModelShape.from_config("Qwen/Qwen2.5-3B")
 plan = {"batch_size": 4, "seq_len": 512, "precision": "fp16-mixed", "lora_rank": 16}
-for method, optimizer, extra in (
-    ("full", "adamw", {}),
-    ("lora", "adamw", {}),
-    ("qlora", "paged_adamw_8bit", {}),
-    ("qlora", "paged_adamw_8bit", {"gradient_checkpointing": True}),
+rows = {}
+for method, optimizer, again in (
+    ("full", "adamw", True),
+    ("lora", "adamw", True),
+    ("qlora", "paged_adamw_8bit", False),
+    ("qlora", "paged_adamw_8bit", True),
 ):
-    found = estimate_training(shape, method=method, optimizer=optimizer, **plan, **extra)
-    fits, text = found.fits(GPUS["T4"]), f"{found.total / GIB:5.2f} GiB"
-    print(f"{method}, {optimizer}, {extra or 'no checkpointing'}: {text}, fits a T4: {fits}")
-lesson.report("0.5 B model by QLoRA on a T4, helpers.memory", f"{found.total / 1e9:.1f} GB")
+    plan["gradient_checkpointing"] = again
+    found = estimate_training(shape, method=method, optimizer=optimizer, **plan)
+    fits = "yes" if found.fits(GPUS["T4"]) else "no"
+    name = f"{method}, {optimizer}, {'checkpointing' if again else 'no checkpointing'}"
+    rows[name] = f"{found.total / GIB:.1f}", fits
+show_table(rows, ["GiB", "fits a T4"])
+lesson.report("3 B model by QLoRA on a T4, helpers.memory", f"{found.total / GIB:.1f} GiB")
 
 # %% [markdown]
-# ## 16 · Exercises
+# **What you see.** One combination fits, by estimate: 4-bit weights, a small optimiser, and activation checkpointing. Either of the large parts, weights or activations, is too much for the card alone.
+
+# %% [markdown]
+# ## 15 · Exercises
 #
 # Five, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 
 # %% tags=["exercise"]
 # Exercise 6.1, easy: how many parameters?
 def lora_parameters(model: nn.Module, rank: int, targets: Sequence[str]) -> int:
-    """Number of parameters that LoRA of this rank trains on every nn.Linear of `model` whose name ends in a target.
+    """Number of parameters that LoRA of this rank trains on the nn.Linear layers named in `targets`.
 
-    The name of a layer is its path in `model.named_modules()`; the part after the last dot must be in `targets`.
+    `model.named_modules()` gives the path of each layer; a layer is adapted if the part of
+    its path after the last dot is one of `targets`.
     """
     raise NotImplementedError
 
@@ -1538,7 +1544,8 @@ def lora_parameters(model: nn.Module, rank: int, targets: Sequence[str]) -> int:
 # %% tags=["check"]
 def check_lora_parameters(lora_parameters):
     block = nn.ModuleDict({"q_proj": nn.Linear(6, 4), "up_proj": nn.Linear(6, 10, bias=False), "norm": nn.LayerNorm(6)})
-    small = nn.ModuleDict({"first": block, "q_proj_norm": nn.Linear(3, 3), "v_proj": nn.Linear(6, 2)})
+    others = {"q_proj_norm": nn.Linear(3, 3), "kq_proj": nn.Linear(3, 3)}  # no targets below
+    small = nn.ModuleDict({"first": block, "v_proj": nn.Linear(6, 2)} | others)
     expect_equal("of q_proj at rank 1", lora_parameters(small, 1, ["q_proj"]), 10)
     expect_equal("of q_proj and up_proj at rank 3", lora_parameters(small, 3, ["q_proj", "up_proj"]), 78)
     expect_equal("of q_proj, v_proj at rank 2", lora_parameters(small, 2, ("q_proj", "v_proj")), 36)
@@ -1572,57 +1579,61 @@ check("6.1", check_lora_parameters, lora_parameters)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 6.2, medium: merge DoRA (Liu et al. 2024).
-def merge_dora(weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> Tensor:
-    """The plain matrix (out, in) that gives what DoRA gives; change no argument.
+# Exercise 6.2, medium: add two adapters.
+def add_adapters(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    weights: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """One adapter (A, B) whose update B A is weights[0] B1 A1 + weights[1] B2 A2, exactly.
 
-    DoRA takes the adapted matrix weight + scale * B @ A, divides each of its rows by the
-    row's length, and multiplies it by the row's trained length in magnitude (out,).
-    weight (out, in), A (rank, in), B (out, rank).
+    `first` is (A1, B1) with A1 (r1, in) and B1 (out, r1), `second` likewise with r2. The
+    result has the rank r1 + r2. Change no argument.
     """
     raise NotImplementedError
 
 
 # %% tags=["check"]
-def check_merge_dora(merge_dora):
+def check_add_adapters(add_adapters):
     generator = torch.Generator().manual_seed(5)
-    shapes = ((5, 7), (2, 7), (5, 2))
-    weight, A, B = (torch.randn(*shape, generator=generator) for shape in shapes)
-    magnitude = torch.rand(5, generator=generator) + 0.5
-    given = {"weight": weight, "A": A, "B": B, "magnitude": magnitude}
-    copies = {name: tensor.clone() for name, tensor in given.items()}
-    merged_weight = merge_dora(weight, A, B, magnitude, 1.5)
-    expect_shape("merge_dora(...)", merged_weight, (5, 7))
-    expect_close("the lengths of its rows", merged_weight.norm(dim=1), magnitude, 1e-5)
-    x = torch.randn(3, 7, generator=generator)
-    rows = copies["weight"] + 1.5 * (copies["B"] @ copies["A"])
-    right = torch.stack([magnitude[i] * (x @ rows[i]) / rows[i].norm() for i in range(5)], dim=1)
-    expect_close("x @ merge_dora(...).T", x @ merged_weight.T, right, 1e-5)
-    start = merge_dora(weight, A, torch.zeros(5, 2), weight.norm(dim=1), 1.5)
-    expect_close("at the start it is the weight", start, weight, 1e-5)
-    for name, tensor in given.items():
-        expect_close(f"{name} afterwards", tensor, copies[name], 0.0)
+    for ranks, weights in (((2, 2), (1.0, 1.0)), ((1, 3), (0.5, -2.0))):
+        A1, A2 = (torch.randn(rank, 7, generator=generator) for rank in ranks)
+        B1, B2 = (torch.randn(5, rank, generator=generator) for rank in ranks)
+        given = {"A1": A1, "B1": B1, "A2": A2, "B2": B2}
+        copies = {name: tensor.clone() for name, tensor in given.items()}
+        A, B = add_adapters((A1, B1), (A2, B2), weights)
+        call = f"add_adapters of the ranks {ranks} with the weights {weights}"
+        expect_shape(f"A of {call}", A, (sum(ranks), 7))
+        expect_shape(f"B of {call}", B, (5, sum(ranks)))
+        parts = weights[0] * copies["B1"] @ copies["A1"], weights[1] * copies["B2"] @ copies["A2"]
+        expect_close(f"B A of {call}", B @ A, sum(parts), 1e-4)
+        for name, tensor in given.items():
+            expect_close(f"{name} afterwards", tensor, copies[name], 0.0)
 
 
-check("6.2", check_merge_dora, merge_dora)
+check("6.2", check_add_adapters, add_adapters)
 
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# Form the adapted weight first, then rescale each row to the length in `magnitude`; which dimension is a row?
+# The sum of the factors is not the answer: $(B_1 + B_2)(A_1 + A_2)$ has four terms. Two rows of A and two columns of B that never meet give two terms.
 #
 # </details>
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# The norm is over each row, dimension 1.
+# Stack the rows of the $A$s, and set the columns of the $B$s side by side. The weight goes to one of the factors, not to both. So adapters can be added without loss, and the rank grows; a library that keeps the rank has to approximate.
 #
 # ```python
-# def merge_dora(weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> Tensor:
-#     adapted = weight + scale * (B @ A)
-#     return adapted * (magnitude / adapted.norm(dim=1))[:, None]
+# def add_adapters(
+#     first: tuple[Tensor, Tensor],
+#     second: tuple[Tensor, Tensor],
+#     weights: tuple[float, float],
+# ) -> tuple[Tensor, Tensor]:
+#     (A1, B1), (A2, B2) = first, second
+#     return torch.cat([A1, A2]), torch.cat([weights[0] * B1, weights[1] * B2], dim=1)
 # ```
 #
 # </details>
@@ -1655,9 +1666,8 @@ def check_update_ratio(update_ratio):
     for optimizer in ("sgd", "adam"):
         for factor in (3.0, 8.0):
             found = measured_update(optimizer, 4 * factor) / measured_update(optimizer, 4)
-            call = f"update_ratio({optimizer!r}, {factor:g})"
-            said = update_ratio(optimizer, factor) / found
-            expect_close(f"{call} over the measured {found:.2f}", said, 1.0, 0.02)
+            near = abs(update_ratio(optimizer, factor) / found - 1) < 0.02
+            expect_true(f"update_ratio({optimizer!r}, {factor:g}) is what is measured", near)
 
 
 check("6.3", check_update_ratio, update_ratio)
@@ -1673,7 +1683,7 @@ check("6.3", check_update_ratio, update_ratio)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# The gradient of $B$ has one factor $s$, the product $sBA$ another one. Adam divides the first one out. So with Adam $\alpha$ acts like a learning rate of $B$, and with plain SGD like its square. $A$ hardly moves in the first step, since its gradient is zero. (With `adam`, $A$ does not move at all.)
+# The gradient of $B$ has one factor $s$, the product $sBA$ another one. Adam divides the first one out. So with Adam $\alpha$ acts like a learning rate of $B$, and with plain SGD like its square. $A$ does not move in the first step, since its gradient is zero.
 #
 # ```python
 # def update_ratio(optimizer: str, factor: float) -> float:
@@ -1688,8 +1698,9 @@ def pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tens
     """Residual (out, in), A (rank, in), B (out, rank): residual + scale B A = weight.
 
     B A takes the part of the weight with the `rank` largest singular values, so that
-    training begins in the directions that matter most; the square roots of the singular
-    values go half to A and half to B. The residual is what stays frozen.
+    training begins in the directions that matter most. Row i of A and column i of B have
+    the same length: the square root of the singular value i over `scale`. The residual is
+    what stays frozen.
     """
     raise NotImplementedError
 
@@ -1707,7 +1718,9 @@ def check_pissa(pissa):
         expect_close(f"residual + scale B A of {call}", residual + scale * B @ A, weight, 1e-4)
         left = torch.linalg.svdvals(residual)[: 6 - rank]
         expect_close(f"singular values left in the residual of {call}", left, s[rank:], 1e-3)
-        expect_close(f"the norms of A and B of {call}", A.norm(), B.norm(), 1e-3)
+        lengths = torch.diag(s[:rank] / scale)
+        expect_close(f"A @ A.T of {call}", A @ A.T, lengths, 1e-3)
+        expect_close(f"B.T @ B of {call}", B.T @ B, lengths, 1e-3)
 
 
 check("6.4", check_pissa, pissa)
@@ -1806,7 +1819,7 @@ check("6.5", check_gentle, gentle)
 #
 # <details><summary>Answer</summary>
 #
-# C. All runs in the figure were stopped at the same quality. What they had lost by then differs a lot, and mostly by the rate.
+# B. QUIZ2
 #
 # </details>
 
@@ -1882,7 +1895,7 @@ warnings.filterwarnings("ignore", message=".*pin_memory")
 
 # %%
 arguments = SFTConfig(
-    output_dir=str(FOLDER), max_steps=lesson.scaled(12), per_device_train_batch_size=8,
+    output_dir=str(FOLDER), max_steps=lesson.scaled(16), per_device_train_batch_size=8,
     learning_rate=5e-3 if CPU else 2e-4, lr_scheduler_type="linear", logging_steps=1,
     max_length=512, gradient_checkpointing=False, save_strategy="no", report_to="none",
     disable_tqdm=True, use_cpu=CPU, bf16=settings["precision"] == "bf16-mixed",
@@ -1897,11 +1910,9 @@ trainer.remove_callback(PrinterCallback)
 trainer.train()
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 print(f"loss {losses[0]:.2f} -> {np.mean(losses[-3:]):.2f}, {num_trained(trainer.model):,} trained")
-fell = losses[0] - np.mean(losses[-3:])
-lesson.claim(
-    "SFTTrainer with a peft_config: the loss falls by at least 1 nat",
-    fell, at_least=1, form=".2f",
-)  # fmt: skip
+right, _ = quality(trainer.model)
+print(f"held-out instructions of section 1: {right}")
+lesson.report("SFTTrainer with a peft_config, held-out instructions", str(right))
 
 # %% [markdown]
 # Save the adapter, read it back on a fresh base, merge it, and you have a plain model again. For QLoRA load the base with a `BitsAndBytesConfig` (section 6) and give that model to `SFTTrainer`; merge into a base that was read in 16 bits, not into the 4-bit one.

@@ -44,19 +44,21 @@ def test_the_check_of_the_count_finds_other_layers_and_missing_factors() -> None
         planted(solution, "layer.in_features + layer.out_features", "2 * layer.in_features"),
         planted(solution, "rank * (", "("),
         planted(solution, 'name.split(".")[-1] in targets', "any(target in name for target in targets)"),
+        planted(solution, 'name.split(".")[-1] in targets', "any(name.endswith(target) for target in targets)"),
         planted(solution, "isinstance(layer, nn.Linear) and ", ""),
     ]
     prove_check(EXERCISES["6.1"], NAMES, wrong)
 
 
-def test_the_check_of_merged_dora_finds_norms_over_the_wrong_side_and_changed_arguments() -> None:
+def test_the_check_of_the_sum_finds_summed_factors_weights_counted_twice_and_changed_arguments() -> None:
     solution = EXERCISES["6.2"].solution
+    A, B = "torch.cat([A1, A2])", "torch.cat([weights[0] * B1, weights[1] * B2], dim=1)"
     wrong = [
-        planted(solution, "adapted.norm(dim=1)", "adapted.norm()"),
-        planted(solution, "adapted.norm(dim=1)", "weight.norm(dim=1)"),
-        planted(solution, "scale * (B @ A)", "B @ A"),
-        planted(solution, "adapted = weight + scale * (B @ A)", "adapted = weight.add_(scale * (B @ A))"),
-        planted(solution, "(magnitude / adapted.norm(dim=1))", "magnitude"),
+        planted(solution, f"{A}, {B}", "weights[0] * A1 + weights[1] * A2, B1 + B2"),  # cross terms, equal ranks only
+        planted(solution, A, "torch.cat([weights[0] * A1, weights[1] * A2])"),
+        planted(solution, B, "torch.cat([B1, B2], dim=1)"),
+        planted(solution, B, "torch.cat([weights[1] * B2, weights[0] * B1], dim=1)"),
+        planted(solution, B, "torch.cat([B1.mul_(weights[0]), B2.mul_(weights[1])], dim=1)"),
     ]
     prove_check(EXERCISES["6.2"], NAMES, wrong)
 
@@ -84,6 +86,11 @@ def test_the_check_of_pissa_finds_wrong_scales_small_directions_and_uneven_facto
             solution,
             "roots[:, None] * vh[:rank], u[:, :rank] * roots",
             "vh[:rank], u[:, :rank] * roots**2",
+        ),
+        planted(  # equal norms of the whole factors, unequal rows
+            solution,
+            "roots[:, None] * vh[:rank], u[:, :rank] * roots",
+            "vh[:rank] * (c := (roots**4).sum() / rank) ** 0.25, u[:, :rank] * roots**2 / c**0.25",
         ),
     ]
     prove_check(EXERCISES["6.4"], NAMES, wrong)
@@ -139,20 +146,14 @@ def test_a_4_bit_layer_gives_the_product_and_the_gradient_of_its_own_matrix() ->
 
 
 @pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path: Path) -> None:
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
 def test_the_notebook_runs_with_a_model_from_the_hub(tiny_model_folder: Path, tmp_path: Path) -> None:
     """The cells of the GPU profile on a tiny Qwen2 in hub format: bitsandbytes' real 4-bit layers, and peft on them."""
     parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "budget": 0.05}
     _, said = run_lesson(NOTEBOOK, tmp_path, parameters, cell_timeout=120, timeout=400)
     assert "profile t4: tiny-qwen2 on cpu in float32" in said
     assert "Linear4bit" in said
-    for name in ("LoRA", "DoRA", "QLoRA", "IA3", "prompt tuning"):
+    for name in ("LoRA", "DoRA", "QLoRA", "prompt tuning"):
         assert f"holds: {name} equals peft" in said
-    assert "DOES NOT HOLD: full fine-tuning answers at least 80 points more of the held-out instructions" in said
+    assert "DOES NOT HOLD: full fine-tuning: at least 50 points more held-out instructions than one constant" in said
     assert "holds: our merged model is peft's merge_and_unload" in said
     assert said.count("not attempted yet") == len(EXERCISES)
