@@ -170,6 +170,7 @@ for task in TASKS:
     prompt, answer = instructions(1, seed, (task,), held_out=True)[0]
     print(f"{task}: {prompt!r} -> {answer!r}")
 
+
 # %% [markdown]
 # Greedy decoding gives exactly the right answer if and only if each token of the answer is the most probable one after the tokens before it. So one forward pass over question and answer together scores all questions of a batch, with no decoding.
 
@@ -409,6 +410,7 @@ lesson.equal("all parts together are the fine-tuned model", abs(loss - loss_full
 #
 # The scale $s$ multiplies the output, and with it the gradients. Adam divides by the size of the gradient, so a larger $s$ makes the update of $B$ count for more, much as a larger learning rate would. For $A$ it is not the same: the rate alone says how far $A$ moves. Section 4 tries two values, $\alpha = 2r$, as many recipes have it, and $\alpha = 32r$ with a lower rate. All other sections have $\alpha = 2r$, and what they find holds for it. (rsLoRA, Kalajdzievski 2023, is the same layer with $s = \alpha / \sqrt r$; in peft, `use_rslora=True`.)
 
+
 # %%
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained update of low rank."""
@@ -535,11 +537,12 @@ for kind, number in {"Good.": 1, "Bad.": 1, "Answer": 2}.items():
     found = [encode(*pair) for pair in drawn if pair[1].startswith(kind)]
     for half, rows in enumerate(halves):
         rows += found[half::2][: number * sixth]
-LIMIT, EVERY, GOAL, FIRST = lesson.scaled(63), 3, 0.95, 12
+LIMIT, EVERY, GOAL, FIRST = lesson.scaled(72), 3, 0.95, 12
 print(f"{sum(map(len, halves))} validation instructions; the goal: {GOAL:.0%} right")
 print("all lists right, and one word for every review: 75%")
 
 
+# %%
 class Reached(Exception):
     """Raised to stop a training that has reached its goal."""
 
@@ -666,11 +669,12 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** TEXT4
+# **What you see.** All three methods reach the goal, LoRA with about two percent of the numbers trained. What they have lost by then differs. With $\alpha = 2r$ LoRA has lost more on documents than full rank, and it took more steps. With $\alpha = 32r$ and a lower rate, the same LoRA has lost less than with $\alpha = 2r$: compare it with full rank in the figure. The runs at four times the rate have lost several times as much as the others of their colour. So "LoRA forgets less" is not what you see here, and "LoRA forgets more" would be too quick: the scale and the rate decide too. And the yardstick matters: on the old questions the seeds of the three methods overlap, so say this of documents only.
 #
 # Does this contradict Biderman et al.? They trained models of 7 billion parameters for long on code and mathematics, compared after equal data, and LoRA had learnt less there. Here the model is tiny, the training short, and quality is made equal. And no arm was searched to its best: for each, a still lower rate takes longer and may lose less. What carries over is the method: fix the quality, try rates and $\alpha$ for each method, measure old tasks of your own, and take the lowest rate that you have the time for.
 #
 # LoRA's update must pass through a few directions, so it has to be strong in them. How strong? Compare the size of the updates, and their largest singular value, with those of $W$.
+
 
 # %%
 @torch.no_grad()
@@ -702,16 +706,19 @@ for name, update in changed.items():
     lesson.report(f"norm and largest singular value of the update, {name}", said)
 
 # %% [markdown]
-# **What you see.** TEXT4b
+# **What you see.** One run of each. At the same goal LoRA's update is larger than that of full rank, and its largest singular value is larger by more. A rank of 4 forces part of this, since four directions hold the whole update. Shuttleworth et al. (2024) find strong new directions after LoRA in large models as well and link them to forgetting. These numbers neither prove nor refute the link, since nothing was done to the directions alone.
 
 # %% [markdown] tags=["core"]
-# ## 5 · Where a low rank fails
+# ## 5 · Where a low rank is slower
 #
-# **Question.** If rank 4 is enough for the instructions, is it enough for everything?
+# **Question.** If rank 4 is enough for the instructions, is every rank enough for everything?
 #
-# Schulman et al. (2025) expect a limit: an adapter has room for so much information, and data that carry more are learnt more slowly than full fine-tuning learns them. The instructions carry little that is new: the model can look up and judge already. So here is a task of pure content. Each of 64 words gets a random code of three digits, about ten bits a word, and nothing helps to guess it. There is no held-out set, since a random code cannot be inferred. The question is what 80 steps of 32 rows can store. A guess is right once in a thousand.
+# The instructions carry little that is new: the model can look up and judge already. So here is a task of pure content. Each of 64 words gets a random code of three digits, about ten bits a word, and nothing helps to guess it. There is no held-out set, since a random code cannot be inferred. The question is what 60 steps of 32 rows can store.
 #
-# Three sizes: all weights, rank 16, rank 1. Each has the same rows and steps. Rank 1 gets two rates, and its better one counts.
+# Three sizes: full rank, rank 16 and rank 1, all in the same layers, with the same rows and steps. LoRA has $\alpha = 32r$. Rank 1 gets two rates, and its better one counts. Room is not the matter: rank 1 has some twenty thousand numbers for 640 bits. Speed may be.
+#
+# Who knows the form of a code and guesses the digits has a loss of $\ln 1000$ nats a code. *Stored* is the share of this loss that is gone.
+
 
 # %%
 def code_rows(n: int) -> list[dict]:
@@ -721,63 +728,57 @@ def code_rows(n: int) -> list[dict]:
     return [encode(f"Code of {word}:", f" {rng.randrange(1000):03d}\n") for word in words]
 
 
-codes, learning = code_rows(lesson.scaled(64)), {}
+codes = code_rows(lesson.scaled(64))
+length = sum(label != -100 for row in codes for label in row["labels"]) / len(codes)
+GUESS = math.log(1000) / length  # nats a token, if the digits are guessed
 TRIALS = {
-    "full fine-tuning": (everything, 1e-3),
-    "rank 16": (lora(16), 3e-3),
-    "rank 1": (lora(1), 3e-3),
-    "rank 1, higher rate": (lora(1), 1e-2),
+    "full rank": (linear_layers, 4 * RATE),
+    "rank 16": (lora(16, scale=32), 4 * RATE),
+    "rank 1": (lora(1, scale=32), 10 * RATE),
+    "rank 1, higher rate": (lora(1, scale=32), 20 * RATE),
 }
-rows = {}
+rows, curves, stored = {}, {}, {}
 for name, (method, rate) in tqdm(TRIALS.items(), desc="codes"):
     torch.manual_seed(seed)
     model = method(fresh())
-    history = fit(model, codes, rate, lesson.scaled(80), batch_size=32)
+    curves[name] = fit(model, codes, rate, lesson.scaled(60), batch_size=32).losses
     right, loss = answered(model, codes)
-    learning[name] = history.losses, score(sum(right), len(right))
+    stored[name] = 1 - loss / GUESS
     share = f"{num_trained(model) / SIZE:.1%}"
-    rows[name] = share, f"{rate:g}", learning[name][1], f"{loss:.3f}"
-    lesson.report(f"codes stored, {name}", str(learning[name][1]))
-show_table(rows, ["trained", "rate", "codes right", "loss"])
+    rows[name] = share, f"{rate:g}", f"{loss:.3f}", f"{stored[name]:.0%}", sum(right)
+    lesson.report(f"stored of the codes, {name}", stored[name], form=".0%")
+show_table(rows, ["trained", "rate", "loss", "stored", f"right of {len(codes)}"])
 
 # %%
-lines = {name: losses for name, (losses, _) in learning.items()}
 figure, axes = plt.subplots()
-for name, losses in lines.items():
+axes.axhline(GUESS, color=plots.GREY, linestyle=":", label="form known, digits guessed")
+for name, losses in curves.items():
     style = "--" if "higher" in name else "-"
     axes.plot(losses, style, color=COLOR[name.partition(",")[0]], label=name)
-axes.set(xlabel="step", ylabel="loss of the codes (nats)", yscale="log", ylim=(1e-3, 10))
-axes.set_title("Random codes: the fewer numbers are trained, the slower")
-axes.legend(loc="lower left")
+axes.set(xlabel="step", ylabel="loss of the codes (nats a token)", ylim=(0, 2.5))
+axes.set_title("Random codes: rank 1 has stored the least after the same steps")
+axes.legend()
 plots.show(
     figure,
-    alt="Loss on the codes over the steps: full fine-tuning and rank 16 fall towards zero, "
-    "rank 1 stays near one nat at both rates.",
+    alt="Loss on the codes over the steps, with the loss of a guess as a line: full rank and "
+    "rank 16 fall to about zero, rank 1 is far above them at both rates.",
 )
-best_1 = max(learning[name][1].accuracy for name in ("rank 1", "rank 1, higher rate"))
-others = min(learning[name][1].accuracy for name in ("full fine-tuning", "rank 16"))
+best_1 = max(stored["rank 1"], stored["rank 1, higher rate"])
 lesson.claim(
-    "full fine-tuning and rank 16 store at least 50 points more of the codes than rank 1",
-    others - best_1, at_least=0.5, form=".0%",
+    "rank 16 has stored at least 25 points more of the codes than rank 1",
+    stored["rank 16"] - best_1, at_least=0.25, form=".0%",
 )  # fmt: skip
 
 # %% [markdown]
-# Is rank 1 simply too small to be of use? Give the same adapter the instructions of section 4, at the middle rate of LoRA, up to the same goal.
+# Is rank 1 simply too small to be of use? Give it the instructions of section 4, up to the same goal.
 
 # %%
-runs["rank 1"] = [reach(lora(1), 10 * RATES[1])]
-print("rank 4, the same rate")
-table_of(runs["LoRA"][1:2])
-print("rank 1")
-table_of(runs["rank 1"])
-small_gain = runs["rank 1"][0]["right"].accuracy - before.accuracy
-lesson.claim(
-    "rank 1 answers at least 70 points more of the held-out instructions than before",
-    small_gain, at_least=0.7, form=".0%",
-)  # fmt: skip
+small = reach(lora(1), 20 * RATE)
+table_of({"LoRA": runs["LoRA"][:1], "rank 1": [small]})
+lesson.report("rank 1 at the goal, held-out instructions", str(small["right"]))
 
 # %% [markdown]
-# **What you see.** The smallest adapter learns the two instructions, and stores few of the codes. Rank 16 stores most of them in the same steps, and all weights together are quicker still. So the rank to choose depends on how much new content is in the data, not on how hard the task looks. Two cautions. It is one run each. And slower is what was measured: at one of its rates the loss of rank 1 is still falling in the end, and in many more steps it may get there. Schulman et al. report the same for large models: no wall, but slower learning.
+# **What you see.** One run of each. On the codes rank 16 keeps pace with full rank. Rank 1 is behind at both of its rates, and the loss is still falling at the end: in more steps it may get there. Yet the same rank learns the two instructions, which the model could nearly do before. Schulman et al. (2025) report the like for large models: small adapters lag behind on much new content, and not on little. So try the rank on your own data, and a higher one first if the data are full of facts.
 
 # %% [markdown] tags=["core"]
 # ## 6 · QLoRA: the frozen weights in 4 bits
@@ -789,6 +790,7 @@ lesson.claim(
 # **NF4.** Cut the weights into blocks of 64 and divide each block by its largest absolute value $c$ (the *absmax*). Weights are roughly normally distributed, so let the 16 levels be quantiles of a normal distribution, scaled to $[-1, 1]$: where the weights are dense, so are the levels. Zero must be a level, so eight levels are positive and seven negative. A weight becomes the number of the nearest level; two of them share a byte.
 #
 # **Double quantisation.** An fp32 absmax for 64 weights costs 0.5 bit a weight. Subtract their mean and quantise them as well, to 8 bits in blocks of 256: $8/64 + 32/(64 \cdot 256) = 0.127$ bit. The 256 levels are Dettmers' dynamic type: seven powers of ten with a growing number of steps in each.
+
 
 # %%
 def nf4_levels() -> Tensor:
@@ -865,6 +867,7 @@ lesson.equal("our NF4 equals bitsandbytes bit for bit", wrong)
 #
 # The layer keeps the packed codes. It makes the matrix when it is needed, in the forward pass and once more in the backward pass, and never keeps it: this is what saves the memory.
 
+
 # %%
 class Dequantised(torch.autograd.Function):
     """x W^T with W made from its codes, twice; the gradient goes to x alone."""
@@ -924,6 +927,7 @@ del quantised, four_bit
 # %% [markdown]
 # A tenth of the weights' size is lost by rounding, and the model hardly notices. Now train: LoRA on top, with the rate and the seed of the first run of LoRA in section 4, up to the same goal. And the library's way: `BitsAndBytesConfig` makes transformers load every linear layer as `bnb.nn.Linear4bit`, and peft puts LoRA on it.
 
+
 # %%
 def qlora(rank: int = 4) -> Callable:
     """The method QLoRA: every linear layer in NF4, and LoRA in fp32 on top."""
@@ -944,6 +948,7 @@ theirs = peft.get_peft_model(loaded, lora_config)
 torch.manual_seed(seed)
 compare("QLoRA", qlora()(fresh()), theirs, partial(renamed, names=FACTORS))
 del loaded, theirs
+
 
 # %% [markdown]
 # **What you see.** In one run each, QLoRA needs about as many steps as LoRA, and what it has lost by then is alike. The library stores the same bits and gives the same outputs and gradients.
@@ -1010,6 +1015,7 @@ del tuned, plain, theirs, found
 # %% [markdown]
 # **Merging into 4 bits.** After QLoRA the base is in NF4: each of its weights stands on a level. The merged matrix $\hat W + sBA$ does not, and storing it in 4 bits rounds it to levels again. What moved by less than half the way to the next level goes back to where it was. So a small update may vanish, even though the rounding moves the weights by little. Measure it: merge the whole update, a half and a quarter of it, round, and ask how much of the update is still there: the part of the stored change along the update, $\langle W_\text{stored} - \hat W, U \rangle / \lVert U \rVert^2$ with $U = sBA$, as a mean over the layers.
 
+
 # %%
 @torch.no_grad()
 def merged_4bit(share: float, again: bool) -> tuple[nn.Module, float, float]:
@@ -1031,6 +1037,7 @@ def merged_4bit(share: float, again: bool) -> tuple[nn.Module, float, float]:
     return model, *np.mean(sizes, axis=0)
 
 
+# %%
 rows, survived, merged_right = {}, {}, {}
 for share in (1, 0.5, 0.25):
     for again in (False, True):
@@ -1057,6 +1064,7 @@ lesson.claim(
 # **Question.** The trained numbers fall to two percent. What happens to memory and time?
 #
 # Count the memory of one training step: weights, gradients of what is trained, AdamW's two moments for each of these, and activations. `kept_bytes` counts what autograd keeps between the forward and the backward pass: the activations. Counted this way, the numbers are the same on every machine. It is a sum of parts, not a measured peak: what lives only for a moment is left out, such as the matrices that QLoRA makes anew. Time is what these few steps took here.
+
 
 # %%
 def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
@@ -1131,6 +1139,7 @@ plots.show(
     "with QLoRA the weights shrink too, and the activations remain large with all three.",
 )
 
+
 # %% [markdown]
 # **What you see.** Gradients and optimiser shrink with the trained numbers, to two percent. The weights stay with LoRA, and shrink with QLoRA (the embeddings stay in fp32). The activations hardly shrink, and beside an adapter they are most of the sum. With long rows of a large model they are too; what saves those is activation checkpointing (lesson 07). The time of a step falls far less than the number of trained weights: the forward pass is the same, and the backward pass still runs through the whole frozen model. In 4 bits a step takes longer than with LoRA, since the matrices are made anew each time.
 
@@ -1184,6 +1193,7 @@ show_table(rows, ["activations, MiB", "ms a step"])
 #
 # **Prompt tuning** (Lester et al. 2021) trains nothing inside the model: $n$ vectors stand before the embeddings of the text, as if there were $n$ more words. They start as embeddings of random tokens.
 
+
 # %%
 class PromptTuning(nn.Module):
     """Trained vectors before the embeddings of the text."""
@@ -1227,6 +1237,7 @@ print(f"{count:,} trained, {count / SIZE:.2%} of all; LoRA {num_trained(lora()(f
 # **Question.** A hundred customers have a hundred fine-tuned models. Do you need a hundred models in memory?
 #
 # The base is shared and an adapter is small. A *bank* holds the factors of all adapters, and each request names the one that it wants: $y_i = W x_i + s\, B_{k(i)} A_{k(i)} x_i$. The rows of one batch may name different ones. (Serving systems, such as S-LoRA of Sheng et al. 2024, do the same with special kernels.) Three adapters are at hand: LoRA at both rates of section 4, and QLoRA's.
+
 
 # %%
 class LoRABank(nn.Module):
@@ -1308,6 +1319,7 @@ del theirs, found
 #
 # Here the branch stands beside each feed-forward: $\text{FFN}(x) + Z\,\phi(D x + E_c)$. The condition $c$ is the mood, good or bad, of a review that the model is to write, and $E_c$ a trained vector for it.
 
+
 # %%
 class ZeroBranch(nn.Module):
     """A module with a trained branch beside it that starts at zero and sees a condition."""
@@ -1362,9 +1374,9 @@ config = TrainConfig(max_steps=STEPS, learning_rate=rate, weight_decay=0.0,
 losses = train(writer, batches, config, loss_fn=steered_loss).losses
 print(f"loss {losses[0]:.3f} -> {np.mean(losses[-5:]):.3f}")
 
-
 # %% [markdown]
 # Now let it write for each mood, sampled at temperature 1. A review counts if it holds more adjectives of the wanted mood than of the other. The control is the same trained model with the other condition: what it writes of the wanted mood when it is asked for the opposite.
+
 
 # %%
 def mood_of(review: str) -> int:
@@ -1425,6 +1437,7 @@ plots.show(figure, alt=alt + "that mood, few when it is asked for the other.")
 # **Question.** What does an optimiser with 8-bit state save, and where does it matter?
 #
 # Adam keeps two numbers for each trained weight, 8 bytes in fp32. The 8-bit Adam of bitsandbytes (Dettmers et al. 2022) keeps both in the dynamic type of section 6, in blocks of 256, and computes in fp32. The paged one keeps them in memory that the driver moves between GPU and CPU as needed; on a CPU there is nothing to page, and bitsandbytes says so in a warning and does the rest. With LoRA there is little state to save, and tensors under 4,096 numbers stay in fp32 anyway. So try it where it counts, in full fine-tuning.
+
 
 # %%
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -1529,6 +1542,7 @@ lesson.report("3 B model by QLoRA on a T4, helpers.memory", f"{found.total / GIB
 # ## 15 · Exercises
 #
 # Five, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
+
 
 # %% tags=["exercise"]
 # Exercise 6.1, easy: how many parameters?
@@ -1638,6 +1652,7 @@ check("6.2", check_add_adapters, add_adapters)
 #
 # </details>
 
+
 # %% tags=["exercise"]
 # Exercise 6.3, medium: predict, then measure.
 def update_ratio(optimizer: str, factor: float) -> float:
@@ -1691,6 +1706,7 @@ check("6.3", check_update_ratio, update_ratio)
 # ```
 #
 # </details>
+
 
 # %% tags=["exercise"]
 # Exercise 6.4, hard: start from the largest directions (PiSSA, Meng et al. 2024).
@@ -1749,12 +1765,12 @@ check("6.4", check_pissa, pissa)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 6.5, open: forget less.
+# Exercise 6.5, open: forget less with fewer numbers.
 def gentle() -> tuple[Callable[[nn.Module], nn.Module], float]:
     """A LoRA, such as lora(rank=..., targets=..., scale=...), and a learning rate.
 
-    It must train at most 3 % of the parameters, reach the goal of section 4 within its
-    limit of steps, and lose at most 0.2 nats on documents by then.
+    It must train at most 1.5 % of the parameters, reach the goal of section 4 within its
+    limit of steps, and lose at most 0.25 nats on documents by then.
     """
     raise NotImplementedError
 
@@ -1763,10 +1779,10 @@ def gentle() -> tuple[Callable[[nn.Module], nn.Module], float]:
 def check_gentle(gentle):
     method, rate = gentle()
     trained = num_trained(method(fresh()))
-    expect_true(f"{trained:,} are at most 3 % of {SIZE:,}", 0 < trained <= 0.03 * SIZE)
+    expect_true(f"{trained:,} are at most 1.5 % of {SIZE:,}", 0 < trained <= 0.015 * SIZE)
     run = reach(method, rate)
     expect_true(f"the goal is reached in {LIMIT} steps", run["steps"] is not None)
-    expect_true(f"{run['rise']:+.3f} nats are at most +0.2", run["rise"] <= 0.2)
+    expect_true(f"{run['rise']:+.3f} nats are at most +0.25", run["rise"] <= 0.25)
 
 
 check("6.5", check_gentle, gentle)
@@ -1774,14 +1790,14 @@ check("6.5", check_gentle, gentle)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# Exercise 6.3 says what the scale does to the first steps. A lower rate is kinder to $A$; what keeps it from being too slow?
+# Compare the runs of section 4 and their $\alpha$. A smaller rank is slower: what makes up for it?
 #
 # </details>
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# One of several. A larger scale lets $B$ do the work, so a rate as low as that of full fine-tuning is quick enough, and $A$ stays near its start. It took about 10 seconds and fewer steps than the limit when this was written. So $\alpha$ is not only another learning rate: it also says which of the two factors moves.
+# One of several. A larger scale lets $B$ do more of the work, so a rate not far from that of full rank is quick enough. So $\alpha$ is not only another learning rate.
 #
 # ```python
 # def gentle() -> tuple[Callable[[nn.Module], nn.Module], float]:
@@ -1810,30 +1826,30 @@ check("6.5", check_gentle, gentle)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **2. In the figure of section 4, the right panel rises with the learning rate and the left one does not. What follows for a task of your own?**
+# **2. In the figure of section 4 the triangles stand far above the discs of their colour, though all runs were stopped at the same goal. What follows for a task of your own?**
 #
-# - A. Take the highest rate, since it needs the fewest steps.
-# - B. The rate does not matter, as long as the goal is reached.
-# - C. A rate that is quicker to the same quality may cost more of the old abilities; measure both.
-# - D. LoRA needs no search of the rate.
+# - A. Take the highest rate that still reaches the goal, since it needs the fewest steps.
+# - B. Rates that reach the same quality may cost different amounts of the old abilities: measure both.
+# - C. LoRA forgets more than full fine-tuning, so take full fine-tuning.
+# - D. Stop earlier: at equal quality all methods would have lost the same.
 #
 # <details><summary>Answer</summary>
 #
-# B. QUIZ2
+# B. The figure has equal quality already (against D). Its discs say that the answer to C depends on $\alpha$ and the rate.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **3. In the figure of section 5, the lines of rank 1 stay above the others. In section 4, rank 4 reached the same goal as full fine-tuning. Which reading fits both?**
+# **3. In the figure of section 5 the lines of rank 1 stay above the others. In the table below it, rank 1 reached the goal of section 4. Which reading fits both?**
 #
-# - A. LoRA is too weak for any task.
-# - B. The two instructions use what the model can do already; the codes are new content, and new content takes room.
+# - A. Rank 1 has too few numbers to hold the codes.
+# - B. The instructions use what the model can do already; the codes are new content, which rank 1 learned more slowly here.
 # - C. The codes are longer than the instructions.
-# - D. Rank 1 had fewer steps.
+# - D. Rank 1 saw fewer rows of codes than the other ranks.
 #
 # <details><summary>Answer</summary>
 #
-# B. All runs of section 5 have the same steps and rows. Section 5 also trains rank 1 on the instructions, and there it is enough.
+# B. Rank 1 has some thirty numbers for each bit of the codes, and all runs of section 5 have the same steps and rows.
 #
 # </details>
 
@@ -1843,25 +1859,25 @@ check("6.5", check_gentle, gentle)
 # - A. A smaller rank.
 # - B. An 8-bit optimiser.
 # - C. Activation checkpointing.
-# - D. Fewer adapted layers.
+# - D. The frozen weights in 4 bits.
 #
 # <details><summary>Answer</summary>
 #
-# C. Gradients and optimiser of LoRA are small already (section 8). With long rows the activations are the largest part, and no adapter saves them.
+# C. Gradients and optimiser of LoRA are small already (section 8). The weights are about 15 GB in 16 bits, and 4 bits save two thirds of that. With rows this long the activations are several times as much.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
 # **5. After QLoRA you merge the adapter and store the result in 4 bits again. When is the training most at risk to be lost?**
 #
-# - A. When the update is small beside the rounding error of 4 bits.
-# - B. When the rank is high.
-# - C. When the base was quantised twice.
-# - D. Never: merging is exact.
+# - A. When it moved each weight by much less than the way to the next level.
+# - B. When the rank of the update is high.
+# - C. When the base was quantised twice, its absmax values too.
+# - D. When the rounding moves the weights by more than a tenth of their size.
 #
 # <details><summary>Answer</summary>
 #
-# A. Merging in fp32 is exact, rounding to 4 bits again is not. Its error is about a tenth of the weights. An update of a hundredth can drown in it.
+# A. The base stands on the levels, and what moves by less than half the way to the next one is rounded back. D sounds alike, but the smaller the update, the less the rounding moves.
 #
 # </details>
 
