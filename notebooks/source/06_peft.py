@@ -1770,7 +1770,7 @@ def gentle() -> tuple[Callable[[nn.Module], nn.Module], float]:
     """A LoRA, such as lora(rank=..., targets=..., scale=...), and a learning rate.
 
     It must train at most 1.5 % of the parameters, reach the goal of section 4 within its
-    limit of steps, and lose at most 0.25 nats on documents by then.
+    limit of steps, and lose at most 0.2 nats on documents by then.
     """
     raise NotImplementedError
 
@@ -1782,7 +1782,7 @@ def check_gentle(gentle):
     expect_true(f"{trained:,} are at most 1.5 % of {SIZE:,}", 0 < trained <= 0.015 * SIZE)
     run = reach(method, rate)
     expect_true(f"the goal is reached in {LIMIT} steps", run["steps"] is not None)
-    expect_true(f"{run['rise']:+.3f} nats are at most +0.25", run["rise"] <= 0.25)
+    expect_true(f"{run['rise']:+.3f} nats are at most +0.2", run["rise"] <= 0.2)
 
 
 check("6.5", check_gentle, gentle)
@@ -1801,7 +1801,7 @@ check("6.5", check_gentle, gentle)
 #
 # ```python
 # def gentle() -> tuple[Callable[[nn.Module], nn.Module], float]:
-#     return lora(scale=32), 2.5e-4
+#     return lora(rank=2, scale=32), 4e-4
 # ```
 #
 # </details>
