@@ -307,8 +307,6 @@ wanted = [old_pairs[name][i][1] for name in old for i in range(2)]
 written = generate(full, tokenizer, prompts, 24, stop=("\n",))
 for text, answer in zip(written, wanted, strict=True):
     print(f"wanted {answer.strip()!r}, written {text.strip()!r}")
-
-# %%
 print(f"held-out instructions: {before} -> {right_full}")
 print(f"old questions: {kept_before} -> {kept_full}")
 print(f"documents: {text_before:.3f} -> {text_full:.3f} nats a token")
@@ -542,7 +540,6 @@ print(f"{sum(map(len, halves))} validation instructions; the goal: {GOAL:.0%} ri
 print("all lists right, and one word for every review: 75%")
 
 
-# %%
 class Reached(Exception):
     """Raised to stop a training that has reached its goal."""
 
