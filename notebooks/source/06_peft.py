@@ -666,7 +666,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** All three methods reach the goal, LoRA with about two percent of the numbers trained. What they have lost by then differs. With $\alpha = 2r$ LoRA has lost more on documents than full rank, and it took more steps. With $\alpha = 32r$ and a lower rate, the same LoRA has lost less than with $\alpha = 2r$: compare it with full rank in the figure. The runs at four times the rate have lost several times as much as the others of their colour. So "LoRA forgets less" is not what you see here, and "LoRA forgets more" would be too quick: the scale and the rate decide too. And the yardstick matters: on the old questions the seeds of the three methods overlap, so say this of documents only.
+# **What you see.** All three methods reach the goal, LoRA with about two percent of the numbers trained. What they have lost by then differs. With $\alpha = 2r$ LoRA has lost more on documents than full rank, and it took more steps. With $\alpha = 32r$ and a lower rate, the same LoRA has lost less than with $\alpha = 2r$: compare it with full rank in the figure. The runs at four times the rate have lost several times as much as the others of their colour. So "LoRA forgets less" is not what you see here, and "LoRA forgets more" would be too quick: the scale and the rate decide too. And the yardstick matters: on the old questions the order of the three need not be the one on documents. Look which of them kept the most.
 #
 # Does this contradict Biderman et al.? They trained models of 7 billion parameters for long on code and mathematics, compared after equal data, and LoRA had learnt less there. Here the model is tiny, the training short, and quality is made equal. And no arm was searched to its best: for each, a still lower rate takes longer and may lose less. What carries over is the method: fix the quality, try rates and $\alpha$ for each method, measure old tasks of your own, and take the lowest rate that you have the time for.
 #
@@ -767,7 +767,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# Is rank 1 simply too small to be of use? Give it the instructions of section 4, up to the same goal.
+# Is rank 1 simply too small to be of use? Give it the instructions of section 4, up to the same goal, with $\alpha = 2r$ and twice the rate of LoRA there.
 
 # %%
 small = reach(lora(1), 20 * RATE)
