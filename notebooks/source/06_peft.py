@@ -1798,7 +1798,7 @@ check("6.5", check_gentle, gentle)
 #
 # ```python
 # def gentle() -> tuple[Callable[[nn.Module], nn.Module], float]:
-#     return lora(rank=2, scale=32), 4e-4
+#     return lora(rank=2, scale=32), 5e-4
 # ```
 #
 # </details>

@@ -98,10 +98,10 @@ def test_the_check_of_pissa_finds_wrong_scales_small_directions_and_uneven_facto
 
 def test_the_check_of_the_gentle_lora_finds_too_many_parameters_a_goal_not_reached_and_too_much_lost() -> None:
     runs = {
-        (2, 32, 4e-4): {"steps": 54, "rise": 0.076},
-        (2, 2, 4e-4): {"steps": None, "rise": 0.002},  # kind, but never there
+        (2, 32, 5e-4): {"steps": 56, "rise": 0.08},
+        (2, 2, 5e-4): {"steps": None, "rise": 0.002},  # kind, but never there
         (2, 32, 2e-3): {"steps": 21, "rise": 0.5},
-        (4, 32, 4e-4): {"steps": 40, "rise": 0.1},  # too large
+        (4, 32, 5e-4): {"steps": 40, "rise": 0.1},  # too large
     }
     names = NAMES | {
         "SIZE": 3_606_784,
@@ -114,7 +114,7 @@ def test_the_check_of_the_gentle_lora_finds_too_many_parameters_a_goal_not_reach
     solution = EXERCISES["6.5"].solution
     wrong = [
         planted(solution, "scale=32", "scale=2"),
-        planted(solution, "4e-4", "2e-3"),
+        planted(solution, "5e-4", "2e-3"),
         planted(solution, "rank=2", "rank=4"),
     ]
     prove_check(EXERCISES["6.5"], names, wrong)
