@@ -733,7 +733,7 @@ lesson.report("bits per byte between the best and the worst run of one network",
 # %% [markdown]
 # **What you see.** Look at the ends of the lines, where all are finished; the networks' points on the way are in the middle of their schedules, those of the counts are not. Both networks end below the plain n-gram model. But give the n-gram model the row, and it ends level with them or below. (The bounds of the two claims were set by the runs: two runs of one network differ by up to about 0.03.) The memory of another row gains nothing, so it is this row that helps. The rule does what the networks could do and have not learned from one pass: look back for what stood there before. Section 11 measures that.
 #
-# The two networks, with equally many parameters, end close together; compare their distance with that between runs. Far more lies between a good and a poor learning rate of one network. So this race gives no reason to prefer one of the architectures, nor a network at all. The last row is a larger transformer that read other text of the same kind for an hour. It shows how much there is still to learn.
+# The two networks, with equally many parameters, end close together; compare their distance with that between runs. Far more lies between a good and a poor learning rate of one network. So this race gives no reason to prefer one of the architectures, nor a network without a memory. (Exercise 1.5 gives one to a network.) The last row is a larger transformer that read other text of the same kind for an hour. It shows how much there is still to learn.
 
 # %% [markdown]
 # **The samples.** Numbers are one half. Let each model continue the same beginning, one token at a time, each drawn from the model's own probabilities.
@@ -1580,54 +1580,62 @@ check("1.4", check_beam_search, beam_search)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 1.5, open: bring the n-gram model closer to the networks.
-def better_probability(tables: list[Table], context: list[int], token: int) -> float:
-    """p(token | context) of a better model made of the same tables. `context` is all of the row before the token.
+# Exercise 1.5, open: give a network the memory of the row.
+def with_memory(network: nn.Module, row: list[int]) -> Tensor:
+    """The distributions (len(row) - 1, vocab) of the tokens row[1], row[2], ..., each given the tokens before it.
 
-    It must be a distribution: over all tokens it sums to one. On the test rows it must need at least 3 % fewer bits
-    than ngram_probability. What does the table not see that stands in the context? One idea: a name that has just
-    occurred comes again (a cache model, Kuhn & De Mori 1990).
+    Section 7 gave the n-gram model a memory of the row; the network has learned none. Mix what followed the same tokens
+    earlier in the row into its probabilities. Choose your weights on validation_rows. Each distribution must sum to
+    one, and on test rows networks["LSTM"][0] must need at least 3 % fewer bits than without.
     """
     raise NotImplementedError
 
 # %% tags=["check"]
-def check_better_probability(better_probability):
-    some_rows = test_rows[:12].tolist()
-    for length in (0, 3, 100):
-        context = some_rows[0][:length]
-        total = sum(better_probability(ngram, context, token) for token in range(VOCAB))
-        expect_close(f"the sum of the probabilities after {length} tokens", total, 1.0, 1e-6)
-    given = [better_probability(ngram, row[:i], row[i]) for row in some_rows for i in range(1, len(row))]
-    nats = [-math.log(max(probability, 1e-30)) for probability in given]
-    saved = 1 - sum(nats) / ngram_nats(ngram, some_rows)
-    expect_true(f"it needs at least 3 % fewer bits than ngram_probability ({saved:.1%} now)", saved >= 0.03)
+def check_with_memory(with_memory):
+    network, saved = networks["LSTM"][0], [0.0, 0.0]
+    for row in test_rows[:16].tolist():
+        given = with_memory(network, list(row)).double()
+        expect_equal("the shape of the distributions", tuple(given.shape), (len(row) - 1, VOCAB))
+        expect_close("the sum of a distribution, where it is furthest from 1", _furthest(given.sum(-1)), 1.0, 1e-4)
+        half = len(row) // 2
+        other = with_memory(network, [*row[:half], *reversed(row[half:])]).double()[: half - 1]
+        expect_close("its first half, when the second is another", (given[: half - 1] - other).abs().max().item(), 0.0)
+        saved[0] -= given.gather(1, torch.tensor(row)[1:, None]).clamp(min=1e-30).log().sum().item()
+        saved[1] += network_nats(network, torch.tensor([row], device=machine.device))
+    share = 1 - saved[0] / saved[1]
+    expect_true(f"it needs at least 3 % fewer bits than the network alone ({share:.1%} now)", share >= 0.03)
 
 
-check("1.5", check_better_probability, better_probability)
+def _furthest(sums: Tensor) -> float:
+    return sums[(sums - 1).abs().argmax()].item()
+
+
+check("1.5", check_with_memory, with_memory)
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# Look for the last one, two or three tokens of the context earlier in the context, and mix the share of what followed them there into the n-gram's probability, with weights that sum to one.
+# At each place look for the last one and the last two tokens earlier in the row, and only before this place. Count what followed them there (`torch.bincount`), divide by their number, and mix with weights that sum to one.
 #
 # </details>
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# One of many: look for the last tokens of the context earlier in the context itself, and mix in what followed them there. The share of this cache grows with the length of what was found. (A transformer learns to do just this; lesson 13 shows the heads that do.)
+# One of many: the rule of section 7, in a network's place. Compare what is left with the row "n-gram + row" of the race: now both have the same memory.
 #
 # ```python
-# def better_probability(tables: list[Table], context: list[int], token: int) -> float:
-#     probability = ngram_probability(tables, context, token)
-#     for length, share in ((1, 0.05), (2, 0.15), (3, 0.2)):
-#         recent = context[len(context) - length :]
-#         followers = [
-#             context[i + length] for i in range(len(context) - length) if context[i : i + length] == recent
-#         ]
-#         if followers:
-#             probability = (1 - share) * probability + share * followers.count(token) / len(followers)
-#     return probability
+# def with_memory(network: nn.Module, row: list[int]) -> Tensor:
+#     with torch.no_grad():
+#         mixed = network(torch.tensor([row[:-1]], device=machine.device))[0].softmax(-1).cpu()  # (places, vocab)
+#     for place in range(1, len(row)):
+#         for length, weight in ((1, 0.1), (2, 0.3)):
+#             last = row[max(0, place - length) : place]
+#             found = [row[i + length] for i in range(place - length) if row[i : i + length] == last]
+#             if found:
+#                 shares = torch.bincount(torch.tensor(found), minlength=VOCAB) / len(found)
+#                 mixed[place - 1] = (1 - weight) * mixed[place - 1] + weight * shares
+#     return mixed
 # ```
 #
 # </details>
