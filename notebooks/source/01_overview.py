@@ -1601,7 +1601,9 @@ def check_with_memory(with_memory):
         expect_close("the sum of a distribution, where it is furthest from 1", _furthest(given.sum(-1)), 1.0, 1e-4)
         half = len(row) // 2
         other = with_memory(network, [*row[:half], *reversed(row[half:])]).double()[: half - 1]
-        expect_close("its first half, when the second is another", (given[: half - 1] - other).abs().max().item(), 0, 1e-4)
+        expect_close(
+            "its first half, when the second is another", (given[: half - 1] - other).abs().max().item(), 0, 1e-4
+        )
         saved[0] -= given.gather(1, torch.tensor(row)[1:, None]).clamp(min=1e-30).log().sum().item()
         saved[1] += network_nats(network, torch.tensor([row], device=machine.device))
     share = 1 - saved[0] / saved[1]
