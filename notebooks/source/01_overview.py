@@ -283,7 +283,7 @@ for _ in range(60):
 print(f"\nThe bigram model writes: {bpe.decode(written)}")
 
 # %% [markdown]
-# Each pair of neighbours looks right, and nothing else does: the model has forgotten what stood two tokens before. So look at more tokens. An **n-gram** is a run of $n$ tokens, and an n-gram model asks what followed the last $n - 1$ of them. How many of the n-grams in new text were ever seen in training?
+# Each pair of tokens did occur somewhere, and nothing else looks right: the model has forgotten what stood two tokens before. So look at more tokens. An **n-gram** is a run of $n$ tokens, and an n-gram model asks what followed the last $n - 1$ of them. How many of the n-grams in new text were ever seen in training?
 
 # %%
 validation = validation_rows.tolist()
@@ -304,14 +304,14 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Short n-grams are nearly all known. The longer they are, the more of them are new. Where a count is zero, the formula above gives the probability zero, and one such token makes a whole text impossible. A usable model has to mix long contexts, which say much and are rare, with short ones.
+# **What you see.** Short n-grams are nearly all known. The longer they are, the more of them are new. Shima is written from templates; in natural text far fewer long n-grams come back. So take the method from here and not the numbers. Where a count is zero, the formula above gives the probability zero, and one such token makes a whole text impossible. A usable model has to mix long contexts, which say much and are rare, with short ones.
 
 # %% [markdown] tags=["core"]
 # ## 4 · Mixing long and short contexts
 #
 # **Question.** What should a model do with a context that it has seen once, or never?
 #
-# The best classical mixture is **interpolated Kneser-Ney** (Kneser & Ney 1995; Chen & Goodman 1999). Write $h'$ for the context $h$ without its first token:
+# One of the best classical mixtures is **interpolated Kneser-Ney** (Kneser & Ney 1995; Chen & Goodman 1999). Write $h'$ for the context $h$ without its first token:
 #
 # $$p(w \mid h) = \frac{\max(c(hw) - D, 0)}{\sum_v c(hv)} + \frac{D \cdot N_{1+}(h\,\cdot)}{\sum_v c(hv)} \; p(w \mid h')$$
 #
@@ -766,7 +766,7 @@ for name, model in contestants.items():
 #
 # **Question.** Counts with a memory keep up with both networks. Why did transformers win?
 #
-# Most tokens of a text follow from the few before them, and there counting is good already. So take a task in which the few tokens before say nothing. A row first fills some boxes, each with one of eight letters, in random order: `4g 0b 7a ...`, where `4g` is a single token. Then it asks for four boxes, one after the other: `7?`. The answer is the token that filled this box, `7a`. It may stand anywhere in the row, and the letters are new in every row. So nothing can be learned by heart; the model has to look it up. (Arora et al. 2023 use such a task, *associative recall*, to compare architectures.)
+# Most tokens of a text follow from the few before them, and there counting is good already. So take a task in which the few tokens before say nothing. A row first fills some boxes, each with one of eight letters, in random order: `4g 0b 7a ...`, where `4g` is a single token. (In Arora et al. 2023 box and letter are two tokens, which is harder.) Then it asks for four boxes, or for both where there are two, one after the other: `7?`. The answer is the token that filled this box, `7a`. It may stand anywhere in the row, and the letters are new in every row. So nothing can be learned by heart; the model has to look it up. (Their task, *associative recall*, compares architectures.)
 #
 # An LSTM must keep every box in its state, for it can't know which will be asked. A transformer keeps the tokens themselves. Both get the same rows, the same number of steps and the same schedule, three runs each. The LSTM gets more care: it has more parameters, its forget gate starts open (a bias of 1, Jozefowicz et al. 2015), and its learning rate is the best of three for each number of boxes. The transformer has one rate for all. The n-gram model counts as many rows, with each answer written behind its question. Whoever knows nothing but which box is asked is right once in eight times.
 
@@ -1187,7 +1187,7 @@ for options in ({"tau": 0.0}, {"p": 0.9}, {"tau": 2.0}, {"tau": 2.0, "floor": 0.
     print(f"--- {options}\n{write(opening, **options)}\n")
 
 # %% [markdown]
-# **What you see.** Greedy text is the same at every call. Temperature 2 alone leaves the language of this world, and with min-p it stays nearer to it. One text is one draw: for numbers look at the table above, which is made of many.
+# **What you see.** Greedy text is the same at every call. At temperature 2 alone many words are not words of Shima; with min-p nearly all are. One text is one draw: for numbers look at the table above, which is made of many.
 
 # %% [markdown] tags=["further"]
 # ## 11 · How much context each model uses
@@ -1280,7 +1280,7 @@ lesson.report("the same for the base model, per token of its own", f"{gain:.2f}"
 # | **retrieval (RAG)** | passages found for the question join the prompt | an index, a search, longer input | facts are rare, private or change | 02 |
 # | **tools, constrained decoding** | which tokens are allowed, who computes | a parser, a sandbox | the format must hold, the model must act | 15 |
 # | **votes, best-of-N, verifiers** | N answers, one is picked | N times the output, and a scorer | answers can be checked or compared | 02, 16 |
-# | **LoRA, adapters, prompt tuning** | a few new numbers beside the frozen ones | up to about 2 % of the parameters trained | a task of your own; on 4 bits (QLoRA) with one small GPU | 06 |
+# | **LoRA, adapters, prompt tuning** | a few new numbers beside the frozen ones | few parameters trained: under 1 % of a large model, more of a small one | a task of your own; on 4 bits (QLoRA) with one small GPU | 06 |
 # | **supervised FT** | all weights, or some layers | 16 bytes per parameter; 1,000 good examples | format, style, many tasks at once | 05 |
 # | **DPO and its kin** | the weights, from pairs of a better and a worse answer | like supervised FT, with two answers and a reference | preference pairs are there already | 09 |
 # | **RL: PPO, GRPO, STaR** | the weights, from scores of the model's own answers | sampling while training; up to four models in memory | people or programs can judge answers | 08, 16 |
@@ -1358,7 +1358,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze the base train so few that they all cost about as much as using the model. What is left is the base itself, and QLoRA stores most of that in a quarter of the space. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
+# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze the base train so few that they all take about as much memory for weights as using the model. What is left is the base itself, and QLoRA stores most of that in a quarter of the space. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
 
 # %% [markdown]
 # ## 13 · Exercises
@@ -1678,7 +1678,7 @@ check("1.5", check_with_memory, with_memory)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **3. Network A is trained for 1,000 steps with a cosine schedule, and network B for 2,000. Somebody compares A at its last step with B at the step at which B had read as many tokens. What is wrong?**
+# **3. Network A is trained for 1,000 steps with a cosine schedule, and network B for 2,000. Somebody compares A at its last step with B at its step 1,000, when both have read the same tokens. What is wrong?**
 #
 # - A. Nothing: both have read the same tokens.
 # - B. B's learning rate is still high there, and its loss would be lower at the end of a schedule of that length.
