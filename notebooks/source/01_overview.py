@@ -1254,17 +1254,17 @@ lesson.claim(
     control=at_16_back - counted(96, others)[1],
     form=".2f",
 )
-base_windows, base_surprise = base_test[:48].unfold(1, 97, 4).flatten(0, 1), {}
+base_windows, base_surprise = base_test[:48].unfold(1, 97, 8).flatten(0, 1), {}
 for k in (16, 96):
     with torch.no_grad():
-        scores = base(base_windows[:, -k - 1 : -1]).logits[:, -1].float()
+        scores = base(base_windows[:, -k - 1 : -1], logits_to_keep=1).logits[:, -1].float()
     base_surprise[k] = F.cross_entropy(scores, base_windows[:, -1]).item()
 gain = base_surprise[16] - base_surprise[96]
 print(f"{base_name}, which trained far longer, in nats per token of its own: {gain:.2f}")
 lesson.report("the same for the base model, per token of its own", f"{gain:.2f}")
 
 # %% [markdown]
-# **What you see.** Most of the surprise goes with the first few tokens, for all. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the memory of the row gains from it, and the memory of another row does not. (The bound is again a little more than two runs of a network differ.) One pass is too little for these networks to learn to look back. The base model, a transformer that was trained far longer, gains from it too: its number is printed last. The task of section 8 asks for nothing else, and there one of them learned it.
+# **What you see.** Most of the surprise goes with the first few tokens, for all. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the memory of the row gains from it, and the memory of another row does not. (The bound is again a little more than two runs of a network differ.) These networks have not learned to look back in one pass. The base model, a larger transformer that was trained far longer, has: its number is printed last. The task of section 8 asks for nothing else, and there one of them learned it.
 
 # %% [markdown] tags=["core"]
 # ## 12 · A map of the methods
@@ -1332,33 +1332,13 @@ show_table(table, [base_name, "share", "7B shape", "share", "memory, 7B"])
 print(
     f"QLoRA: {in_4_bits / total:.1%} of the weights in {bits_of_weight:.3f} bits, the rest in 16: {qlora / 1e9:.1f} GB"
 )
-
-# %%
-import matplotlib.pyplot as plt
-
-bars = {"full fine-tuning": needed["full fine-tuning"], "adapter": needed["adapter"], "LoRA": needed["LoRA, QLoRA"]}
-bars |= {"prefix tuning": needed["prefix tuning"], "only use it": needed["prompt, RAG, decoding"]}
-bars["QLoRA"] = qlora / 1e9
-figure, axes = plt.subplots(figsize=(plots.WIDTH, 3.2))
-axes.barh(list(bars), list(bars.values()), color=plots.COLORS[0])
-for row, size in enumerate(bars.values()):
-    axes.text(max(size, 16) + 1, row, f"{size:.1f} GB", va="center")
-for gpu, size in {"T4 16": 16, "A100 80": 80}.items():
-    axes.axvline(size, color=plots.GREY, linestyle=(0, (4, 3)), linewidth=1.2)
-    axes.text(size, 5.9, f" {gpu} GB", color=plots.GREY, fontsize=9)
-axes.set_title("Training all of a 7B model takes eight times its own memory")
-axes.set_xlabel("weights, gradients and optimiser (GB, computed)")
-axes.set_xlim(0, 122)
-axes.set_ylim(6.1, -0.6)  # the first on top
-axes.grid(axis="y", visible=False)
-plots.show(figure, "Memory for a 7B model: " + ", ".join(f"{method} {size:.1f} GB" for method, size in bars.items()))
 lesson.report(
     "7B shape, GB without activations, computed: full, LoRA, QLoRA",
-    ", ".join(f"{bars[name]:.1f}" for name in ("full fine-tuning", "LoRA", "QLoRA")),
+    f"{needed['full fine-tuning']:.1f}, {needed['LoRA, QLoRA']:.1f}, {qlora / 1e9:.1f}",
 )
 
 # %% [markdown]
-# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze the base train so few that they all take about as much memory for weights as using the model. What is left is the base itself, and QLoRA stores most of that in a quarter of the space. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
+# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze the base train so few that they all take about as much memory for weights as using the model. What is left is the base itself, and QLoRA stores most of that in a quarter of the space. A T4 has 16 GB, an A100 has 80. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
 
 # %% [markdown]
 # ## 13 · Exercises
