@@ -1,6 +1,8 @@
 """Lesson 01: its checks tell right from wrong answers, and its cells run on a model and a text in the hub's formats."""
 
+import math
 import re
+import time
 from itertools import product
 
 import pytest
@@ -24,6 +26,10 @@ def lesson() -> dict:
     for cell in [*cells, "kneser-ney-code", "kneser-ney-probability", "recall-rows"]:
         exec(CELLS[cell], names)
     exec("ngram = kneser_ney(rows.flatten().tolist(), 4)", names)
+    for cell in ("lstm-network", "transformer-network", "no-peeking", "training-step", "train"):
+        exec(CELLS[cell], names)
+    names["clock"] = time.process_time
+    exec('networks = {"LSTM": [new_network("LSTM", 0)]}\ntrain(networks["LSTM"][0], 0.02, 0)', names)
     return names
 
 
@@ -125,16 +131,30 @@ def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_the_better_model_finds_no_gain_and_what_is_no_distribution(lesson):
+def test_the_check_of_the_memory_finds_no_gain_what_is_no_distribution_and_what_looks_ahead(lesson):
     exercise = EXERCISES["1.5"]
-    only_the_table = "    return ngram_probability(tables, context, token)"
+    source = exercise.solution
     wrong = [
-        exercise.stub.replace("    raise NotImplementedError", only_the_table),
-        planted(exercise.solution, "(1 - share) * probability + share", "probability + share"),
-        planted(exercise.solution, "(1 - share) * probability + share", "0.0 * share * probability + 1.0"),
-        planted(exercise.solution, "return probability", "return min(1.0, 1.2 * probability)"),
+        planted(source, "((1, 0.1), (2, 0.3))", "()"),
+        planted(source, "(1 - weight) * mixed[place - 1] + weight", "mixed[place - 1] + weight"),
+        planted(source, "range(place - length)", "range(len(row) - length)"),
+        planted(source, "((1, 0.1), (2, 0.3))", "((1, 1.0),)"),
+        planted(source, "return mixed", "return mixed.log()"),
     ]
     prove_check(exercise, lesson, wrong)
+
+
+def test_the_memory_of_a_row_counts_only_what_stood_before_a_place_and_its_mixture_sums_to_one(lesson):
+    names = {**lesson}
+    exec(CELLS["row-memory"].partition("\n\n\ntried")[0], names)
+    row = [1, 2, 3, 1, 2, 4, 1, 2]
+    _, shares = names["evidence"](names["ngram"], [row], [row])
+    assert shares[:, 0].nan_to_num(-1).tolist() == [-1, -1, -1, 1, 0, -1, 1]
+    assert shares[:, 1].nan_to_num(-1).tolist() == [-1, -1, -1, -1, 0, -1, -1]
+    every = [[*row, token] for token in range(names["VOCAB"])]
+    found = names["evidence"](names["ngram"], every, every, first=len(row))
+    total = sum(math.exp(-names["mixed_nats"](p[None], s[None], (0.1, 0.4))) for p, s in zip(*found, strict=True))
+    assert total == pytest.approx(1)
 
 
 @pytest.mark.slow
