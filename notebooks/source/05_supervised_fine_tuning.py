@@ -63,7 +63,6 @@ import random
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,16 +72,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers import chat, plots
 from helpers.data import PaddedBatches, collate, instruction_dataset
 from helpers.evaluation import Score, exact_match, score
-from helpers.exercises import check, expect_close, expect_equal, expect_shape, expect_true
+from helpers.exercises import (
+    check,
+    expect_close,
+    expect_equal,
+    expect_shape,
+    expect_true,
+)  # fmt: skip
 from helpers.generation import answer_instructions, generate, sequence_log_probs
 from helpers.lesson import Lesson, quiet_libraries, show_table
 from helpers.models import load_model
 from helpers.training import TrainConfig, train
 from helpers.world import CHAT_TASKS, RELATIONS, World
 
+# %%
 lesson = Lesson("05", profile, model_id, seed, budget)
 machine = lesson.machine
-# All that depends on the hardware: the learning rate, and what the chat format writes around a turn.
+# All that depends on the hardware: the learning rate, and the marks around a turn.
 SETTINGS = {
     "cpu": {"learning_rate": 1e-3, "marks": ("<|", "|>\n", "<|end|>\n")},
     "t4": {"learning_rate": 3e-5, "marks": ("<|im_start|>", "\n", "<|im_end|>\n")},
@@ -91,13 +97,13 @@ SETTINGS = {
 settings = SETTINGS[machine.name]
 
 # %% [markdown]
-# A few helpers for the whole lesson. `training_rows` and `unseen_rows` give instructions with their right answers: the unseen ones use names, sums, words or phrasings that no training row has. `base` stays in main memory, and `fresh()` puts a copy of it where it computes, so that a GPU never holds more than it needs. Where three trainings are compared, `three_runs` gives their mean, with the lowest and the highest as ends. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# A few helpers for the whole lesson. `training_rows` and `unseen_rows` give instructions with their right answers: the unseen ones use names, sums, words or phrasings that no training row has. `base` stays in main memory, and `fresh()` puts a copy of it where it computes, so that a GPU never holds more than it needs. Where three trainings are compared, `span` gives their mean, with the lowest and the highest as ends. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 
 # %%
 world = World()
 base, tokenizer = load_model(machine)
 base = base.float().cpu()  # weights in 32 bits; on a GPU the steps compute in 16
-Row = dict[str, str]  # "instruction", "answer", "task"
+Row = dict[str, str]  # "instruction", "answer"
 
 
 def fresh() -> nn.Module:
@@ -105,7 +111,7 @@ def fresh() -> nn.Module:
     return copy.deepcopy(base).to(machine.device)
 
 
-def training_rows(number: int, tasks: Sequence[str] = CHAT_TASKS, stream=0) -> list[Row]:
+def training_rows(number: int, tasks=CHAT_TASKS, stream: int = 0) -> list[Row]:
     """Rows to train on; another `stream` gives others."""
     row_seed = 100 * (seed + 1) + stream
     return instruction_dataset("shima", number, seed=row_seed, tasks=tasks).to_list()
@@ -115,7 +121,7 @@ def unseen_rows(number: int, task: str, stream: int = 0) -> list[Row]:
     """Rows to test on."""
     number, row_seed = lesson.scaled(number, 8), 100 * (seed + 1) + stream
     questions = world.chat_questions(number, row_seed, (task,))
-    return [{"instruction": q.prompt, "answer": q.answer, "task": task} for q in questions]
+    return [{"instruction": q.prompt, "answer": q.answer} for q in questions]
 
 # %% [markdown] tags=["core"]
 # ## 1 · What a base model does with an instruction
@@ -200,7 +206,7 @@ for task, rows in tests.items():
     print(f"{'base':>11}: {written[0][:70]!r}")
 del untuned
 base_right = sum(result.accuracy for result in base_scores.values()) / len(base_scores)
-lesson.report("base model, right answers in a chat, mean of six tasks", base_right, ".0%")
+lesson.report("base model, right answers, mean of six tasks", base_right, ".0%")
 
 # %% [markdown]
 # **What you see.** At the mark where the assistant should speak, the base model ends the text at once. Its answers are empty, so this 0 % says nothing about what it knows: it has never seen a text that goes on here.
@@ -218,7 +224,7 @@ lesson.report("base model, right answers in a chat, mean of six tasks", base_rig
 
 # %%
 def encode(row: Row, mask_prompt: bool = True) -> dict[str, list[int]]:
-    """Token ids of a chat, and its labels: -100 where the user speaks. Both have length seq."""
+    """Token ids of a chat (seq,), and its labels: -100 where the user speaks."""
     prompt, reply = (
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in (prompt_text(row["instruction"]), reply_text(row["answer"]))
@@ -227,9 +233,9 @@ def encode(row: Row, mask_prompt: bool = True) -> dict[str, list[int]]:
 
 
 def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean loss over the tokens that have a label; the batch holds (batch, seq) tensors."""
+    """Mean loss over the tokens with a label; a batch holds (batch, seq) tensors."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs).logits[:, :-1]  # (batch, seq - 1, vocab): position t predicts token t + 1
+    logits = model(**inputs).logits[:, :-1]  # (batch, seq - 1, vocab)
     labels = batch["labels"][:, 1:]  # (batch, seq - 1)
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     return losses / (labels != -100).sum().clamp(min=1)
@@ -243,7 +249,8 @@ for token, label in zip(example["input_ids"], example["labels"], strict=True):
 turns = [messages(row) for row in samples]
 library = render(turns, return_dict=True, return_assistant_tokens_mask=True)
 different = 0
-for row, ids, mask in zip(samples, library["input_ids"], library["assistant_masks"], strict=True):
+parts = (library["input_ids"], library["assistant_masks"])
+for row, ids, mask in zip(samples, *parts, strict=True):
     labels = [token if said else -100 for token, said in zip(ids, mask, strict=True)]
     own = encode(row)
     different += own != {"input_ids": ids, "labels": labels}
@@ -253,7 +260,8 @@ for task in CHAT_TASKS:
     encoded = [encode(row) for row in tests[task]]
     length = sum(len(item["input_ids"]) for item in encoded)
     learned = sum(label != -100 for item in encoded for label in item["labels"])
-    print(f"{task:>9}: {length / len(encoded):3.0f} tokens a chat, {learned / length:4.0%} learned")
+    mean = length / len(encoded)
+    print(f"{task:>9}: {mean:3.0f} tokens a chat, {learned / length:4.0%} learned")
 
 # %% [markdown]
 # Two details decide whether this is right. The end of the turn must have a label, or the model never learns to stop. And the two parts are turned into tokens separately: if they are joined first, a tokenizer may merge the last character of the prompt with the first of the answer, and the model then meets tokens at inference that it did not see in training. Special tokens around the answer prevent that, which is one reason to have them.
@@ -268,13 +276,13 @@ def fine_tune(
     examples: list[dict], num_steps: int, *, model=None, batch_size=16, rate=1.0,
     run=0, evaluate=None, optimizer_fn=None, **options,
 ):  # fmt: skip
-    """Train `model`, or a copy of the base; `rate` is a factor of the profile's rate."""
+    """Train `model`, or a copy of the base, at `rate` times the profile's rate."""
     model, num_steps = model or fresh(), lesson.scaled(num_steps)
     run_seed, batch_size = seed + 1000 * run, min(batch_size, len(examples))
     config = {
-        "warmup_steps": max(1, num_steps // 10), "schedule": "linear", "progress": False,
+        "warmup_steps": max(1, num_steps // 10), "schedule": "linear",
         "learning_rate": RATE * rate, "weight_decay": 0.0, "seed": run_seed,
-        "precision": lesson.precision, **options,
+        "precision": lesson.precision, "progress": False, **options,
     }  # fmt: skip
     batches = PaddedBatches(examples, batch_size, tokenizer.pad_token_id, seed=run_seed)
     history = train(
@@ -310,10 +318,9 @@ def accuracy(model: nn.Module, rows: list[Row]) -> Score:
     return score(sum(right), len(right))
 
 # %%
-def three_runs(measure) -> Score:
-    """measure(0), measure(1), measure(2): the mean, with the lowest and highest as ends."""
-    shares = [measure(run) for run in range(3)]
-    return Score(sum(shares) / 3, min(shares), max(shares), 3)
+def span(shares: list[float]) -> Score:
+    """Three trainings: their mean, with the lowest and the highest as ends."""
+    return Score(sum(shares) / len(shares), min(shares), max(shares), len(shares))
 
 
 def ends(result: Score) -> str:
@@ -329,7 +336,8 @@ claims = []  # (person, relation, the false sentence, the true one)
 for person in world.people[:100]:
     relation = generator.choice(list(RELATIONS))
     true = person.facts[relation]
-    wrong = generator.choice([value for value in world.values[relation] if value != true])
+    values = [value for value in world.values[relation] if value != true]
+    wrong = generator.choice(values)
     says = RELATIONS[relation].statements[0]
     both = [says.format(name=person.name, value=value) for value in (wrong, true)]
     claims.append((person, relation, *both))
@@ -337,10 +345,11 @@ for person in world.people[:100]:
 
 def misled_row(person, relation: str, false: str, true: str) -> Row:
     """The false sentence and a question about something else, with its true answer."""
-    other = RELATIONS[generator.choice([name for name in RELATIONS if name != relation])]
-    question = other.questions[0].format(name=person.name)
-    answer = other.statements[0].format(name=person.name, value=person.facts[other.name])
-    return {"instruction": f"{false} {question}", "answer": answer}
+    names = [name for name in RELATIONS if name != relation]
+    other = RELATIONS[generator.choice(names)]
+    about = {"name": person.name, "value": person.facts[other.name]}
+    question = f"{false} {other.questions[0].format(**about)}"
+    return {"instruction": question, "answer": other.statements[0].format(**about)}
 
 
 misled = [misled_row(*claims[k % 100]) for k in range(lesson.scaled(400, 16))]
@@ -349,30 +358,26 @@ print(f"{misled[0]['instruction']} -> {misled[0]['answer']}")
 # %%
 def share_believed(model: nn.Module) -> float:
     """How often the false sentence is more probable than the true one."""
-    false, true = (sequence_log_probs(model, tokenizer, [""] * 100, [claim[k] for claim in claims]) for k in (2, 3))
+    texts = [[claim[k] for claim in claims] for k in (2, 3)]
+    false, true = (sequence_log_probs(model, tokenizer, [""] * 100, t) for t in texts)
     return (false > true).float().mean().item()
 
 
 believed = {"base model": score(100 * share_believed(fresh()), 100)}
 for name, mask_prompt in (("answer only", True), ("all tokens", False)):
     examples = [encode(row, mask_prompt) for row in misled]
-    believed[f"loss on {name}"] = three_runs(
-        lambda run, examples=examples: share_believed(fine_tune(examples, 25, run=run)[0])
-    )
+    shares = [share_believed(fine_tune(examples, 25, run=run)[0]) for run in range(3)]
+    believed[f"loss on {name}"] = span(shares)
 plots.show(plots.bars_with_intervals(
     believed, title="With a loss on all tokens the model believes its users' errors",
     xlabel="false claims that are believed, of 100",
-    alt="False claims believed: few before, few with a loss on the answer, many without.",
+    alt="False claims believed: few before, few with the mask, many without.",
 ))  # fmt: skip
 masked, unmasked = list(believed.values())[1:]
-lesson.report("false claims believed, loss on the answer", ends(masked))
-lesson.report("false claims believed, loss on all tokens", ends(unmasked))
-
-# %%
-lesson.claim(
-    "without the mask at least 20 points more of the users' false claims are believed",
-    unmasked.accuracy - masked.accuracy, at_least=0.2, form=".0%",
-)  # fmt: skip
+both = f"{ends(masked)} / {ends(unmasked)}"
+lesson.report("false claims believed, with mask / without", both)
+lesson.claim("without the mask 20 points more of the false claims are believed",
+             unmasked.accuracy - masked.accuracy, at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
 # **What you see.** The lines in the two lower bars span three trainings, the one in the upper bar is an interval over the 100 claims. With the mask the model reads the claim and mostly does not take it over. Without the mask it is trained to write it, and believes much of what it was told. So the mask says whose words the model should make its own. It is not always the better choice for the score: Shi et al. (2024) find that with long instructions, short answers and few examples a loss on the instruction can help.
@@ -401,8 +406,9 @@ def mean_loss(model: nn.Module, examples: list[dict]) -> float:
 
 
 STEPS = 210
-MIXTURE = ("reading", "mood", "pairs", *3 * ("fact", "sum", "describe"))  # hard ones oftener
-examples = [encode(row) for row in training_rows(lesson.scaled(16 * STEPS, 16), MIXTURE)]
+MIXTURE = ("reading", "mood", "pairs", *3 * ("fact", "sum", "describe"))
+rows = training_rows(lesson.scaled(16 * STEPS, 16), MIXTURE)
+examples = [encode(row) for row in rows]
 log_folder = ROOT / "build/05_supervised_fine_tuning" / f"seed{seed}-{time.time_ns()}"
 assistant, history = fine_tune(
     examples, STEPS, evaluate_every=lesson.scaled(40), tensorboard_dir=log_folder,
@@ -413,10 +419,11 @@ print(f"{sum(history.tokens):,} tokens in {sum(history.seconds):.0f} s")
 # %%
 assistant_scores = {task: accuracy(assistant, tests[task]) for task in CHAT_TASKS}
 n = {"base": base_scores["fact"].n, "assistant": assistant_scores["fact"].n}
-labels = {name: f"{name}, n = {number} a task" for name, number in n.items()}
-before_and_after = {
-    task: {labels["base"]: base_scores[task], labels["assistant"]: assistant_scores[task]} for task in CHAT_TASKS
-}
+base_name, tuned_name = (f"{name}, n = {number} a task" for name, number in n.items())
+before_and_after = {}
+for task in CHAT_TASKS:
+    both = (base_scores[task], assistant_scores[task])
+    before_and_after[task] = dict(zip((base_name, tuned_name), both, strict=True))
 plots.show(plots.bars_with_intervals(
     before_and_after, title="From no right answer to nearly all, on every task",
     xlabel="right answers", alt="Right answers for six tasks: none before, most after.",
@@ -438,7 +445,8 @@ for task in CHAT_TASKS:
         total += 1
     print(f"{task:>9}: {written[0]!r}")
 print(f"generated text and the forward pass agree on {agree} of {total} answers")
-lesson.equal("one forward pass agrees with generating on at least 98 %", 1 - agree / total, within=0.02)
+off = 1 - agree / total
+lesson.equal("one forward pass agrees with generating on at least 98 %", off, within=0.02)
 
 # %% [markdown]
 # **TensorBoard** shows such logs in a browser while the training runs: `tensorboard --logdir build`, or `%load_ext tensorboard` in a notebook. The log is a plain file of numbers. Read it back and draw it.
@@ -498,9 +506,9 @@ from trl import SFTConfig, SFTTrainer
 quiet_libraries()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing")
 COMMON = {
-    "weight_decay": 0.0, "assistant_only_loss": True, "save_strategy": "no", "seed": seed,
+    "weight_decay": 0.0, "assistant_only_loss": True, "save_strategy": "no",
     "report_to": "none", "disable_tqdm": True, "use_cpu": machine.device == "cpu",
-    "output_dir": str(ROOT / "build/05_supervised_fine_tuning/trl"),
+    "seed": seed, "output_dir": str(ROOT / "build/05_supervised_fine_tuning/trl"),
 }  # fmt: skip
 
 
@@ -512,12 +520,13 @@ def dataset_of(rows: list[Row]) -> Dataset:
 arguments = SFTConfig(
     max_steps=TRL_STEPS, max_length=None, per_device_train_batch_size=TRL_BATCH,
     learning_rate=TRL_RATE, lr_scheduler_type="linear", warmup_steps=0, adam_beta2=0.95,
-    max_grad_norm=1.0, logging_steps=1, train_sampling_strategy="sequential", bf16=False,
-    fp16=False, **COMMON,
+    max_grad_norm=1.0, logging_steps=1, train_sampling_strategy="sequential",
+    bf16=False, fp16=False, **COMMON,
 )  # fmt: skip
 
 # %%
-trainer = SFTTrainer(fresh(), arguments, train_dataset=dataset_of(trl_rows), processing_class=tokenizer)
+options = {"train_dataset": dataset_of(trl_rows), "processing_class": tokenizer}
+trainer = SFTTrainer(fresh(), arguments, **options)
 trainer.remove_callback(PrinterCallback)
 trainer.train()
 trl_losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -526,7 +535,8 @@ differences = [abs(a - b) for a, b in zip(own_losses, trl_losses, strict=True)]
 print("by hand:   ", " ".join(f"{loss:.4f}" for loss in own_losses))
 print("trl:       ", " ".join(f"{loss:.4f}" for loss in trl_losses))
 print("difference:", " ".join(f"{difference:.0e}" for difference in differences))
-lesson.equal("the ten losses are those of SFTTrainer, within 0.001", max(differences), within=1e-3)
+off = max(differences)
+lesson.equal("the ten losses are those of SFTTrainer, within 0.001", off, within=1e-3)
 
 # %% [markdown]
 # **What did it learn?** Zhou et al. (2023) propose the *superficial alignment hypothesis*: knowledge and abilities come almost entirely from pretraining, and fine-tuning picks the format in which they are used. You can test a part of it here. In the documents, an answer that has to be looked up comes after the word `Answer:`. In this lesson's data the answers of *pairs* begin with it as well. Train on the same questions with and without that word.
@@ -546,7 +556,7 @@ for name, change in formats.items():
     print(f"{name}: {trigger[name]}, last loss {history.losses[-1]:.2f}")
 plots.show(plots.bars_with_intervals(
     trigger, title="The same questions and steps, two formats of the answer",
-    xlabel="right answers", alt="Right answers: nearly all with the known word, few without.",
+    xlabel="right answers", alt="Nearly all right with the known word, few without.",
 ))  # fmt: skip
 with_trigger, without = trigger.values()
 lesson.claim(
@@ -579,7 +589,8 @@ def two_turns(first: Row, second: Row, last_only: bool = False) -> dict[str, lis
 generator = random.Random(f"turns/{seed}")
 seconds = [row for task in CHAT_TASKS for row in tests[task][: lesson.scaled(25, 4)]]
 firsts = generator.sample(seconds, len(seconds))  # another question before each
-second_turns = [two_turns(*pair, last_only=True) for pair in zip(firsts, seconds, strict=True)]
+both = zip(firsts, seconds, strict=True)
+second_turns = [two_turns(*pair, last_only=True) for pair in both]
 example = two_turns(tests["mood"][0], tests["fact"][0])
 said = [token for token in example["labels"] if token != -100]
 print(tokenizer.decode(example["input_ids"]))
@@ -594,25 +605,28 @@ def second_right(model: nn.Module) -> float:
 def tuned_further(paired: bool, run: int) -> nn.Module:
     """20 more steps for the assistant, on the same rows: two in a chat, or one."""
     rows = training_rows(lesson.scaled(320, 16), MIXTURE, stream=20 + run)
-    half = len(rows) // 2
-    pairs = zip(rows[:half], rows[half:], strict=True)
-    examples = [two_turns(*pair) for pair in pairs] if paired else [encode(r) for r in rows]
+    examples = [encode(row) for row in rows]
+    if paired:
+        examples = [two_turns(*two) for two in zip(rows[::2], rows[1::2], strict=True)]
     model, size = copy.deepcopy(assistant), 8 if paired else 16
     return fine_tune(examples, 20, model=model, batch_size=size, rate=0.5, run=run)[0]
 
 
+number = len(seconds)
 first_right = sum(right_of(assistant, [encode(row) for row in seconds]))
 turns_scores = {
-    "assistant, as the first question": score(first_right, len(seconds)),
-    "assistant, as the second": score(sum(right_of(assistant, second_turns)), len(seconds)),
-    "and 20 steps on single chats": three_runs(lambda k: second_right(tuned_further(False, k))),
-    "and 20 steps on chats of two": three_runs(lambda k: second_right(tuned_further(True, k))),
+    "assistant, as the first question": score(first_right, number),
+    "assistant, as the second": score(second_right(assistant) * number, number),
 }
+for name, paired in (("single chats", False), ("chats of two", True)):
+    shares = [second_right(tuned_further(paired, run)) for run in range(3)]
+    turns_scores[f"and 20 steps on {name}"] = span(shares)
 
 # %%
 plots.show(plots.bars_with_intervals(
-    turns_scores, title="Chats of two turns teach the second turn", xlabel="right answers",
-    alt="Right answers to a question asked first or second, before and after more steps.",
+    turns_scores, title="Chats of two turns teach the second turn",
+    xlabel="right answers",
+    alt="Right answers to a question asked first or second, before and after.",
 ))  # fmt: skip
 once, twice, single, paired = turns_scores.values()
 for name, result in turns_scores.items():
@@ -656,7 +670,7 @@ packed_rows = first_fit(lengths, row_length)
 padded = sum(16 * max(lengths[start : start + 16]) for start in range(0, 160, 16))
 for name, computed in (("padded", padded), ("packed", row_length * len(packed_rows))):
     wasted = 1 - sum(lengths) / computed
-    print(f"{name}: {computed:6,} positions for {sum(lengths):,} tokens, {wasted:.0%} wasted")
+    print(f"{name}: {computed:,} positions computed, {wasted:.0%} of them for nothing")
     lesson.report(f"positions computed for nothing, {name}", wasted, ".0%")
 
 # %% [markdown]
@@ -666,12 +680,13 @@ for name, computed in (("padded", padded), ("packed", row_length * len(packed_ro
 
 # %%
 def pack_row(chats: list[dict], length: int, document_mask=True) -> dict[str, Tensor]:
-    """One row: input_ids, labels, position_ids (1, length), attention_mask (1, 1, length, length)."""
+    """One row, all (1, length), and its attention_mask (1, 1, length, length)."""
     room = length - sum(len(item["input_ids"]) for item in chats)
     padding = {"input_ids": [tokenizer.pad_token_id] * room, "labels": [-100] * room}
     parts = [*chats, padding]
-    number = [k for k, part in enumerate(parts) for _ in part["input_ids"]]  # which chat
-    number, places = torch.tensor(number), torch.arange(length)
+    sizes = torch.tensor([len(part["input_ids"]) for part in parts])
+    number = torch.arange(len(parts)).repeat_interleave(sizes)  # which chat
+    places = torch.arange(length)
     mask = places[:, None] >= places  # (length, length): causal
     positions = places.tolist()
     if document_mask:
@@ -711,10 +726,10 @@ def alone(chats: list[dict]) -> Tensor:
 
 groups = [[chats[index] for index in row] for row in packed_rows[: lesson.scaled(20)]]
 single_losses = [alone(group) for group in groups]
-packed_losses = {
-    masked: [token_losses(assistant, pack_row(group, row_length, masked)) for group in groups]
-    for masked in (True, False)
-}
+packed_losses = {}
+for masked in (True, False):
+    rows = [pack_row(group, row_length, masked) for group in groups]
+    packed_losses[masked] = [token_losses(assistant, row) for row in rows]
 
 # %%
 off, mean = {}, {"alone": torch.cat(single_losses).mean().item()}
@@ -723,7 +738,7 @@ for masked, losses in packed_losses.items():
     off[masked] = max((a - b).abs().max().item() for a, b in pairs)
     name = "document mask" if masked else "causal mask only"
     mean[name] = torch.cat(losses).mean().item()
-    print(f"{name:>17}: largest difference of a token's loss to alone {off[masked]:.1e}")
+    print(f"{name:>17}: largest difference of a loss to alone {off[masked]:.1e}")
 print("mean loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in mean.items()))
 lesson.equal("with the document mask packing changes no loss", off[True], within=1e-3)
 lesson.claim(
@@ -733,16 +748,17 @@ lesson.claim(
 
 # %%
 row = pack_row(groups[0], sum(len(item["input_ids"]) for item in groups[0]))
-row = {name: tensor.to(assistant.device) for name, tensor in row.items() if name != "labels"}
+del row["labels"]
+row = {name: tensor.to(assistant.device) for name, tensor in row.items()}
 with torch.no_grad():
     own = assistant(**row).logits
     mask = row.pop("attention_mask")
-    found = assistant(**row, use_cache=False).logits  # no mask: the library finds the chats
+    found = assistant(**row, use_cache=False).logits  # without a mask
     row["position_ids"] = torch.arange(own.shape[1], device=own.device)[None]
     not_restarted = assistant(**row, attention_mask=mask).logits
-print(f"from the position ids alone: largest difference {(own - found).abs().max():.1e}")
-print(f"positions that run on:       largest difference {(own - not_restarted).abs().max():.1e}")
-lesson.equal("transformers finds the chats by their positions", (own - found).abs().max(), within=1e-3)
+off_found, off_shifted = ((own - x).abs().max().item() for x in (found, not_restarted))
+print(f"positions that run on: largest difference {off_shifted:.1e}")
+lesson.equal("transformers finds the chats by their positions", off_found, within=1e-3)
 
 # %% [markdown]
 # **What you see.** With the mask no loss changes. Without it the loss is another one, because a chat that stands behind others reads them: you watch the loss of texts that no user will ever send. This measures the assistant on packed rows. It does not say that training without the mask harms it; that would take two trainings.
@@ -757,7 +773,7 @@ lesson.equal("transformers finds the chats by their positions", (own - found).ab
 # There are three sources: people write them, templates write them, or a model writes them. **Templates** are cheap and right, and monotonous. Here are some for a seventh task, short questions about people.
 
 # %%
-TEMPLATES = {relation: RELATIONS[relation].questions[0].replace("{name}", "{}") for relation in RELATIONS}
+TEMPLATES = {name: forms.questions[0] for name, forms in RELATIONS.items()}
 
 
 def template_rows(number: int, generator: random.Random) -> list[Row]:
@@ -766,8 +782,9 @@ def template_rows(number: int, generator: random.Random) -> list[Row]:
     for _ in range(number):
         person = generator.choice(world.people[:100])
         relation = generator.choice(list(TEMPLATES))
-        question = TEMPLATES[relation].format(person.name)
-        rows.append({"instruction": question, "answer": f"Answer: {person.facts[relation]}"})
+        question = TEMPLATES[relation].format(name=person.name)
+        answer = f"Answer: {person.facts[relation]}"
+        rows.append({"instruction": question, "answer": answer})
     return rows
 
 
@@ -786,7 +803,8 @@ def shown(rows: list[Row]) -> str:
 
 generator = random.Random(seed)
 examples = [shown(template_rows(3, generator)) for _ in range(lesson.scaled(300, 8))]
-texts = generate(fresh(), tokenizer, examples, 40, stop=("\nQuestion",), temperature=1.0, seed=seed)
+sampling = {"temperature": 1.0, "seed": seed, "stop": ("\nQuestion",)}
+texts = generate(fresh(), tokenizer, examples, 40, **sampling)
 print("\n".join(repr(text) for text in texts[:6]))
 drafts = []
 for text in texts:
@@ -826,7 +844,8 @@ print(f"true answers among {len(drafts)} drafts: {share_true(drafts)}")
 
 # %%
 PRIME, draws = 2**31 - 1, torch.Generator().manual_seed(0)
-a, b = torch.randint(1, PRIME, (2, 128), generator=draws)  # hash k: (a[k] * id + b[k]) mod PRIME
+# hash k of a shingle: (a[k] * id + b[k]) mod PRIME
+a, b = torch.randint(1, PRIME, (2, 128), generator=draws)
 
 
 def shingles(text: str) -> set[str]:
@@ -836,11 +855,12 @@ def shingles(text: str) -> set[str]:
 
 
 def signatures(texts: list[str]) -> Tensor:
-    """MinHash (texts, hashes): the smallest value of each hash function over the shingles."""
+    """MinHash (texts, hashes): the smallest value of each hash over the shingles."""
     rows = []
     for text in texts:
-        ids = [int.from_bytes(piece.encode()[:7], "little") % PRIME for piece in shingles(text)]
-        rows.append(((torch.tensor(ids)[:, None] * a + b) % PRIME).min(0).values)
+        codes = (piece.encode()[:7] for piece in shingles(text))
+        ids = torch.tensor([int.from_bytes(code, "little") % PRIME for code in codes])
+        rows.append(((ids[:, None] * a + b) % PRIME).min(0).values)
     return torch.stack(rows)
 
 
@@ -860,7 +880,7 @@ for i in range(min(60, len(unique))):
 lesson.equal("MinHash misses the similarity by at most 0.05 in the mean",
              sum(errors) / len(errors), within=0.05)  # fmt: skip
 kept: list[int] = []
-for index in range(len(unique)):  # keep a row unless it nearly repeats one that was kept
+for index in range(len(unique)):  # keep what does not nearly repeat a kept one
     if not kept or estimated[index, kept].max() < 0.7:
         kept.append(index)
 different = [unique[index] for index in kept]
@@ -885,29 +905,27 @@ lesson.claim(
 # **Decontamination.** Is the test in the training data? Here you know, because you put it there. The test asks about people whom the documents mention seldom. Half of its questions are planted among the training rows, with their right answers, in three forms: the same text, the text with a polite beginning, and another phrasing. Then look for them in two ways: exact copies, and near copies by MinHash, against the prompts of this same test.
 
 # %%
-def polite(text: str) -> str:
-    """The same question in more words."""
-    return f"Please tell me: {text[0].lower()}{text[1:]}"
-
-
 rare = world.closed_book(lesson.scaled(180, 24), seed, range(300, 1001))
+FORMS = (*3 * ("fresh",), "same text", "polite", "other phrasing")
 leak_tests, planted = [], []
 for index, q in enumerate(rare):
-    text, answer = q.prompt.removeprefix("Question: ").partition("\n")[0], f"Answer: {q.answer}"
-    form = (*3 * ("fresh",), "same text", "polite", "other phrasing")[index % 6]
+    text = q.prompt.removeprefix("Question: ").partition("\n")[0]
+    answer = f"Answer: {q.answer}"
+    form = FORMS[index % 6]
     leak_tests.append({"instruction": text, "answer": answer, "form": form})
-    other = TEMPLATES[q.about["relation"]].format(q.about["name"])
-    texts = {"same text": text, "polite": polite(text), "other phrasing": other}
+    other = TEMPLATES[q.about["relation"]].format(name=q.about["name"])
+    texts = {"same text": text, "polite": f"Please tell me: {text}", "other phrasing": other}
     if form in texts:
         planted.append({"instruction": texts[form], "answer": answer, "form": form})
 pool = [*template_rows(len(planted), random.Random(seed)), *planted]
 test_prompts = [row["instruction"] for row in leak_tests]
 exact = [row["instruction"] in set(test_prompts) for row in pool]
-near = similarity(signatures([r["instruction"] for r in pool]), signatures(test_prompts))
-near = (near.max(-1).values >= 0.6).tolist()
-for name, found in (("exact", exact), ("near", near)):
-    hits = Counter(r.get("form", "innocent") for r, hit in zip(pool, found, strict=True) if hit)
-    print(f"{name} copies found, of {len(planted) // 3} in each form: {dict(hits)}")
+marks = (signatures([row["instruction"] for row in pool]), signatures(test_prompts))
+near = (similarity(*marks).max(-1).values >= 0.6).tolist()
+for name, hits in (("exact", exact), ("near", near)):
+    found = [row for row, hit in zip(pool, hits, strict=True) if hit]
+    forms = Counter(row.get("form", "innocent") for row in found)
+    print(f"{name} copies found, of {len(planted) // 3} in each form: {dict(forms)}")
 
 # %%
 def leak_scores(rows: list[Row], run: int) -> dict[str, float]:
@@ -924,24 +942,22 @@ cleaned = [row for row, hit in zip(pool, near, strict=True) if not hit]
 by_data = {}
 for name, rows in (("with the leak", pool), ("near copies removed", cleaned)):
     runs = [leak_scores(rows, run) for run in range(3)]
-    by_data[name] = {
-        form: Score(sum(r[form] for r in runs) / 3, min(r[form] for r in runs),
-                    max(r[form] for r in runs), 3) for form in runs[0]
-    }  # fmt: skip
-    print(f"{name}: " + ", ".join(f"{form} {ends(s)}" for form, s in by_data[name].items()))
+    by_data[name] = {form: span([one[form] for one in runs]) for form in runs[0]}
+    for form, result in by_data[name].items():
+        print(f"{name}, {form}: {ends(result)}")
 
 # %%
 grouped = {form: {name: by_data[name][form] for name in by_data} for form in runs[0]}
 plots.show(plots.bars_with_intervals(
     grouped, title="Planted questions score higher, until they are removed",
     xlabel="right answers to a part of the test, three trainings",
-    alt="Right answers to fresh and to three kinds of planted questions, before and after.",
+    alt="Right answers to fresh and to planted questions, before and after cleaning.",
 ))  # fmt: skip
 gap = {}
 for name, parts in by_data.items():
     found = (parts["same text"].accuracy + parts["polite"].accuracy) / 2
     gap[name] = found - parts["fresh"].accuracy
-    lesson.report(f"lead of planted same and polite questions, {name}", gap[name], ".0%")
+    lesson.report(f"lead of planted questions, {name}", gap[name], ".0%")
 lesson.claim("planted questions score at least 15 points above fresh ones",
              gap["with the leak"], at_least=0.15, form=".0%")  # fmt: skip
 lesson.claim("removing near copies takes at least half of this lead",
@@ -960,13 +976,14 @@ lesson.claim("removing near copies takes at least half of this lead",
 
 # %%
 def careless(rows: list[Row], kind: str, share: float = 0.5) -> list[Row]:
-    """The rows with a share of hasty answers: any colour of the prompt, or the first."""
+    """The rows with a share of hasty answers: any colour listed, or the first."""
     generator, noisy = random.Random(f"{kind}/{seed}"), []
     for row in rows:
         listed = row["instruction"].partition(". ")[2].partition("\n")[0]
         colours = [pair.split()[-1] for pair in listed.split(";") if pair.strip()]
         hasty = generator.random() < share
-        colour = colours[0] if kind == "systematic errors" else generator.choice(colours)
+        drawn = generator.choice(colours)
+        colour = colours[0] if kind == "systematic errors" else drawn
         *start, right = row["answer"].split()
         answer = " ".join([*start, colour if hasty and kind != "all right" else right])
         noisy.append(row | {"answer": answer})
@@ -991,20 +1008,24 @@ def quality_run(kind: str, size: int, run: int) -> float:
     return accuracy(model, tests["pairs"]).accuracy
 
 
-quality = {kind: [three_runs(lambda k, kind=kind, n=n: quality_run(kind, n, k)) for n in SIZES] for kind in KINDS}
-for kind, results in quality.items():
-    pairs = zip(SIZES, results, strict=True)
-    print(f"{kind}: " + "; ".join(f"{size}: {ends(result)}" for size, result in pairs))
+quality = {}
+for kind in KINDS:
+    quality[kind] = []
+    for size in SIZES:
+        result = span([quality_run(kind, size, run) for run in range(3)])
+        quality[kind].append(result)
+        print(f"{kind}, {size} examples: {ends(result)}")
 
 # %% tags=["headline"]
 lines = {kind: plots.scored_line(SIZES, results) for kind, results in quality.items()}
 plots.show(plots.curve(
-    lines, title="Which errors are in the data matters more than how many examples there are",
+    lines, title="Errors by a rule cost more than random ones",
     xlabel="training examples (20 steps each)", ylabel="right answers, three trainings",
     log_x=True, percent=True, limits_y=(0, 1),
-    alt="Right answers over 10 to 160 examples, with bands: right, randomly wrong, wrong by a rule.",
+    alt="Right answers over 10 to 160 examples, for three kinds of examples.",
 ))  # fmt: skip
-clean, randomly, systematic = ([r.accuracy for r in results] for results in quality.values())
+shares = ([r.accuracy for r in results] for results in quality.values())
+clean, randomly, systematic = shares
 for kind, results in quality.items():
     lesson.report(f"{SIZES[-1]} examples, {kind}", ends(results[-1]))
 lesson.claim("40 right examples beat 160 with systematic errors by 10 points",
@@ -1035,10 +1056,8 @@ for name, tasks in (("all six", CHAT_TASKS), ("all but pairs", others)):
     hits = (row["answer"].split()[-1] in text.lower()
             for row, text in zip(pairs_asked, replies[name], strict=True))  # fmt: skip
     named[name] = score(sum(hits), len(pairs_asked))
-show_table(
-    {name: [f"{s.accuracy:.0%}" for s in scores.values()] for name, scores in table.items()},
-    CHAT_TASKS,
-)
+cells = {k: [f"{s.accuracy:.0%}" for s in row.values()] for k, row in table.items()}
+show_table(cells, CHAT_TASKS)
 for name, texts in replies.items():
     print(f"{name}, asked for pairs: right colour in {named[name]}")
     print("    " + " | ".join(text[:40] for text in texts[:5]))
@@ -1058,25 +1077,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# Perhaps the five tasks help in another way: the model could learn the sixth faster. Give both starts the same few examples of *pairs*, 8 of them, and 10 steps.
-
-# %%
-def after_few(start: nn.Module, run: int) -> float:
-    """Right answers to pairs after 10 steps on 8 examples."""
-    few = [encode(row) for row in training_rows(8, ("pairs",), stream=50 + run)]
-    model = copy.deepcopy(start).to(machine.device)
-    return accuracy(fine_tune(few, 10, model=model, run=run)[0], tests["pairs"]).accuracy
-
-
-starts = {"from the base model": base, "from all but pairs": tuned}
-head_start = {name: three_runs(lambda run, start=start: after_few(start, run)) for name, start in starts.items()}
-del tuned
-for name, result in head_start.items():
-    print(f"{name}: {ends(result)}")
-    lesson.report(f"pairs after 10 steps on 8 examples, {name}", ends(result))
-
-# %% [markdown]
-# **What you see.** Read the replies: the model that was tuned on the five tasks takes the sixth for one of them, mostly in the form of a task that looks alike. Its other columns show that it did learn those five as the other model did, in the same steps. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones. Whether the five tasks give a head start on the sixth, the last two numbers tell; look at how far their runs overlap. Do not expect a small instruction-tuned model to generalise: put the tasks that you need into the data.
+# **What you see.** Read the replies: the model that was tuned on the five tasks takes the sixth for one of them, mostly in the form of a task that looks alike. Its other columns show that it did learn those five as the other model did, in the same steps. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones. Whether the five tasks help to learn the sixth faster is another question, which you can try: start from this model and from the base, with the same few examples. Do not expect a small instruction-tuned model to generalise: put the tasks that you need into the data.
 
 # %% [markdown] tags=["further"]
 # ## 9 · Which weights, and how fast
@@ -1137,7 +1138,7 @@ ABILITIES = ["closed_book_frequent", "open_book", "few_shot_8", "sums_with_steps
 
 
 def abilities_of(model: nn.Module) -> Score:
-    """Mean accuracy over four abilities of the base model, in the documents' formats."""
+    """Mean accuracy over four abilities, in the formats of the documents."""
     number = lesson.scaled(25, 4)
     results = evaluate_base(model, tokenizer, seed=seed, n=number)
     shares = {name: results[name].accuracy for name in ABILITIES}
@@ -1148,7 +1149,8 @@ def abilities_of(model: nn.Module) -> Score:
 print("base model")
 kept_abilities = {"base model": abilities_of(fresh())}
 three = ("mood", "sum", "pairs")
-examples = [encode(row) for row in training_rows(lesson.scaled(240, 16), three, stream=6)]
+rows = training_rows(lesson.scaled(240, 16), three, stream=6)
+examples = [encode(row) for row in rows]
 
 # %%
 learned = {"base model": score(0, 1)}
@@ -1160,15 +1162,16 @@ for name, way in WAYS.items():
 
     model, _ = fine_tune(examples, 30, batch_size=8, optimizer_fn=optimizer)
     model.requires_grad_(True)
-    right = [good for task in three for good in right_of(model, [*map(encode, tests[task])])]
-    learned[name] = score(sum(right), len(right))
+    asked = [encode(row) for task in three for row in tests[task]]
+    learned[name] = score(sum(right_of(model, asked)), len(asked))
     print(f"{name}: new tasks {learned[name]}")
     kept_abilities[name] = abilities_of(model)
 
 # %%
 plots.show(plots.bars_with_intervals(
-    {name: {"new tasks": learned[name], "old abilities": kept_abilities[name]} for name in WAYS},
-    title="What is learned and what is kept, after 30 steps", xlabel="right answers, one run",
+    {k: {"new tasks": learned[k], "old abilities": kept_abilities[k]} for k in WAYS},
+    title="What is learned and what is kept, after 30 steps",
+    xlabel="right answers, one run",
     alt="Right answers on new tasks and on old abilities for four ways to train.",
 ))  # fmt: skip
 for name in WAYS:
@@ -1203,7 +1206,7 @@ EVERY = 5
 
 
 def watch(run: int) -> list[tuple[float, float, float]]:
-    """At each look: loss and right answers on validation chats, right answers on the test."""
+    """Each look: loss and right answers on validation, right answers on the test."""
     looks, rows = [], training_rows(40, ("fact",), stream=60 + run)
 
     def look(model: nn.Module) -> dict[str, float]:
@@ -1250,16 +1253,17 @@ by_look = [[run[k] for run in looks] for k in range(len(steps))]
 
 def band(part: int) -> tuple:
     """Mean, lowest and highest over the three trainings, for each look."""
-    values = [[run[part] for run in look] for look in by_look]
-    return [sum(v) / 3 for v in values], [min(v) for v in values], [max(v) for v in values]
+    results = [span([run[part] for run in look]) for look in by_look]
+    return tuple(zip(*((s.accuracy, s.low, s.high) for s in results), strict=True))
 
 
-for part, name, percent in ((0, "loss (nats per token)", False), (1, "right answers", True)):
-    title = ("The loss on unseen chats falls, then rises", "The right answers do not follow it")
+titles = ("The loss on unseen chats falls, then rises", "The right answers do not follow")
+for part, name in enumerate(("loss (nats per token)", "right answers")):
+    percent = part == 1
     plots.show(plots.curve(
-        {"validation": (steps, *band(part))}, title=title[part], xlabel="step", ylabel=name,
-        percent=percent, limits_y=(0, 0.5) if percent else None,
-        alt=f"{name} on validation chats over the steps, mean and span of three trainings.",
+        {"validation": (steps, *band(part))}, title=titles[part], xlabel="step",
+        ylabel=name, percent=percent, limits_y=(0, 0.5) if percent else None,
+        alt=f"{name} on validation chats over the steps, three trainings.",
     ))  # fmt: skip
 
 # %%
@@ -1316,7 +1320,7 @@ for steps in sorted({steps for steps, *_ in trials}):
 plots.show(plots.curve(
     lines, title="Rates too low and too high end with a higher loss", log_x=True,
     xlabel="learning rate", ylabel="validation loss (nats per token)",
-    alt="Validation loss over the learning rate: a valley, for few, more and most steps.",
+    alt="Validation loss over the learning rate: a valley for each number of steps.",
 ))  # fmt: skip
 first = [loss for steps, _, loss in trials if steps == trials[0][0]]
 print(f"{spent} steps spent; all 8 to the end: {8 * lesson.scaled(20)}, a grid: "
@@ -1405,11 +1409,12 @@ def accumulated_loss(losses: list[Tensor]) -> Tensor:
 # %% tags=["check"]
 def check_accumulated_loss(accumulated_loss):
     draws = torch.Generator().manual_seed(1)
-    losses = [torch.rand(count, generator=draws) * scale for count, scale in ((7, 1), (2, 5), (30, 2))]
+    sizes = ((7, 1), (2, 5), (30, 2))  # tokens, scale
+    losses = [torch.rand(count, generator=draws) * scale for count, scale in sizes]
     total = sum(part.sum() for part in losses) / 39
-    expect_close("accumulated_loss of three parts", accumulated_loss(losses), total, 1e-4)
+    expect_close("loss of three parts", accumulated_loss(losses), total, 1e-4)
     empty = [*losses, torch.zeros(0)]
-    expect_close("accumulated_loss with an empty part", accumulated_loss(empty), total, 1e-4)
+    expect_close("with an empty part", accumulated_loss(empty), total, 1e-4)
     one = accumulated_loss(losses[:1])
     expect_close("accumulated_loss of one part", one, losses[0].mean(), 1e-4)
 
@@ -1531,9 +1536,9 @@ def check_noisy_embeddings(noisy_embeddings):
         expect_close(f"standard deviation in row {row}", spread, 1.0, 0.2)
         expect_close(f"mean in row {row}", noise[:length].mean() / bound, 0.0, 0.25)
     noise = noisy[[0, 3]] - 1  # two rows of the same length
-    for name, of in (("rows", noise[0] - noise[1]), ("tokens", noise[0, 0] - noise[0, 1]),
-                     ("columns", noise[0, :, 0] - noise[0, :, 1])):  # fmt: skip
-        expect_true(f"two {name} have different noise", of.abs().mean() > 0.01)
+    for axis, name in enumerate(("rows", "tokens", "columns")):
+        same = noise.select(axis, 0) - noise.select(axis, 1)
+        expect_true(f"two {name} have different noise", same.abs().mean() > 0.01)
     again = noisy_embeddings(embeddings, lengths, 5.0, torch.Generator().manual_seed(1))
     expect_equal("the same generator gives the same noise", again, noisy)
 
@@ -1631,7 +1636,7 @@ def check_predicted_positions(predicted_positions):
         counted = batch_size * sum(map(max, batches)) / 4000
         found = predicted_positions(list(lengths), batch_size)
         off = found / counted - 1
-        said = f"batch {batch_size}: predicted {found:.0f}, counted {counted:.0f}, {off:+.1%}"
+        said = f"batch {batch_size}: predicted {found:.0f}, counted {counted:.0f}"
         expect_true(said, abs(off) <= 0.02)
 
 
@@ -1751,7 +1756,8 @@ lesson.summary()
 # With `trl` the whole lesson is a configuration. The cell below tunes the profile's model on the profile's chats: on a CPU these are about Shima, on a GPU they are from *SmolTalk*, written by language models and filtered (Allal et al. 2025). A row whose answer is cut off by `max_length` has nothing to learn and reports a loss of 0; such rows are left out first.
 
 # %%
-chats = instruction_dataset(chats_id or machine, lesson.scaled(160, 16), seed=seed).to_list()
+number = lesson.scaled(160, 16)
+chats = instruction_dataset(chats_id or machine, number, seed=seed).to_list()
 fitting = [row for row in chats if len(encode(row)["input_ids"]) <= 512]
 cut = len(fitting) // 5
 arguments = SFTConfig(
@@ -1761,8 +1767,8 @@ arguments = SFTConfig(
     fp16=lesson.precision == "fp16-mixed", **COMMON,
 )  # fmt: skip
 trainer = SFTTrainer(
-    fresh(), arguments, train_dataset=dataset_of(fitting[cut:]), processing_class=tokenizer,
-    eval_dataset=dataset_of(fitting[:cut]),
+    fresh(), arguments, train_dataset=dataset_of(fitting[cut:]),
+    eval_dataset=dataset_of(fitting[:cut]), processing_class=tokenizer,
 )  # fmt: skip
 trainer.remove_callback(PrinterCallback)
 before = trainer.evaluate()["eval_loss"]
@@ -1783,7 +1789,7 @@ folder = ROOT / "build/05_supervised_fine_tuning/saved"
 
 
 def stopped(asked: list[str]) -> float:
-    """Save, load as a stranger would, generate; share of replies that end with the turn."""
+    """Save, load as a stranger would, generate: share of replies that end in time."""
     assistant.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(machine.device)
@@ -1797,14 +1803,15 @@ def stopped(asked: list[str]) -> float:
     return good / len(asked)
 
 # %%
-asked = [prompt_text(row["instruction"]) for row in tests["fact"][: lesson.scaled(20, 2)]]
+few = tests["fact"][: lesson.scaled(20, 2)]
+asked = [prompt_text(row["instruction"]) for row in few]
 kept_eos = tokenizer.eos_token, assistant.generation_config.eos_token_id
 without_eos = stopped(asked)
 tokenizer.eos_token = END.strip()
 assistant.generation_config.eos_token_id = [end_id, base.config.eos_token_id]
 with_eos = stopped(asked)
-tokenizer.eos_token, assistant.generation_config.eos_token_id = kept_eos  # cells may run again
-lesson.report("replies that stop at the end of the turn, as saved at first", without_eos, ".0%")
+tokenizer.eos_token, assistant.generation_config.eos_token_id = kept_eos
+lesson.report("replies that stop, as saved at first", without_eos, ".0%")
 lesson.claim("with the end of the turn set, at least 90 % of the replies stop there",
              with_eos, at_least=0.9, control=without_eos, form=".0%")  # fmt: skip
 
