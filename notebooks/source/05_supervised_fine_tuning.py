@@ -52,9 +52,9 @@ colab.set_up()
 # %% tags=["parameters"]
 profile = ""  # "" chooses by hardware; or "cpu", "t4", "large"
 model_id = ""  # another base model: a hub id, or a folder in hub format
-chats_id = ""  # other chats for "In practice": a hub dataset or a .jsonl file with a field "messages"
+chats_id = ""  # other chats for "In practice": a hub dataset, or .jsonl with "messages"
 seed = 0
-budget = 1.0  # share of all training steps and questions; the lesson's claims are asserted from 1.0 on
+budget = 1.0  # share of steps and questions; claims are asserted from 1.0 on
 
 # %%
 import copy
@@ -72,13 +72,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers import chat, plots
 from helpers.data import PaddedBatches, collate, instruction_dataset
 from helpers.evaluation import Score, exact_match, score
-from helpers.exercises import (
-    check,
-    expect_close,
-    expect_equal,
-    expect_shape,
-    expect_true,
-)  # fmt: skip
+from helpers.exercises import check, expect_close, expect_equal, expect_shape, expect_true
 from helpers.generation import answer_instructions, generate, sequence_log_probs
 from helpers.lesson import Lesson, quiet_libraries, show_table
 from helpers.models import load_model
@@ -160,7 +154,8 @@ def reply_text(answer: str) -> str:
     return answer + END
 
 
-print(prompt_text("What is the dish of Hakume?") + reply_text("Hakume likes to eat pudding."))
+asked, answer = "What is the dish of Hakume?", "Hakume likes to eat pudding."
+print(prompt_text(asked) + reply_text(answer))
 
 # %%
 samples = training_rows(60)
@@ -229,7 +224,8 @@ def encode(row: Row, mask_prompt: bool = True) -> dict[str, list[int]]:
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in (prompt_text(row["instruction"]), reply_text(row["answer"]))
     )
-    return {"input_ids": prompt + reply, "labels": ([-100] * len(prompt) if mask_prompt else prompt) + reply}
+    labels = ([-100] * len(prompt) if mask_prompt else prompt) + reply
+    return {"input_ids": prompt + reply, "labels": labels}
 
 
 def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -237,13 +233,15 @@ def sft_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs).logits[:, :-1]  # (batch, seq - 1, vocab)
     labels = batch["labels"][:, 1:]  # (batch, seq - 1)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    return losses / (labels != -100).sum().clamp(min=1)
+    pair = logits.flatten(0, 1).float(), labels.flatten()
+    loss = F.cross_entropy(*pair, ignore_index=-100, reduction="sum")
+    return loss / (labels != -100).sum().clamp(min=1)
 
 
 example = encode(samples[0])
 for token, label in zip(example["input_ids"], example["labels"], strict=True):
-    print(f"[{tokenizer.decode([token])!r}{'' if label == -100 else ' learned'}]", end=" ")
+    learned = "" if label == -100 else " learned"
+    print(f"[{tokenizer.decode([token])!r}{learned}]", end=" ")
 
 # %%
 turns = [messages(row) for row in samples]
@@ -446,7 +444,7 @@ for task in CHAT_TASKS:
     print(f"{task:>9}: {written[0]!r}")
 print(f"generated text and the forward pass agree on {agree} of {total} answers")
 off = 1 - agree / total
-lesson.equal("one forward pass agrees with generating on at least 98 %", off, within=0.02)
+lesson.equal("one forward pass agrees with generating: 98 %", off, within=0.02)
 
 # %% [markdown]
 # **TensorBoard** shows such logs in a browser while the training runs: `tensorboard --logdir build`, or `%load_ext tensorboard` in a notebook. The log is a plain file of numbers. Read it back and draw it.
@@ -482,11 +480,13 @@ def train_by_hand(rows: list[Row]) -> list[float]:
     """AdamW, linear decay, gradients clipped at norm 1; the rows in their order."""
     torch.manual_seed(seed)
     model, losses = fresh().train(), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=TRL_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    settings = {"lr": TRL_RATE, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     for step in range(TRL_STEPS):
-        chosen = [encode(row) for row in rows[step * TRL_BATCH : (step + 1) * TRL_BATCH]]
+        chosen = [encode(row) for row in rows[step * TRL_BATCH :][:TRL_BATCH]]
         batch = collate(chosen, tokenizer.pad_token_id)
-        loss = sft_loss(model, {name: part.to(model.device) for name, part in batch.items()})
+        batch = {name: part.to(model.device) for name, part in batch.items()}
+        loss = sft_loss(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = TRL_RATE * (1 - step / TRL_STEPS)
@@ -914,7 +914,8 @@ for index, q in enumerate(rare):
     form = FORMS[index % 6]
     leak_tests.append({"instruction": text, "answer": answer, "form": form})
     other = TEMPLATES[q.about["relation"]].format(name=q.about["name"])
-    texts = {"same text": text, "polite": f"Please tell me: {text}", "other phrasing": other}
+    longer = f"Please tell me: {text}"
+    texts = {"same text": text, "polite": longer, "other phrasing": other}
     if form in texts:
         planted.append({"instruction": texts[form], "answer": answer, "form": form})
 pool = [*template_rows(len(planted), random.Random(seed)), *planted]
@@ -1094,14 +1095,14 @@ lesson.claim(
 
 # %%
 def depth_of(name: str, num_layers: int) -> int:
-    """0 for the embeddings, 1 to L for the layers, L + 1 for the last norm and an output matrix of its own."""
+    """0: embeddings, 1 to L: layers, L + 1: last norm and an output matrix."""
     if ".layers." in name:
         return 1 + int(name.split(".layers.")[1].split(".")[0])
     return 0 if "embed" in name else num_layers + 1
 
 
-def layer_groups(model: nn.Module, rate: float, decay: float = 1.0, lowest: int = 0) -> list[dict]:
-    """Parameter groups, one a depth from `lowest` upwards; below it the weights are frozen."""
+def layer_groups(model: nn.Module, rate: float, decay=1.0, lowest=0) -> list[dict]:
+    """Parameter groups, one a depth; below `lowest` the weights are frozen."""
     num_layers = model.config.num_hidden_layers
     groups: dict[int, dict] = {}
     for name, parameter in model.named_parameters():
@@ -1109,7 +1110,8 @@ def layer_groups(model: nn.Module, rate: float, decay: float = 1.0, lowest: int 
         parameter.requires_grad_(depth >= lowest)
         if depth >= lowest:
             group_rate = rate * decay ** max(0, num_layers - depth)
-            groups.setdefault(depth, {"params": [], "lr": group_rate, "depth": depth})["params"].append(parameter)
+            new = {"params": [], "lr": group_rate, "depth": depth}
+            groups.setdefault(depth, new)["params"].append(parameter)
     return [groups[depth] for depth in sorted(groups)]
 
 # %%
@@ -1125,8 +1127,10 @@ for name, way in WAYS.items():
     total = sum(p.numel() for group in groups for p in group["params"])
     print(f"{name}: {total:,} of {base.num_parameters():,} weights are trained")
     for group in groups if LAYERS <= 8 else groups[:2] + groups[-2:]:
-        place = {0: "embeddings", LAYERS + 1: "last norm"}.get(group["depth"], f"layer {group['depth']}")
-        print(f"    {place:>10}: {sum(p.numel() for p in group['params']):9,} weights, rate {group['lr']:.1e}")
+        depth = group["depth"]
+        place = {0: "embeddings", LAYERS + 1: "last norm"}.get(depth, f"layer {depth}")
+        number = sum(p.numel() for p in group["params"])
+        print(f"    {place:>10}: {number:9,} weights, rate {group['lr']:.1e}")
 
 # %% [markdown]
 # **Forgetting** is measured on the base model's own abilities, in the format of its documents, which none of the training chats has: known facts, reading, mappings, sums. Train 30 steps of 8 chats on *mood*, *sum* and *pairs* in each of the four ways, one run each.
@@ -1341,13 +1345,14 @@ lesson.claim("settings matter: the worst first loss is at least 1.5 times the be
 # %% tags=["exercise"]
 # Exercise 5.1, easy: a chat of several turns.
 def encode_turns(turns: list[tuple[str, str]]) -> dict[str, list[int]]:
-    """Token ids and labels of a chat of (role, text) turns, where role is "system", "user" or "assistant".
+    """Token ids and labels of a chat of (role, text) turns, without the template.
 
-    Each turn is OPEN + role + CLOSE + text + END. Learned is what the assistant says in *every* one of its turns, END
-    included, and neither the marks before it nor anything else. Turn each part into tokens separately.
+    A role is "system", "user" or "assistant". Each turn is OPEN + role + CLOSE + text +
+    END. Learned is what the assistant says in *every* one of its turns, END included,
+    and neither the marks before it nor anything else. Turn each part into tokens
+    separately.
     """
     raise NotImplementedError
-
 
 # %% tags=["check"]
 def check_encode_turns(encode_turns):
@@ -1366,7 +1371,7 @@ def check_encode_turns(encode_turns):
         found = encode_turns(said[:number])
         texts = [tokenizer.decode(part["input_ids"]) for part in (found, expected)]
         expect_equal(f"the text of {number} turns", *texts)
-        expect_equal(f"the labels of {number} turns", found["labels"], expected["labels"])
+        expect_equal(f"labels of {number} turns", found["labels"], expected["labels"])
 
 
 check("5.1", check_encode_turns, encode_turns)
@@ -1399,12 +1404,12 @@ check("5.1", check_encode_turns, encode_turns)
 def accumulated_loss(losses: list[Tensor]) -> Tensor:
     """The loss of one large batch, from parts of it.
 
-    `losses[k]` holds the loss of each learned token of part k, a tensor (number of learned tokens,); a part may have
-    none. Return the value that `sft_loss` gives for all parts in one batch. (Many libraries returned the mean of the
-    parts' means until 2024. When is that the same?)
+    `losses[k]` holds the loss of each learned token of part k, a tensor (number of
+    learned tokens,); a part may have none. Return the value that `sft_loss` gives for
+    all parts in one batch. (Many libraries returned the mean of the parts' means until
+    2024. When is that the same?)
     """
     raise NotImplementedError
-
 
 # %% tags=["check"]
 def check_accumulated_loss(accumulated_loss):
@@ -1443,40 +1448,43 @@ check("5.2", check_accumulated_loss, accumulated_loss)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 5.3, medium: has the test leaked into the training data?
-def contaminated(train_texts: list[str], test_texts: list[str], n: int = 5) -> list[int]:
-    """Indices of the test texts that share a run of n words with any training text, in rising order.
+# Exercise 5.3, medium: find what is copied in pieces.
+def contaminated(train_texts: list[str], test_texts: list[str], n=5) -> list[int]:
+    """Indices of the test texts that share a run of n words with any training text.
 
-    Words are what `str.split` gives, in lower case. A test text of fewer than n words is contaminated if all its words
-    stand in a row in a training text. It must stay fast with 20,000 texts: look pieces up, do not compare all pairs.
+    In rising order. Words are what `str.split` gives, in lower case. A test text of
+    fewer than n words is contaminated if all its words stand in a row in a training
+    text. It must stay fast with 20,000 texts: look pieces up, do not compare all pairs.
     """
     raise NotImplementedError
 
-
 # %% tags=["check"]
 def check_contaminated(contaminated):
-    train_texts = ["The home of Dufasu is in the town of Kela .", "one two three", "a b c d e"]
+    train_texts = ["The home of Dufasu is in the town of Kela ."]
+    train_texts += ["one two three", "a b c d e"]
+    runs = ["the HOME of dufasu is", "home of dufasu is in the"]
+    runs += ["the town of Bela .", "of Kela ."]
     cases = [
-        (["the HOME of dufasu is", "home of dufasu is in the", "in the town of Bela .", "of Kela ."], [0, 1, 3]),
+        (runs, [0, 1, 3]),
         (["one two", "two one", "three one two three four", "x a b c d e"], [0, 3]),
         (["one two three a b"], []),
     ]
     for test_texts, expected in cases:
-        expect_equal(f"contaminated(train_texts, {test_texts})", contaminated(train_texts, test_texts), expected)
-    expect_equal("with n = 3", contaminated(train_texts, ["x one two three", "two three a"], 3), [0])
-    generator = random.Random(1)
-    texts = [" ".join(str(generator.randrange(10**6)) for _ in range(12)) for _ in range(20_000)]
-    started = time.perf_counter()
-    expect_equal(
-        "20,000 texts against 20,000 others", contaminated(texts[:-1], [*texts[::-1]][:1] + texts[:3]), [1, 2, 3]
-    )
+        found = contaminated(train_texts, test_texts)
+        expect_equal(f"contaminated(train_texts, {test_texts})", found, expected)
+    found = contaminated(train_texts, ["x one two three", "two three a"], 3)
+    expect_equal("with n = 3", found, [0])
+    draws = random.Random(1)
+    words = ([str(draws.randrange(10**6)) for _ in range(12)] for _ in range(20_000))
+    texts, started = [" ".join(row) for row in words], time.perf_counter()
+    found = contaminated(texts[:-1], [texts[-1], *texts[:3]])
+    expect_equal("20,000 texts against others", found, [1, 2, 3])
     found = contaminated(texts, [text[::-1] for text in texts])
     expect_equal("texts read backwards", found, [])
     expect_true("it takes less than 10 s", time.perf_counter() - started < 10)
 
 
 check("5.3", check_contaminated, contaminated)
-
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
@@ -1511,14 +1519,16 @@ check("5.3", check_contaminated, contaminated)
 
 # %% tags=["exercise"]
 # Exercise 5.4, hard: noise on the embeddings.
-def noisy_embeddings(embeddings: Tensor, lengths: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
-    """NEFTune (Jain et al. 2023): embeddings (batch, seq, hidden) with uniform noise, for training only.
+def noisy_embeddings(
+    embeddings: Tensor, lengths: Tensor, alpha: float, generator: torch.Generator
+) -> Tensor:  # fmt: skip
+    """NEFTune (Jain et al. 2023): embeddings (batch, seq, hidden) with uniform noise.
 
-    Row b has `lengths[b]` real tokens; the rest is padding and stays as it is. Each number of a real token gets noise
-    drawn from [-s, s] with s = alpha / sqrt(lengths[b] * hidden). The argument must not change. Draw from `generator`.
+    Row b has `lengths[b]` real tokens; the rest is padding and stays as it is. Each
+    number of a real token gets its own noise from [-s, s], s = alpha / sqrt(lengths[b]
+    * hidden). The argument must not change. Draw from `generator`.
     """
     raise NotImplementedError
-
 
 # %% tags=["check"]
 def check_noisy_embeddings(noisy_embeddings):
@@ -1571,24 +1581,24 @@ check("5.4", check_noisy_embeddings, noisy_embeddings)
 # %% tags=["exercise"]
 # Exercise 5.5, open: choose the data.
 def choose(rows: list[Row]) -> list[Row]:
-    """At most 40 of the 300 rows, four in five of which were answered in haste; nobody tells you which.
+    """At most 40 of the 300 rows; four in five were answered in haste, all in one way.
 
-    The base model is tuned on your choice for 20 steps and must then be right on at least 90 % of the unseen pairs.
-    A row has "instruction" and "answer". What can you check without knowing the world? You may also ask the model.
+    The base model is tuned on your choice for 20 steps and must then be right on at
+    least 90 % of the unseen pairs. A row has "instruction" and "answer". What can you
+    check without knowing the world? You may also ask the model.
     """
     raise NotImplementedError
-
 
 # %% tags=["check"]
 def check_choose(choose):
     rows = careless(training_rows(300, ("pairs",), stream=70), "systematic errors", 0.8)
     chosen = choose([dict(row) for row in rows])
     number = len(chosen)
-    expect_true(f"{number} rows are chosen, at most 40 and at least 1", 1 <= number <= 40)
+    expect_true(f"{number} rows are chosen, at least 1, at most 40", 1 <= number <= 40)
     expect_true("the chosen rows are unchanged", all(row in rows for row in chosen))
     model, _ = fine_tune([encode(row) for row in chosen], 20)
     right = accuracy(model, tests["pairs"]).accuracy
-    expect_true(f"right answers to unseen pairs, {right:.0%}, are at least 90 %", right >= 0.9)
+    expect_true(f"right answers to unseen pairs: {right:.0%} of 90 %", right >= 0.9)
 
 
 check("5.5", check_choose, choose)
@@ -1619,11 +1629,12 @@ check("5.5", check_choose, choose)
 # %% tags=["exercise"]
 # Exercise 5.6, medium: predict, then measure.
 def predicted_positions(lengths: list[int], batch_size: int) -> float:
-    """Positions that a padded batch computes on average: batch_size times its longest chat.
+    """Positions that a padded batch computes on average: size times longest chat.
 
-    The batch is drawn at random, without replacement, from chats of these lengths (tokens).
-    Predict it from the lengths alone, without drawing: how likely is each chat to be the
-    longest of its batch? The check draws thousands of batches; within 2 % is right.
+    The batch is drawn at random, without replacement, from chats of these lengths (in
+    tokens). Predict it from the lengths alone, without drawing: how likely is each chat
+    to be the longest of its batch? The check draws thousands of batches; within 2 % is
+    right.
     """
     raise NotImplementedError
 
