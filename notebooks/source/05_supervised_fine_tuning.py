@@ -1261,7 +1261,7 @@ def band(part: int) -> tuple:
     return tuple(zip(*((s.accuracy, s.low, s.high) for s in results), strict=True))
 
 
-titles = ("The loss on unseen chats falls, then rises", "The right answers do not follow")
+titles = ("The validation loss falls, then rises", "The right answers do not follow")
 for part, name in enumerate(("loss (nats per token)", "right answers")):
     percent = part == 1
     plots.show(plots.curve(
@@ -1460,27 +1460,26 @@ def contaminated(train_texts: list[str], test_texts: list[str], n=5) -> list[int
 
 # %% tags=["check"]
 def check_contaminated(contaminated):
-    train_texts = ["The home of Dufasu is in the town of Kela ."]
-    train_texts += ["one two three", "a b c d e"]
+    train_texts = ["The home of Dufasu is in the town of Kela .", "one two three", "a b"]
     runs = ["the HOME of dufasu is", "home of dufasu is in the"]
     runs += ["the town of Bela .", "of Kela ."]
     cases = [
         (runs, [0, 1, 3]),
-        (["one two", "two one", "three one two three four", "x a b c d e"], [0, 3]),
+        (["one two", "two one", "three one two three four", "a b"], [0, 3]),
         (["one two three a b"], []),
     ]
     for test_texts, expected in cases:
         found = contaminated(train_texts, test_texts)
         expect_equal(f"contaminated(train_texts, {test_texts})", found, expected)
-    found = contaminated(train_texts, ["x one two three", "two three a"], 3)
-    expect_equal("with n = 3", found, [0])
+    test_texts = ["x one two three", "two three a"]
+    expect_equal("with n = 3", contaminated(train_texts, test_texts, 3), [0])
     draws = random.Random(1)
     words = ([str(draws.randrange(10**6)) for _ in range(12)] for _ in range(20_000))
     texts, started = [" ".join(row) for row in words], time.perf_counter()
     found = contaminated(texts[:-1], [texts[-1], *texts[:3]])
     expect_equal("20,000 texts against others", found, [1, 2, 3])
-    found = contaminated(texts, [text[::-1] for text in texts])
-    expect_equal("texts read backwards", found, [])
+    backwards = [text[::-1] for text in texts]
+    expect_equal("backwards", contaminated(texts, backwards), [])
     expect_true("it takes less than 10 s", time.perf_counter() - started < 10)
 
 
