@@ -34,7 +34,6 @@ WITHOUT_CORE_AND_QUIZ = (
     "02_prompting_and_rag",
     "03_pretraining",
     "04_scaling_laws",
-    "05_supervised_fine_tuning",
     "06_peft",
     "08_rlhf",
     "09_dpo",
