@@ -1,7 +1,7 @@
 # `make course` runs every lesson, `make test` every test. Both need only Python 3.11 to 3.13 and this folder.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help course test check lab sync claims base refresh lesson newest colab-test links student slides site format \
+.PHONY: help course test check lab sync claims base refresh lesson newest colab-test links student slides site book format \
 	clean
 
 PYTHON ?= python3
@@ -66,6 +66,9 @@ slides: .venv/developed  ## lecture slides of all lessons in build/slides; they 
 
 site: .venv/developed  ## build the book in build/site from the committed notebooks
 	$(BIN)/python -m course site
+
+book: .venv/developed  ## the same with the book as EPUB and PDF in it (needs Chromium)
+	$(BIN)/python -m course site --epub --pdf
 
 format: .venv/developed  ## format the code and mend what can be mended
 	$(BIN)/ruff check --fix

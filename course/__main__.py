@@ -14,6 +14,7 @@ COMMANDS = {  # name -> module, prefix of its two functions, what it does
     "run": ("course.runner.command", "run_", "execute the notebooks and report"),
     "refresh": ("course.runner.command", "refresh_", "run, and write outputs, budgets and figures to the repository"),
     "sync": ("course.twins", "", "bring notebooks and their sources in line"),
+    "rehearse": ("course.rehearsal.command", "", "run the lessons as on a GPU, without one: what fits, what fails"),
     "claims": ("course.claims", "", "fill the ledger of claims"),
     "progress": ("course.progress", "", "what is solved, and a certificate"),
     "student": ("course.student", "", "write the edition without solutions"),

@@ -1,4 +1,6 @@
-"""Running a lesson in Google Colab: its badge, its setup cell, and the packages that Colab lacks.
+"""Running a lesson in Google Colab or Kaggle: the badge, the setup cell, and the packages that a runtime lacks.
+
+Kaggle's image is made from Colab's and sets Colab's variables too; its menus have other names.
 
 Colab's own torch, numpy, pandas and transformers are never replaced: pip may install what is missing and move a few
 pure data packages, and everything else is held at the version that the runtime came with. Elsewhere nothing happens.
@@ -56,6 +58,18 @@ colab.set_up()
 NEVER_MOVED = ("torch", "numpy", "pandas", "transformers")
 # trl needs newer ones than Colab has, and nothing that Colab has loaded by then depends on their exact version.
 FREE_TO_MOVE = {"datasets", "pyarrow", "fsspec", "dill", "multiprocess"}
+MENUS = {
+    "Colab": {
+        "restart": "Runtime > Restart session",
+        "newest": "Runtime > Change runtime type, and the latest version there",
+        "gpu": "Runtime > Change runtime type, and a T4 there",
+    },
+    "Kaggle": {
+        "restart": "Run > Restart & clear cell outputs",
+        "newest": "Settings > Environment, and the latest one there",
+        "gpu": "Settings > Accelerator, and GPU T4 x2 there",
+    },
+}
 SHOWN = (*NEVER_MOVED, "datasets", "peft", "trl", "bitsandbytes")
 
 
@@ -66,10 +80,20 @@ def badge(notebook_stem: str) -> str:
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
 
 
+def on_kaggle() -> bool:
+    """Whether this runs in a Kaggle notebook."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
 def on_colab() -> bool:
-    """Whether this runs in Colab. LLM_WORKBOOK_COLAB=1 or 0 overrides."""
+    """Whether this runs in Colab or in Kaggle. LLM_WORKBOOK_COLAB=1 or 0 overrides."""
     override = os.environ.get("LLM_WORKBOOK_COLAB")
-    return override == "1" if override else "COLAB_RELEASE_TAG" in os.environ
+    return override == "1" if override else on_kaggle() or "COLAB_RELEASE_TAG" in os.environ
+
+
+def how_to(what: str) -> str:
+    """Where in the menus of this place one can "restart" the session, take the "newest" runtime or change the "gpu"."""
+    return MENUS["Kaggle" if on_kaggle() else "Colab"][what]
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,7 @@ def plan(packages: Sequence[str], requirements: Mapping[str, Requirement], insta
     if unfit := [name for name in install if name in NEVER_MOVED and name in installed]:
         raise CourseError(
             f"This runtime has {unfit[0]} {installed[unfit[0]]} and the course needs {requirements[unfit[0]]}: "
-            "choose Runtime > Change runtime type, and the latest version there."
+            f"choose {how_to('newest')}."
         )
     # peft refuses to add adapters while a torchao older than 0.16 is there, and the course does not use torchao.
     old_torchao = installed.get("torchao") and not _satisfies(installed["torchao"], Requirement("torchao>=0.16"))
@@ -108,7 +132,7 @@ def plan(packages: Sequence[str], requirements: Mapping[str, Requirement], insta
 
 
 def set_up() -> None:
-    """In Colab, install what any lesson needs and say what it runs on; elsewhere, do nothing.
+    """In Colab and Kaggle, install what any lesson needs and say what it runs on; elsewhere, do nothing.
 
     The setup cell calls this before anything large is imported, so that a restart is hardly ever needed. Raises
     CourseError as `prepare` does.
@@ -122,10 +146,14 @@ def set_up() -> None:
     profile = get_profile(hardware=hardware)
     place = f"a GPU of {hardware.gpu_memory_gib:.0f} GiB" if profile.device == "cuda" else "the CPU"
     print(f"profile {profile.name}: {profile.model_id} in {profile.dtype} on {place}")
+    if hardware.unusable:
+        print(f"The GPU here is not used ({hardware.unusable}): for one that is, choose {how_to('gpu')}.")
+    if hardware.count > 1:
+        print(f"There are {hardware.count} GPUs here, and a lesson uses the first.")
 
 
 def prepare(*packages: str) -> None:
-    """In Colab, install those of `packages` that are missing or too old; elsewhere, do nothing.
+    """In Colab and Kaggle, install those of `packages` that are missing or too old; elsewhere, do nothing.
 
     Raises CourseError where pip fails, and where a package that this session has already loaded was replaced: then the
     session has to be restarted.
@@ -146,7 +174,7 @@ def prepare(*packages: str) -> None:
     stale = replaced_while_loaded(before, _installed(), sys.modules)
     if stale:
         raise CourseError(
-            f"The session still runs the old {', '.join(stale)}: choose Runtime > Restart session, "
+            f"The session still runs the old {', '.join(stale)}: choose {how_to('restart')}, "
             "then run the notebook again from its first cell."
         )
 

@@ -68,20 +68,42 @@ PROFILES = {profile.name: profile for profile in (CPU, T4, LARGE)}
 
 @dataclass(frozen=True)
 class Hardware:
-    """The first GPU that torch can use; a machine without one has no compute capability and no GPU memory."""
+    """The first GPU, if torch can use it; a machine without one has no compute capability and no GPU memory."""
 
     compute_capability: tuple[int, int] | None = None  # (7, 5) is a T4, (8, 0) an A100, (9, 0) an H100
     gpu_memory_gib: float = 0.0
+    count: int = 1  # of GPUs; the course uses the first
+    unusable: str = ""  # a GPU that is there and that the installed torch has no code for, in words
 
 
 def detect_hardware() -> Hardware:
-    """Ask torch for the first CUDA device."""
+    """Ask torch for the first CUDA device, and whether it has code for it."""
     import torch
 
     if not torch.cuda.is_available():
         return Hardware()
     properties = torch.cuda.get_device_properties(0)
-    return Hardware((properties.major, properties.minor), properties.total_memory / 2**30)
+    capability = (properties.major, properties.minor)
+    if not has_code_for(capability, torch.cuda.get_arch_list()):
+        return Hardware(
+            unusable=f"{properties.name} with compute capability {properties.major}.{properties.minor}, "
+            f"where torch {torch.__version__} has {', '.join(torch.cuda.get_arch_list())}"
+        )
+    return Hardware(capability, properties.total_memory / 2**30, torch.cuda.device_count())
+
+
+def has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether a torch that was built for these, as `torch.cuda.get_arch_list()` names them, runs on such a GPU.
+
+    "sm_75" is machine code for 7.5 and later ones of 7; "compute_90" is compiled on the spot for 9.0 and all later.
+    An empty list, of a torch that does not tell, counts as yes.
+    """
+    for architecture in built_for:
+        kind, _, digits = architecture.rstrip("af").partition("_")
+        built = (int(digits[:-1]), int(digits[-1]))
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return not built_for
 
 
 def has_bfloat16(hardware: Hardware) -> bool:
@@ -134,6 +156,11 @@ def get_profile(name: str | None = None, model_id: str | None = None, hardware: 
         return profile
 
     hardware = hardware or detect_hardware()
+    if hardware.unusable:
+        raise CourseError(
+            f"The installed torch cannot run on the GPU here ({hardware.unusable}): choose a runtime with another GPU, "
+            "such as a T4, or the profile cpu."
+        )
     if hardware.compute_capability is None:
         if not model_id:
             raise CourseError(

@@ -6,7 +6,8 @@ from helpers.colab import REPOSITORY, TAG
 project = "LLM Workbook"
 author = "LLM Workbook"
 copyright = ""
-extensions = ["myst_nb", "sphinx_copybutton"]
+version = TAG.removeprefix("v")
+extensions = ["myst_nb", "sphinx_copybutton", "course.site.epub"]
 exclude_patterns = ["static"]
 
 # The notebooks are shown as they are committed.
@@ -18,6 +19,7 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3
 
 # MathJax comes from an installed package instead of a server; only the files that are used are copied.
+html_math_renderer = "mathjax"
 mathjax_path = "mathjax/tex-chtml.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 
@@ -44,6 +46,18 @@ html_theme_options = {
 }
 copybutton_selector = "div.highlight pre"
 copybutton_exclude = ".linenos, .gp, .go"
+
+# The book for e-readers, from which the one for paper is printed
+epub_basename = "llm-workbook"
+epub_css_files = ["reading.css"]
+epub_tocscope = "includehidden"
+epub_tocdepth = 2
+epub_show_urls = "no"
+epub_use_index = False
+epub_uid = epub_identifier = "llm-workbook"
+epub_description = "A course on large language models in notebooks, where every claim is a measurement"
+epub_contributor = "LLM Workbook"
+epub_copyright = "Code: MIT. Text and figures: CC BY 4.0."
 
 
 def setup(app):

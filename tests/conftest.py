@@ -1,6 +1,7 @@
 """Fixtures of several test files: a tiny model folder in hub format, and rows in the schemas of real datasets."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test marked `gpu` tells the most memory that it held; `pytest_terminal_summary` prints it."""
+    if "gpu" not in request.keywords or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    request.node.user_properties.append(("gib", torch.cuda.max_memory_allocated() / 2**30))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """After a run on a GPU, one table of the tests marked `gpu`, to be committed as docs/gpu.md says."""
+    reports = [report for name in ("passed", "failed") for report in terminalreporter.getreports(name)]
+    rows = [(report, dict(report.user_properties)) for report in reports if report.when == "call"]
+    rows = [(report, properties["gib"]) for report, properties in rows if "gib" in properties]
+    if not rows:
+        return
+    device = torch.cuda.get_device_properties(0)
+    lines = [
+        f"{device.name}, {device.total_memory / 2**30:.2f} GiB, compute capability {device.major}.{device.minor}, "
+        f"torch {torch.__version__}",
+        "",
+        "| test | result | seconds | peak GiB |",
+        "|---|---|---|---|",
+        *(f"| {report.nodeid.rpartition('::')[2]} | {report.outcome} | {report.duration:.1f} | {gib:.2f} |"
+          for report, gib in rows),
+    ]  # fmt: skip
+    terminalreporter.write_sep("=", "on a GPU")
+    terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ def run(
     out: Path,
     *,
     profile: str = "cpu",
+    model_id: str = "",
     seed: int = 0,
     budget: float | None = None,
     jobs: int = 1,
@@ -41,13 +42,16 @@ def run(
     """Execute the notebooks, write report.json and report.html to `out`, and return the rows of these notebooks.
 
     `timeout` is in seconds for each cell, 0 for none. `refresh` writes what passed back as the committed notebook, with
-    its time and memory only if it had the machine for itself (`jobs` is 1). `budget` is the lessons' own if None.
+    its time and memory only if it had the machine for itself (`jobs` is 1). `model_id` replaces the profile's model;
+    `budget` is the lessons' own if None.
     With `jobs` above 1 each notebook gets one thread. `environment` has further variables, `startup` a line of Python
     for the kernel before the first cell. With `keep_going` a cell that raises does not end its notebook, which then
     passes with the failures in its row's `error`. OSError where `out` cannot be written, CourseError if another
     run writes to it.
     """
-    parameters = {"profile": get_profile(profile).name, "seed": seed}
+    parameters = {"profile": get_profile(profile, model_id or None).name, "seed": seed}
+    if model_id:
+        parameters["model_id"] = model_id
     if budget is not None:
         parameters["budget"] = budget
     threads = "1" if jobs > 1 else os.environ.get("OMP_NUM_THREADS", "all")  # decides the time, which refresh keeps

@@ -16,6 +16,8 @@ from sphinx.cmd.build import build_main
 
 from course.notebooks import read_notebook, select_notebooks, tags
 from course.site import glossary, ledger, lesson_map
+from course.site.chromium import chromium
+from course.site.pdf import print_book
 from course.slides.sections import figures
 from helpers.errors import CourseError
 from helpers.files import replacing_folder
@@ -23,6 +25,8 @@ from helpers.memory import CONTEXT, FRAGMENTATION, GPUS, ModelShape, bundled_sha
 from helpers.profiles import ROOT
 
 SITE = ROOT / "site"
+NAME = "llm-workbook"
+FILES = {"epub": "EPUB for e-readers", "pdf": "PDF for paper"}
 SOURCES = (
     "notebooks/[0-9][0-9]_*.ipynb",
     "figures/*.png",
@@ -36,26 +40,45 @@ SOURCES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "site", help="folder, which is replaced")
+    parser.add_argument("--epub", action="store_true", help=f"put {NAME}.epub into it, too (needs Chromium)")
+    parser.add_argument("--pdf", action="store_true", help=f"put {NAME}.pdf into it, too (needs Chromium)")
 
 
 def command(options: argparse.Namespace) -> None:
     """Build the book, and leave an older one alone until the new one is complete; CourseError if Sphinx complains."""
     out = options.out.resolve()
+    files = {kind: label for kind, label in FILES.items() if getattr(options, kind)}
+    if files:
+        chromium()  # before the minutes that the rest takes
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name, replacing_folder(out) as made:
-        sources = Path(name) / "sources"
+        sources, reading = Path(name) / "sources", Path(name) / "reading"
         sources.mkdir()
-        collect(sources)
-        flags = ["--quiet", "--fail-on-warning", "--define", f"html_static_path={sources / 'static'}"]
-        status = build_main([*flags, "-b", "html", "-c", str(SITE), "-d", f"{name}/read", str(sources), str(made)])
-        if status:
-            raise CourseError("The book was not built: mend what Sphinx says above, and run make site again.")
+        collect(sources, files)
+        build(sources, made, "html", static=sources / "static")
         (made / "llms.txt").write_text(outline(select_notebooks()), encoding="utf-8")
+        if files:
+            build(sources, reading, "epub", static=SITE / "reading")
+        if "pdf" in files:
+            print_book(reading, reading / f"{NAME}.pdf")
+        for kind in files:
+            shutil.copy(reading / f"{NAME}.{kind}", made)
     print(f"The book is ready: open {out / 'index.html'}")
+    for kind in files:
+        file = out / f"{NAME}.{kind}"
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
-def collect(folder: Path) -> None:
-    """Copy and write all sources of the book into the folder."""
+def build(sources: Path, out: Path, builder: str, static: Path) -> None:
+    """Have Sphinx build the sources into the folder; CourseError if it complains."""
+    flags = ["--quiet", "--fail-on-warning", "--define", f"html_static_path={static}", "--builder", builder]
+    folders = ["--conf-dir", str(SITE), "--doctree-dir", str(sources.parent / "read"), str(sources), str(out)]
+    if build_main([*flags, *folders]):
+        raise CourseError("The book was not built: mend what Sphinx says above, and run make site again.")
+
+
+def collect(folder: Path, files: dict[str, str]) -> None:
+    """Copy and write all sources of the book into the folder. The start page leads to the files that will be there."""
     for page in SITE.glob("*.md"):
         shutil.copy(page, folder / page.name)
     shutil.copytree(SITE / "static", folder / "static")
@@ -76,6 +99,7 @@ def collect(folder: Path) -> None:
     fill(
         folder / "index.md",
         lessons=lesson_map.table(lessons),
+        files=" ".join(f'<a href="{NAME}.{kind}" download="">{label}</a>' for kind, label in files.items()),
         figures=headline_figures(lessons),
         documents="\n".join(entries),
     )

@@ -83,14 +83,19 @@ def describe_images(app: Sphinx, doctree: nodes.document) -> None:
         image["alt"] = text
 
 
-def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
-    """Put MathJax and its fonts into the book."""
-    if error:
-        return
+def mathjax() -> Path:
+    """The folder of MathJax among the installed packages."""
     package = importlib.util.find_spec("sphinx-mathjax-offline")
     if package is None or package.origin is None:
         raise SphinxError("MathJax is not installed: pip install sphinx-mathjax-offline, or make site.")
-    source, target = Path(package.origin).parent / "static/mathjax", Path(app.outdir) / "_static/mathjax"
+    return Path(package.origin).parent / "static/mathjax"
+
+
+def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """Put MathJax and its fonts into the book for the browser."""
+    if error or app.builder.name != "html":
+        return
+    source, target = mathjax(), Path(app.outdir) / "_static/mathjax"
     for name in MATHJAX:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (source / name).is_dir():

@@ -3,17 +3,17 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/02_prompting_and_rag.ipynb)
 #
-# You have a base language model and you may not change a single weight. What can you still change? The text that goes in. In this lesson you change it in two ways. First by the form of the prompt: examples, instructions, written steps, many samples, a search. Then by its content: you build a library and a retrieval system, so that the model can answer from passages which it has never read. Each change is measured with the same few lines of code.
+# You have a base language model and you may not change a single weight. What can you still change? The text that goes in. In this lesson you change it in two ways. First by the form of the prompt: examples, instructions, written steps, many samples, a search. Then by its content: you build a library and a retrieval system, so that the model can answer from passages which it has never read. Each change is measured, and each measurement has a simpler method or a control beside it.
 #
 # **cpu 0 s · 0 GB**
 #
 # **You will**
 #
-# 1. measure accuracy over the number of examples, and see what examples can and cannot teach;
-# 2. see how much hangs on the format of a prompt, and when the order of the examples matters;
-# 3. compare direct answers, written steps, self-consistency and a tree of thoughts, at equal tokens;
-# 4. write BM25, a dense encoder with its contrastive loss, rank fusion and the measures of retrieval, and find them equal to `bm25s` and `scikit-learn`;
-# 5. measure when retrieval helps, by how often a fact was seen in pretraining, when it hurts, and how often a cited passage supports the answer.
+# 1. see that the way of asking changes the score, and that the way of scoring changes it as much;
+# 2. measure what examples in a prompt do, and how far their signs and their order matter;
+# 3. compare direct answers, written steps, votes and a tree of thoughts by the tokens that they cost;
+# 4. write BM25 and the measures of retrieval, equal to `bm25s` and `scikit-learn`, a dense encoder with its contrastive loss, and rank fusion;
+# 5. measure when retrieval helps and when it hurts, and what you learn from a passage that supports an answer.
 #
 # **Prerequisites:** lesson 01, and PyTorch tensors.
 #
@@ -25,7 +25,7 @@
 # |---|---|
 # | $q$, $c$ | a question, a chunk of a document |
 # | $N$, $n_w$ | number of chunks, number of chunks that contain word $w$ |
-# | $k$ | number of samples, or of chunks taken from the top of a ranking |
+# | $k$ | number of solutions that vote, or of chunks taken from the top of a ranking |
 # | $\tau$ | temperature of a softmax |
 
 # %% tags=["setup"]
@@ -60,14 +60,16 @@ seed = 0
 budget = 1.0  # share of all questions and training steps; the lesson's claims are asserted from 1.0 on
 
 # %%
+import copy
 import math
 import random
 import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, permutations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -78,22 +80,22 @@ from helpers import plots
 from helpers.evaluation import Score, bootstrap_interval, exact_match, score
 from helpers.exercises import check, expect_close, expect_equal, expect_true
 from helpers.generation import generate, sequence_log_probs
-from helpers.lesson import Lesson
+from helpers.lesson import Lesson, show_table
 from helpers.models import load_model
 from helpers.world import LABELS, RELATIONS, Question, World, ask
 from recipes.base_model import Recipe
 
 lesson = Lesson("02", profile, model_id, seed, budget)
 machine = lesson.machine
-SETTINGS = {  # texts that are decoded at once
-    "cpu": {"batch_size": 128},
-    "t4": {"batch_size": 256},
-    "large": {"batch_size": 512},
+SETTINGS = {  # texts that are decoded at once, and weaker copies of the model in section 5
+    "cpu": {"batch_size": 128, "copies": 3},
+    "t4": {"batch_size": 256, "copies": 3},
+    "large": {"batch_size": 512, "copies": 1},
 }
 settings = SETTINGS[machine.name]
 
 # %% [markdown]
-# A few helpers for the whole lesson. `answer` continues a list of prompts, greedily unless told otherwise, up to the end of the line. `lesson.scaled` makes a number of questions smaller on a smaller budget. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# A few helpers for the whole lesson. `answer` continues a list of prompts, greedily unless told otherwise, up to the end of the line. `lesson.scaled` makes a number of questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
 
 # %%
 world = World()
@@ -112,18 +114,19 @@ def fitting(prompt: str, room: int) -> str:
     return prompt if len(ids) <= room else tokenizer.decode(ids[16 - room :], skip_special_tokens=True)
 
 
-def answer(prompts: list[str], max_new_tokens: int = 10, stop=("\n",), **sampling) -> list:
-    """Continuations of the prompts, each up to a stop string."""
+def answer(prompts: list[str], max_new_tokens: int = 10, stop=("\n",), network=None, **sampling) -> list:
+    """Continuations of the prompts, each up to a stop string, by `network` or by the lesson's model."""
     prompts = [fitting(prompt, WINDOW - max_new_tokens) for prompt in prompts]
-    return generate(model, tokenizer, prompts, max_new_tokens, stop=stop, batch_size=settings["batch_size"], **sampling)
+    sampling = {"stop": stop, "batch_size": settings["batch_size"], **sampling}
+    return generate(network or model, tokenizer, prompts, max_new_tokens, **sampling)
 
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## 1 · A base model completes
 #
-# **Question.** You ask the model something that it knows. Does it matter how you ask?
+# **Question.** You ask the model something that it knows. Does it matter how you ask, and how you count?
 #
-# A base model was trained on one thing only: $p(x_t \mid x_1 \dots x_{t-1})$, the next token of a document. It does not answer and it does not obey; it goes on with the kind of text that you began. So take 100 facts about the best-known people of Shima and begin different kinds of text: the question format of its documents, a slightly different one, the question alone, an instruction, a role, and the chat format that assistants use. An answer counts if the first line is exactly right.
+# A base model was trained on one thing only: $p(x_t \mid x_1 \dots x_{t-1})$, the next token of a document. It goes on with the kind of text that you began. So take 100 facts about the best-known people of Shima and begin different kinds of text: the question format of its documents, a slightly different one, the question alone, an instruction, a role, and the chat format that assistants use.
 
 # %%
 known = world.closed_book(lesson.scaled(100), seed, range(1, 101))
@@ -148,32 +151,63 @@ prompts = {name: [frame.format(asked(question)) for question in known] for name,
 if tokenizer.chat_template:
     chats = [[{"role": "user", "content": asked(question)}] for question in known]
     prompts["chat format"] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-gold = [question.answer for question in known]
-replies = {name: answer(texts, stop=("\n", "<|end|>")) for name, texts in prompts.items()}
-frames = {name: exact_match(texts, gold) for name, texts in replies.items()}
-print(f"asked: {asked(known[0])} (right: {gold[0]})")
-for name, result in frames.items():
-    print(f"{name:>32}: {result!s:32} first reply {replies[name][0]!r}")
-alt = "Right answers for each way of asking: high in formats like the documents', zero for instruction and chat."
-figure = plots.bars_with_intervals(frames, title="The same facts: the format decides", xlabel="right answers", alt=alt)
-plots.show(figure)
-
-# %%
-for name in ("format of the documents", "instruction", "chat format"):
-    if name in frames:
-        lesson.report(f"known facts, {name}", str(frames[name]))
-formatted, told = frames["format of the documents"].accuracy, frames["instruction"].accuracy
-lesson.claim(
-    "the documents' format is right at least 80 points more often than an instruction",
-    formatted - told,
-    at_least=0.8,
-    form=".0%",
-)
+replies = {name: answer(texts, 12, stop=("<|end|>",)) for name, texts in prompts.items()}
 
 # %% [markdown]
-# **What you see.** In the format of its documents the model knows all or nearly all of these facts, and a role in front of that format does no harm. After an instruction or a bare question it does what it learnt to do: it goes on with the text, and writes `Answer:` itself. Three examples without the format do not talk it out of that. The chat format, which it has never seen, gives nothing. None of this is missing knowledge. An instruction is a kind of text that was not in pretraining; lesson 05 adds it.
-#
-# ## 2 · Examples: what they teach
+# **Two scorers.** The *strict* one wants the first line of the reply to be the answer and nothing else. The *lenient* one wants the answer to stand somewhere in the 12 tokens of the reply, as a word of its own. A lenient scorer may be too kind. Its control scores the same replies against the answer of *another* question: what it finds there, it finds by chance.
+
+# %%
+gold = [question.answer for question in known]
+
+
+def contains(replies: list[str], gold: list[str]) -> Score:
+    """Share of replies in which the right answer stands as a whole word."""
+    pairs = zip(replies, gold, strict=True)
+    return score(sum(bool(re.search(rf"\b{re.escape(right)}\b", reply)) for reply, right in pairs), len(gold))
+
+
+frames, rows = {}, {}
+for name, texts in replies.items():
+    strict, lenient = exact_match([text.partition("\n")[0] for text in texts], gold), contains(texts, gold)
+    frames[name] = {"strict": strict, "lenient": lenient}
+    chance = contains(texts, gold[1:] + gold[:1])
+    rows[name] = (*(f"{s.accuracy:.0%}" for s in (strict, lenient, chance)), repr(texts[0]))
+print(f"asked: {asked(known[0])} (right: {gold[0]})")
+show_table(rows, ["strict", "lenient", "of another question", "first reply"])
+
+
+# %%
+def show_bars(scores: dict[str, dict[str, Score]], title: str, xlabel: str, alt: str) -> None:
+    """Show groups of bars, with the legend out of the way of the numbers."""
+    figure = plots.bars_with_intervals(scores, title=title, xlabel=xlabel, alt=alt)
+    figure.axes[0].get_legend().set_bbox_to_anchor((1.17, 1.0))
+    plots.show(figure)
+
+
+title = "The lenient scorer finds what the strict one misses"
+alt = "Right answers for each way of asking, by both scorers: they differ after an instruction and a bare question."
+show_bars(frames, title, "right answers", alt)
+for name in ("format of the documents", "instruction", "chat format"):
+    if name in frames:
+        shares = [f"{result.accuracy:.0%}" for result in frames[name].values()]
+        lesson.report(f"known facts, {name}: strict and lenient", " and ".join(shares))
+gap = {name: pair["lenient"].accuracy - pair["strict"].accuracy for name, pair in frames.items()}
+lesson.claim(
+    "after an instruction the lenient scorer finds at least 80 points more",
+    gap["instruction"],
+    at_least=0.8,
+    control=gap["format of the documents"],
+    form=".0%",
+)
+if "chat format" in frames:
+    lead = frames["format of the documents"]["lenient"].accuracy - frames["chat format"]["lenient"].accuracy
+    lesson.claim("the chat format loses at least 80 points, leniently scored", lead, at_least=0.8, form=".0%")
+
+# %% [markdown]
+# **What you see.** In the format of its documents the model gives all or nearly all of these answers. After an instruction or a bare question it gives them too. But it first writes the word `Answer:`, as its documents do, and a scorer that looks for the bare answer calls all of that wrong. So a score of 0 % can be a fact about the scorer. Read some raw replies before you believe a number. Look at the row with three bare answers in front: even these do not make the model leave the word out, strictly scored it gains nothing. The chat format is a real failure: in the reply that is shown the model ends its text at once. It has never seen that format in training; lesson 05 adds it.
+
+# %% [markdown] tags=["core"]
+# ## 2 · Examples in the prompt
 #
 # **Question.** How many examples does a model need, and what do examples do?
 #
@@ -192,27 +226,28 @@ TASKS = {
 }
 
 
-def pairs_accuracy(questions: list[Question]) -> Score:
-    """Share of right continuations of `word answer;` prompts."""
-    replies = answer([question.prompt for question in questions], 6, stop=(";", "\n"))
-    return exact_match(replies, [question.answer for question in questions])
+def pairs_right(questions: list[Question]) -> list[bool]:
+    """Which `word answer;` prompts get the right continuation."""
+    given = answer([question.prompt for question in questions], 6, stop=(";", "\n"))
+    return [reply.strip() == question.answer for reply, question in zip(given, questions, strict=True)]
 
 
-curves = {task: [] for task in TASKS}
-with tqdm(total=len(TASKS) * len(SHOTS), desc="shots") as bar:
-    for task, make in TASKS.items():
-        for shots in SHOTS:
-            curves[task].append(pairs_accuracy(make(lesson.scaled(100), shots)))
-            bar.update()
-print(f"{'shots':>5}" + "".join(f"{task:>30}" for task in curves))
-for row, shots in enumerate(SHOTS):
-    print(f"{shots:>5}" + "".join(f"{scores[row]!s:>30}" for scores in curves.values()))
+curves, by_shown = {task: [] for task in TASKS}, {True: [], False: []}
+for task, shots in tqdm([(task, shots) for task in TASKS for shots in SHOTS], desc="shots"):
+    items = TASKS[task](lesson.scaled(100), shots)
+    right = pairs_right(items)
+    curves[task].append(score(sum(right), len(right)))
+    if task == "labels":
+        for item, is_right in zip(items, right, strict=True):
+            by_shown[bool(item.about["shown"])].append(is_right)
+table = {f"{shots} examples": [scores[row] for scores in curves.values()] for row, shots in enumerate(SHOTS)}
+show_table(table, list(curves))
 
 # %%
 alt = "Accuracy over the number of examples: labels rise until four, a known list is high, an unknown one at zero."
 figure = plots.curve(
     {task: plots.scored_line(SHOTS, scores) for task, scores in curves.items()},
-    title="Examples select what pretraining has learnt",
+    title="Labels need four examples, a known list hardly any, an unknown list gets nowhere",
     xlabel="examples in the prompt",
     ylabel="right answers",
     alt=alt,
@@ -221,25 +256,40 @@ figure = plots.curve(
     references={"chance for labels": 1 / len(LABELS)},
 )
 plots.show(figure)
-at = {shots: curves["labels"][SHOTS.index(shots)] for shots in (0, 8, 16)}
-replies = answer([question.prompt for question in TASKS["an unknown list"](lesson.scaled(100), 8)], 6, stop=(";", "\n"))
-colours = np.mean([reply.strip() in LABELS for reply in replies])
-print(f"unknown list, 8 examples: {colours:.0%} of the answers are colours")
-lesson.claim("8 examples beat none by at least 50 points", at[8].accuracy - at[0].accuracy, at_least=0.5, form=".0%")
-lesson.claim(
-    "from 8 to 16 examples the accuracy moves by at most 5 points",
-    abs(at[16].accuracy - at[8].accuracy),
-    at_most=0.05,
-    form=".0%",
-)
-for shots, result in at.items():
-    lesson.report(f"labels given in the prompt, {shots} examples", str(result))
-lesson.report("an unknown list, 16 examples", str(curves["an unknown list"][-1]))
-
+shown = {is_shown: score(sum(right), len(right)) for is_shown, right in by_shown.items()}
+for is_shown, result in shown.items():
+    print(f"labels, the asked word is {'' if is_shown else 'not '}among the examples: {result}")
+gap = shown[True].accuracy - shown[False].accuracy
+lesson.claim("a label is right at least 50 points more often if it was shown", gap, at_least=0.5, form=".0%")
+for shots in (0, 8, 16):
+    lesson.report(f"labels, {shots} examples", str(curves["labels"][SHOTS.index(shots)]))
 
 # %% [markdown]
-# **What you see.** With labels, accuracy follows the share of prompts in which the asked word has been shown, and from four examples on it stays at the top. The known list needs hardly any example: the prompt only has to say which list is meant. The unknown list stays at zero for any number of examples, although its facts are in the pretraining text: the model takes it for a game of labels and answers with colours. Examples select among the things that pretraining has practised. They do not teach a new one, at least not to this model; large models have practised far more.
-#
+# Does the model not know the facts of the unknown list? Ask for the same facts as sentences.
+
+# %%
+unknown = TASKS["an unknown list"](lesson.scaled(100), 8)
+gold = [question.answer for question in unknown]
+kinds = [str(question.about["function"]).split(" of the ") for question in unknown]
+words = [question.prompt.rsplit(" ", 1)[1] for question in unknown]
+sentences = [f"The {role} of the {kind} {word} is" for (role, kind), word in zip(kinds, words, strict=True)]
+forms = {
+    "as a sentence": answer(sentences, 6, stop=(".", "\n")),
+    "as a list of 8 examples": answer([question.prompt for question in unknown], 6, stop=(";", "\n")),
+}
+results = {name: exact_match(given, gold) for name, given in forms.items()}
+for name, prompts in {"as a sentence": sentences, "as a list of 8 examples": [q.prompt for q in unknown]}.items():
+    print(f"{name}: {results[name]}, for example {prompts[0]!r} {forms[name][0]!r}")
+    lesson.report(f"the same facts {name}", str(results[name]))
+colours = np.mean([reply.strip() in LABELS for reply in forms["as a list of 8 examples"]])
+print(f"in the list {colours:.0%} of the answers are colours")
+gap = results["as a sentence"].accuracy - results["as a list of 8 examples"].accuracy
+lesson.claim("the facts of the unknown list are known as sentences, by 50 points", gap, at_least=0.5, form=".0%")
+
+# %% [markdown]
+# **What you see.** An example helps where it shows the asked word itself. Where it does not, the answer is close to chance. The known list needs no example: a word and its form are enough for nearly all. Labels are right once the asked word was shown; four words take turns, so this needs four examples by design. (Games of labels are a large part of the documents of this kind in pretraining: this is a practised task.) The unknown list stays at zero for any number of examples. Its facts are not missing, as the sentences show. In the form of a list the model answers most of them with a colour, as in the games of labels that it was trained on. Examples here select a form of text that pretraining has practised. They do not teach a new one, at least not to this model; large models have practised far more.
+
+# %% [markdown] tags=["core"]
 # ## 3 · Format and order
 #
 # **Question.** You tell the model the same examples with other signs between them, or in another order. Does the answer change?
@@ -254,6 +304,12 @@ def label_games(n: int, num_words: int) -> list[tuple[list[tuple[str, str]], tup
     return [(pairs, rng.choice(pairs)) for pairs in games]
 
 
+def written(way: tuple[str, str, str], pairs: list[tuple[str, str]], key: str) -> str:
+    """A prompt: the head, every pair in its form, and the open pair of the asked word."""
+    head, form, last = way
+    return head + "".join(form.format(*pair) for pair in pairs) + last.format(key)
+
+
 WAYS = {  # head, one pair, the open pair
     "Pairs: goat red; ...": ("Pairs: ", "{} {}; ", "{}"),
     "PAIRS: goat red; ...": ("PAIRS: ", "{} {}; ", "{}"),
@@ -263,88 +319,77 @@ WAYS = {  # head, one pair, the open pair
     "goat: red, one a line": ("", "{}: {}\n", "{}:"),
     "Question: goat / Answer: red": ("", "Question: {}\nAnswer: {}\n", "Question: {}\nAnswer:"),
 }
-games = label_games(lesson.scaled(80), num_words=8)
-ways = {}
-for name, (head, pair, last) in WAYS.items():
-    prompts = [head + "".join(pair.format(*shown) for shown in pairs) + last.format(key) for pairs, (key, _) in games]
-    replies = answer(prompts, 6, stop=(";", ",", "\n"))
-    ways[name] = exact_match(replies, [label for _, (_, label) in games])
-    print(f"{name:>30}: {ways[name]!s:30} first reply {replies[0]!r}")
-alt = "Accuracy for seven ways to write the same pairs: near 100 % close to the training format, else near zero."
-figure = plots.bars_with_intervals(
-    ways, title="The signs between examples decide", xlabel="right answers", alt=alt,
-    references={"chance": 1 / len(LABELS)},
-)  # fmt: skip
-plots.show(figure)
-best, worst = (pick(ways.values(), key=lambda s: s.accuracy) for pick in (max, min))
-lesson.claim(
-    "the best way of writing beats the worst by at least 50 points",
-    best.accuracy - worst.accuracy,
-    at_least=0.5,
-    form=".0%",
-)
-lesson.report("eight labels, best and worst format", f"{best} and {worst}")
-
-
-# %% [markdown]
-# Now the order. Four words, each shown three times: twelve examples. In the first test all twelve are right. In the second the asked word has one example with a wrong label, as real examples often have; the majority is still two to one. Each of 20 random orders of the twelve places is given to the same games.
 
 # %%
-def with_one_mistake(pairs, asked_pair, rng) -> list[tuple[str, str]]:
-    """Every pair three times, where the asked word once has another label; the wrong one stands last."""
-    wrong = rng.choice([label for label in LABELS if label != asked_pair[1]])
-    others = [pair for pair in pairs if pair != asked_pair for _ in range(3)]
-    return [*others, asked_pair, asked_pair, (asked_pair[0], wrong)]
+games = label_games(lesson.scaled(80), num_words=8)
+right_labels = [label for _, (_, label) in games]
+ways, rows = {}, {}
+for name, way in WAYS.items():
+    given = answer([written(way, pairs, key) for pairs, (key, _) in games], 6, stop=(";", ",", "\n"))
+    ways[name] = exact_match(given, right_labels)
+    rows[name] = ways[name], f"{contains(given, right_labels).accuracy:.0%}", repr(given[0])
+show_table(rows, ["strict", "lenient", "first reply"])
+alt = "Accuracy for seven ways to write the same pairs: near 100 % for three of them, near zero for the others."
+title = "The same pairs in other signs: nearly all right, or nearly none"
+chance = {"chance": 1 / len(LABELS)}
+plots.show(plots.bars_with_intervals(ways, title=title, xlabel="right labels", alt=alt, references=chance))
+gap = ways["Pairs: goat red; ..."].accuracy - ways["goat = red;"].accuracy
+lesson.claim("an equals sign between word and label costs at least 50 points", gap, at_least=0.5, form=".0%")
+for name in ("Pairs: goat red; ...", "Pairs: goat red, ...", "goat = red;"):
+    lesson.report(f"eight labels, written {name}", str(ways[name]))
+
+# %% [markdown]
+# Now the order. Four words, each shown three times: twelve examples in random order. One of the three examples of the asked word gets a wrong label, as real examples often have; the majority is still two to one. The wrong one stands first, second or last among the three. All else is the same: the same games, and the same ten orders of the other examples.
+
+# %%
+def in_order(order: list[int], pairs, asked_pair, wrong: str, turn: int | None) -> list[tuple[str, str]]:
+    """Twelve examples; the asked word has the wrong label where it comes up for the `turn`-th time (from 0)."""
+    slots = [pair for pair in pairs if pair != asked_pair for _ in range(3)] + 3 * [asked_pair]
+    shown, met = [], 0
+    for slot in order:
+        is_wrong = slots[slot] == asked_pair and met == turn
+        met += slots[slot] == asked_pair
+        shown.append((asked_pair[0], wrong) if is_wrong else slots[slot])
+    return shown
 
 
 rng = random.Random(f"order/{seed}")
 games = label_games(lesson.scaled(50), num_words=4)
-dirty = [with_one_mistake(pairs, pair, rng) for pairs, pair in games]
-clean = [[*shown[:-1], pair] for shown, (_, pair) in zip(dirty, games, strict=True)]
-orders = [rng.sample(range(12), 12) for _ in range(20)]
-by_order = {}
-for name, sets in {"all examples right": clean, "one wrong label": dirty}.items():
-    prompts = [
-        " ".join(["Pairs:", *(f"{key} {label};" for key, label in (shown[i] for i in order)), pair[0]])
-        for order in orders
-        for shown, (_, pair) in zip(sets, games, strict=True)
-    ]
-    replies = answer(prompts, 6, stop=(";", "\n"))
-    right = np.array([reply.strip() == pair[1] for reply, (_, pair) in zip(replies, games * len(orders), strict=True)])
-    by_order[name] = right.reshape(len(orders), len(games)).mean(1)  # (orders,)
-    print(f"{name:>20}: {by_order[name].min():.0%} to {by_order[name].max():.0%} over {len(orders)} orders")
-place = [[order.index(i) for i in (9, 10, 11)] for order in orders]  # where the two right ones and the wrong one stand
-turn = np.array([sorted(places).index(places[2]) for places in place])
-for number, name in enumerate(("first", "second", "last")):
-    print(f"wrong label {name} of the three: {by_order['one wrong label'][turn == number].mean():.0%} right")
+wrongs = [rng.choice([label for label in LABELS if label != pair[1]]) for _, pair in games]
+orders = [rng.sample(range(12), 12) for _ in range(10)]
+right_at = {}  # where the wrong label stands -> which answers are right (orders, games)
+for turn, name in {None: "no wrong label", 0: "wrong label first", 1: "second", 2: "last"}.items():
+    told = [(in_order(order, *game, wrong, turn), game[1][0]) for order in orders
+            for game, wrong in zip(games, wrongs, strict=True)]  # fmt: skip
+    given = answer([written(WAYS["Pairs: goat red; ..."], *each) for each in told], 6, stop=(";", "\n"))
+    labels = [pair[1] for _, pair in games] * len(orders)
+    found = np.array([reply.strip() == label for reply, label in zip(given, labels, strict=True)])
+    right_at[name] = found.reshape(len(orders), len(games))
 
 # %%
-alt = "Accuracy of 20 orders of the same examples, sorted: flat if all are right, a range with one wrong label."
-figure = plots.curve(
-    {name: (range(1, len(orders) + 1), sorted(shares)) for name, shares in by_order.items()},
-    title="Order decides where the examples disagree",
-    xlabel="orders of the same examples, from worst to best",
-    ylabel="right answers",
-    alt=alt,
-    percent=True,
-    limits_y=(-0.02, 1.02),
-)
-plots.show(figure)
-spread = {name: shares.max() - shares.min() for name, shares in by_order.items()}
-gap = spread["one wrong label"] - spread["all examples right"]
-lesson.claim("one wrong example makes the order matter by at least 10 points more", gap, at_least=0.1, form=".0%")
-for name, points in spread.items():
-    lesson.report(f"worst to best of 20 orders, {name}", f"{100 * points:.0f} points")
-
+places = {}
+for name, found in right_at.items():
+    low, high = bootstrap_interval(found.mean(0), seed=seed, resamples=500)  # over games
+    places[name] = Score(found.mean(), low, high, found.shape[1])
+    by_order = found.mean(1)
+    print(f"{name:>17}: {found.mean():.0%} right; the ten orders: {by_order.min():.0%} to {by_order.max():.0%}")
+    lesson.report(f"three examples of the asked word, {name}", f"{found.mean():.0%}")
+alt = "Right labels by the place of a wrong example: lowest if it comes first."
+title = "The same wrong example costs most where it comes first"
+plots.show(plots.bars_with_intervals(places, title=title, xlabel="right labels", alt=alt))
+gap = places["last"].accuracy - places["wrong label first"].accuracy
+lesson.claim("a wrong example costs at least 10 points more in the first place than in the last", gap,
+             at_least=0.1, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A semicolon against a comma changes nothing, an equals sign changes everything: the model copies a label that stands right behind its key, and has learnt no other form. Order does nothing while all examples agree. As soon as one of them disagrees, the same twelve examples give different accuracies in different orders, and here it is the *first* of the three that carries too much weight. When two prompts differ by a few points, ask how many formats and orders were tried.
-#
+# **What you see.** A comma for a semicolon changes next to nothing, an equals sign changes nearly everything. The replies show that this is no fault of the scorer: there the model writes numbers and names. As for order: with three right examples nearly all answers are right in every order. With one wrong example it matters where it stands. With the wrong label first, far fewer answers follow the majority. And the ten orders differ among themselves by more than that: the range is printed, and the bar's interval, which is over games only, hides it. When two prompts differ by a few points, ask how many formats and orders were tried.
+
+# %% [markdown] tags=["core"]
 # ## 4 · Written steps
 #
 # **Question.** A sum of three numbers is two additions. What does the model gain if it may write the first one down?
 #
-# A transformer does a fixed amount of computation for each token. A direct answer has to come out of one pass; a chain of thought (Wei et al. 2022) spreads the work over many passes, and each step can read the one before. Shima's documents write sums both ways, so the prompt only has to begin the right one: `Answer:` or `Steps:`. The sums are ones that the training text never contains.
+# A transformer does a fixed amount of computation for each token. A direct answer gets only as many passes as it has digits. A chain of thought (Wei et al. 2022) spreads the work over more passes, and each step can read the one before. Shima's documents write sums both ways, so the prompt only has to begin the right one, `Answer:` or `Steps:`, without an example (a *zero-shot* chain of thought; Kojima et al. 2022). The sums are ones that the training text never contains.
 
 # %%
 def final_answer(text: str) -> str:
@@ -361,205 +406,260 @@ steps = {
     "written steps": exact_match([final_answer(text) for text in step_replies], gold),
 }
 print(stepwise[0].prompt + step_replies[0])
-for (name, result), replies in zip(steps.items(), (direct_replies, step_replies), strict=True):
-    print(f"{name}: {result}, {np.mean(num_tokens(replies)):.0f} tokens written")
+for (name, result), given in zip(steps.items(), (direct_replies, step_replies), strict=True):
+    print(f"{name}: {result}, {np.mean(num_tokens(given)):.0f} tokens written")
     lesson.report(f"sums of three numbers, {name}", str(result))
-given = [(reply, right) for reply, right in zip(direct_replies, gold, strict=True) if reply.strip().isdigit()]
+given = [(reply, right) for reply, right in zip(direct_replies, gold, strict=True) if reply.strip().isdecimal()]
 off = [abs(int(reply) - int(right)) for reply, right in given if int(reply) != int(right)]
-print(f"a wrong direct answer is off by {np.median(off):.0f} in the median" if off else "no wrong answer is a number")
+print(f"a wrong direct answer is off by {np.median(off or [math.nan]):.0f} in the median")
 alt = "Accuracy of direct answers and of written steps, with intervals: steps are far ahead."
-title = "Written steps turn guessing into computing"
+title = "With written steps nearly all sums are right, without them few"
 plots.show(plots.bars_with_intervals(steps, title=title, xlabel="right sums", alt=alt))
 gap = steps["written steps"].accuracy - steps["direct answer"].accuracy
 lesson.claim("written steps beat direct answers by at least 30 points", gap, at_least=0.3, form=".0%")
 
 # %% [markdown]
-# **What you see.** The same weights, the same sums, and a gap of far more than 30 points. The direct answers are not random: the wrong ones are off by a little, as by somebody who estimates. The price is about eight times as many written tokens.
-#
+# **What you see.** The same weights, the same sums, and a large gap. The wrong direct answers are not random numbers: half of them miss by little, as the median says. The steps cost several times as many written tokens, and a vote of as many direct answers, the fair rival, is not measured here. Another thing is not equal: three of four such sums in the training text come with steps, so the model has practised steps more. This measurement cannot tell how much of the gap comes from practice and how much from the additional passes.
+
+# %% [markdown] tags=["core"]
 # ## 5 · Self-consistency
 #
-# **Question.** A sampled solution is sometimes wrong. Do several samples help, and what do they cost?
+# **Question.** A solution is sometimes wrong. Do several solutions help, and what do they cost?
 #
-# Sample $k$ solutions, throw the steps away, and return the answer that comes most often (Wang et al. 2022):
+# Take $k$ solutions, throw the steps away, and return the answer that comes most often (Wang et al. 2022):
 #
 # $$\hat{a} = \arg\max_a \sum_{i=1}^{k} \mathbb{1}[a_i = a]$$
 #
-# This marginalises over the ways to an answer. If the right answer is the most probable one, a vote finds it more often than one sample does. If it is not, no vote finds it. So there are three sets: sums of three numbers with written steps, the same sums answered directly, and sums of *four* numbers, which pretraining never showed.
+# If the right answer is the most probable one, a vote finds it more often than one sample does. If it is not, more samples do not help. So it matters where the solutions come from. Two sources:
 #
-# With steps shima-4m is too good for this experiment: at temperature 1 there is next to nothing to repair. So the samples are drawn at 1.5, which makes them err. To estimate the accuracy at each $k$ without luck, votes are drawn many times from one pool of samples.
+# - **samples** of one prompt, at temperature 0.7;
+# - **other orders** of the same numbers: `12 + 7 + 5` and `5 + 12 + 7` have the same sum and other steps. Three numbers have six orders; each is sampled once, at the same temperature.
+#
+# The simplest method is beside them: one greedy solution of the question as it stands. With steps shima-4m solves all or nearly all of these sums, and a vote has nothing to gain. So this section makes the model weaker: normal noise is added to every matrix, with 0.32 of that matrix' own standard deviation. This size was chosen on the copies of seed 0, where a greedy solution is right about three times of four. Other noise breaks less or more, so each copy prints its share. There are three such copies (one on the largest profile), each with other noise.
 
 # %%
-TEMPERATURE, POOL = 1.5, 16
+NOISE, TEMPERATURE, SAMPLES = 0.32, 0.7, 8
 
 
-def long_sums(n: int) -> list[list[int]]:
-    """Four numbers each, so small that all partial sums stay in the range that pretraining covers."""
-    rng = random.Random(f"four numbers/{seed}")
-    return [[rng.randint(10, 49) for _ in range(4)] for _ in range(n)]
+def weaker(network: nn.Module, noise: float, noise_seed: int) -> nn.Module:
+    """A copy with normal noise on each matrix, `noise` times the standard deviation of its own numbers."""
+    worse, generator = copy.deepcopy(network), torch.Generator().manual_seed(noise_seed)
+    with torch.no_grad():
+        for weights in worse.parameters():
+            if weights.ndim > 1:
+                drawn = torch.randn(weights.shape, generator=generator).to(weights)
+                weights.add_(drawn * weights.std() * noise)
+    return worse
 
 
+def sum_prompt(numbers) -> str:
+    """The question for a sum, and the word that begins its steps."""
+    return f"Sum: {' + '.join(map(str, numbers))}\nSteps:"
+
+
+def solve(prompts: list[str], network: nn.Module, **sampling) -> list:
+    """Written solutions, each up to the next sum."""
+    return answer(prompts, 48, stop=("\nSum",), network=network, **sampling)
+
+
+copies = [weaker(model, NOISE, 3 * seed + number) for number in range(settings["copies"])]
+
+# %%
+problems = [[int(n) for n in re.findall(r"\d+", question.prompt)] for question in stepwise[: lesson.scaled(64)]]
+gold = [str(sum(numbers)) for numbers in problems]
+prompts = [sum_prompt(order) for numbers in problems for order in permutations(numbers)]
+pools, greedy_once, lengths = [], [], []  # per copy: source -> the answers of each problem; greedy; tokens
+copied = [rf"{a} \+ {b} = (\d+); \1 \+ {c} = (\d+)\nAnswer: \2" for a, b, c in problems]  # any results
+for number, network in enumerate(copies):
+    drawn = {"temperature": TEMPERATURE, "seed": seed}
+    sampled = solve(prompts[::6], network, num_samples=SAMPLES, **drawn)
+    by_order = solve(prompts, network, **drawn)
+    pools.append({
+        "samples": [[final_answer(text) for text in texts] for texts in sampled],
+        "orders": [[final_answer(text) for text in by_order[i : i + 6]] for i in range(0, len(by_order), 6)],
+    })  # fmt: skip
+    lengths += num_tokens(by_order)
+    greedy = solve(prompts[::6], network)
+    greedy_once.append(exact_match([final_answer(text) for text in greedy], gold))
+    missed = [i for i, text in enumerate(greedy) if final_answer(text) != gold[i]]
+    slips = sum(not re.fullmatch(copied[i], greedy[i].strip()) for i in missed)
+    print(f"weaker copy {number}: greedy {greedy_once[-1]}; {slips} of {len(missed)} mistakes miscopy a number")
+wrong = missed[0] if missed else 0
+print(f"for example {prompts[6 * wrong]!r}, right is {gold[wrong]}; greedy: {greedy[wrong].strip()!r}")
+for name, texts in {"samples": sampled[wrong][:3], "orders": by_order[6 * wrong : 6 * wrong + 3]}.items():
+    print(name, *(repr(text.strip()) for text in texts), sep="\n   ")
+
+# %% [markdown]
+# `vote` decides by the most frequent answer. To estimate the accuracy at each $k$ with less luck, votes of $k$ are drawn many times from the pool of one problem. (Of two samples that differ the first is taken, so $k = 2$ is as good as $k = 1$. At the size of the pool all draws are the same.) The cost counts what is read and written; a prompt that several samples share is read once.
+
+# %%
 def vote(answers: list[str]) -> str:
     """The most frequent answer; of equally frequent ones the first. Solutions without an answer do not vote."""
     counts = Counter(text for text in answers if text)
     return counts.most_common(1)[0][0] if counts else ""
 
 
-three = [[int(number) for number in re.findall(r"\d+", question.prompt)] for question in stepwise[: lesson.scaled(80)]]
-PROBLEMS = {"three numbers": three, "three numbers, direct": three, "four numbers": long_sums(lesson.scaled(40))}
-pools = {}
-for name, problems in PROBLEMS.items():
-    ending = "Answer:" if "direct" in name else "Steps:"
-    prompts = [f"Sum: {' + '.join(map(str, numbers))}\n{ending}" for numbers in problems]
-    sampling = {"max_new_tokens": 6 if "direct" in name else 48, "stop": ("\n",) if "direct" in name else ("\nSum",)}
-    drawn = answer(prompts, temperature=TEMPERATURE, num_samples=POOL, seed=seed, **sampling)
-    greedy = answer(prompts, **sampling)
-    read = (lambda text: text.strip()) if "direct" in name else final_answer
-    pools[name] = {"texts": drawn, "answers": [[read(text) for text in samples] for samples in drawn]}
-    result = exact_match([read(text) for text in greedy], [str(sum(numbers)) for numbers in problems])
-    print(f"{name}: greedy {result}; a sample: {drawn[0][0].strip()!r}")
+def vote_accuracy(pool: list[list[str]], k: int, draws: int = 20) -> float:
+    """Share of right votes of k solutions, drawn from each problem's pool without putting back."""
+    rng = random.Random(f"votes/{seed}/{k}")
+    votes = [[vote(rng.sample(found, k)) == right for _ in range(draws)]
+             for found, right in zip(pool, gold, strict=True)]  # fmt: skip
+    return float(np.mean(votes))
 
+
+question_tokens, solution_tokens = np.mean(num_tokens(prompts)), np.mean(lengths)
+COST = {
+    "samples": lambda k: question_tokens + k * solution_tokens,
+    "orders": lambda k: k * (question_tokens + solution_tokens),
+}
+K = {"samples": range(1, SAMPLES + 1), "orders": range(1, 7)}
+accuracy = {name: np.array([[vote_accuracy(pool[name], k) for k in K[name]] for pool in pools]) for name in K}
+for name, values in accuracy.items():  # (copies, k)
+    said = ", ".join(f"{k}: {mean:.0%}" for k, mean in zip(K[name], values.mean(0), strict=True))
+    print(f"votes over {name}, right by k: {said}; {COST[name](max(K[name])):.0f} tokens for the last")
 
 # %%
-def vote_shares(name: str, k: int, draws: int = 20) -> np.ndarray:
-    """For each problem, the share of votes of k samples from its pool that are right: (problems,)."""
-    rng = random.Random(f"votes/{seed}/{k}")
-    votes = [[vote(rng.sample(found, k)) for _ in range(draws)] for found in pools[name]["answers"]]
-    return np.array([np.mean([v == str(sum(p)) for v in vs]) for vs, p in zip(votes, PROBLEMS[name], strict=True)])
+def band(costs, values: np.ndarray) -> tuple:
+    """A series for `plots.curve`: the mean over the copies (rows), and the range from the worst to the best."""
+    return costs, values.mean(0), values.min(0), values.max(0)
 
 
-K = [1, 2, 3, 5, 8, 12, 16]
-LINES = {"three numbers": "with steps", "three numbers, direct": "direct answers", "four numbers": "four numbers"}
-series = {}
-for name, label in LINES.items():
-    shares = [vote_shares(name, k) for k in K]
-    ends = [bootstrap_interval(values, seed=seed, resamples=500) for values in shares]
-    series[label] = (K, [values.mean() for values in shares], *zip(*ends, strict=True))
-written = {name: np.mean([num_tokens(samples) for samples in pool["texts"]]) for name, pool in pools.items()}
-print(f"{'k':>3} {'tokens':>7}" + "".join(f"{label:>22}" for label in series))
-for row, k in enumerate(K):
-    points = [(mean[row], low[row], high[row]) for _, mean, low, high in series.values()]
-    shares = "".join(f"{mean:>8.0%} ({low:4.0%} to {high:4.0%})" for mean, low, high in points)
-    print(f"{k:>3} {k * written['three numbers']:>7.0f}{shares}")
-alt = "Accuracy of the vote over the number of samples: steps rise and flatten, the other two stay low."
+LABELS_OF = {"samples": "vote over samples of one prompt", "orders": "vote over orders of the numbers"}
+votes = {label: band([COST[name](k) for k in K[name]], accuracy[name]) for name, label in LABELS_OF.items()}
+once = np.array([result.accuracy for result in greedy_once])  # (copies,)
 figure = plots.curve(
-    series, title="A vote removes random mistakes, not systematic ones", xlabel="samples k", ylabel="right sums",
-    alt=alt, percent=True, limits_y=(-0.02, 1.02),
+    votes, title="A vote over other orders gains over greedy, a vote over samples hardly",
+    xlabel="tokens read and written for a problem", ylabel="right sums", percent=True, limits_y=(0, 1.02),
+    alt="Right sums over tokens: the vote over orders rises, the vote over samples ends near one greedy answer.",
+    references={"one greedy solution": once.mean()},
 )  # fmt: skip
 plots.show(figure)
-votes_at = dict(zip(K, series["with steps"][1], strict=True))
-lesson.claim(
-    "a vote of 8 samples gains at least 10 points over one sample", votes_at[8] - votes_at[1], at_least=0.1, form=".0%"
-)
-lesson.claim(
-    "from 8 to 16 samples it gains at most 5 points more", votes_at[16] - votes_at[8], at_most=0.05, form=".0%"
-)
-lesson.report(
-    "self-consistency at temperature 1.5, k = 1 / 8 / 16", " / ".join(f"{votes_at[k]:.0%}" for k in (1, 8, 16))
-)
-
+gain = {name: values[:, 5] - once for name, values in accuracy.items()}
+for name, points in gain.items():
+    print(f"six {name} against one greedy solution, each copy: " + ", ".join(f"{100 * p:+.0f}" for p in points))
+lesson.claim("a vote over six orders gains at least 5 points over one greedy solution", gain["orders"].mean(),
+             at_least=0.05, control=gain["samples"].mean(), form=".0%")  # fmt: skip
+lesson.report("weaker model, one greedy solution", f"{once.mean():.0%}")
+for name, values in accuracy.items():
+    lesson.report(f"weaker model, vote over six {name}", f"{values[:, 5].mean():.0%}")
 
 # %% [markdown]
-# **What you see.** With steps the vote rises from the first samples on, and saturates before $k = 8$: what the temperature broke, the vote repairs. It does not get better than the greedy answer was, and it costs $k$ times as much. Direct answers gain little, since the right one is seldom the most frequent. And with four numbers all samples leave one number out, in the same way, so there is nothing for a vote to choose. A vote removes random mistakes and keeps systematic ones.
-#
+# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution back towards it, and costs several times as much. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution. Temperature and number of solutions are the same in both votes; only the order differs. Compare the first numbers of the two printed lines: one solution alone gains little or nothing from another order. The copies differ as well, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, and how different the solutions are.
+
+# %% [markdown] tags=["further"]
 # ## 6 · A tree of thoughts
 #
-# **Question.** Self-consistency throws whole solutions away for one wrong step. What if you judge each step as it is written, and go on only from good ones?
+# *Further: no core section needs this one.*
+#
+# **Question.** A vote throws whole solutions away for one wrong step. What if you judge each step as it is written, and go on only from good ones?
 #
 # A tree of thoughts (Yao et al. 2023) needs three parts, and here each is a prompt to the same model:
 #
 # - a **thought** is one partial sum: the program writes `12 + 7 =` and the model proposes $m$ results, sampled;
-# - a **value** for each: the log-probability of that result when the model is asked in another format, `Sum: 12 + 7`, `Answer:`. Two formats are two opinions. Only numbers of at most three digits are asked about;
+# - a **value** for each: the log-probability of that result when the model is asked in another format, `Sum: 12 + 7`, `Answer:`. A result that is probable in both formats is trusted more. Only numbers of at most three digits are asked about;
 # - a **search**: keep the best $b$ partial solutions after every step (breadth-first, a beam).
 #
-# Everything costs tokens: those the model reads and those it writes. The budget is stated beforehand, **200 tokens for each problem of three numbers**, and self-consistency may spend as much.
+# Note what the program adds: it says which addition is next. With $m = b = 1$ there is no search, only this. That is the control for the search. Tokens are counted as above: a shared beginning is read once.
+
 
 # %%
-def tree_of_thoughts(problems: list[list[int]], proposals: int, breadth: int) -> tuple[list[str], np.ndarray]:
-    """The final answers, and the tokens read and written for each problem."""
-    heads = [f"Sum: {' + '.join(map(str, numbers))}\nSteps:" for numbers in problems]
-    beams = [[(0.0, head, numbers[0])] for head, numbers in zip(heads, problems, strict=True)]  # (value, text, total)
-    tokens = np.zeros(len(problems))
+def propose(texts: list[str], network: nn.Module, proposals: int) -> tuple[list[list[str]], list[int]]:
+    """Distinct results for each open step, and the tokens that were written for them; one proposal is greedy."""
+    sampling = {"temperature": TEMPERATURE, "num_samples": proposals, "seed": seed} if proposals > 1 else {}
+    drawn = answer(texts, 6, stop=(";", "\n"), network=network, **sampling)
+    drawn = drawn if proposals > 1 else [[text] for text in drawn]
+    found = [sorted({text.strip() for text in results}) for results in drawn]
+    found = [[text for text in results if text.isdecimal() and len(text) < 4] for results in found]
+    return found, [sum(num_tokens(results)) + len(results) for results in drawn]
+
+
+def judge(additions: list[str], results: list[str], network: nn.Module) -> list[float]:
+    """Log-probability of each result after its addition in the other format."""
+    asks, again = [f"Sum: {text}\nAnswer:" for text in additions], [f" {result}\n" for result in results]
+    return sequence_log_probs(network, tokenizer, asks, again, batch_size=settings["batch_size"]).tolist()
+
+
+# %%
+def tree_of_thoughts(problems, network: nn.Module, proposals: int, breadth: int) -> tuple[list[str], float]:
+    """The final answers, and the mean number of tokens read and written for a problem."""
+    beams = [[(0.0, sum_prompt(numbers), numbers[0])] for numbers in problems]  # (value, text, total so far)
+    tokens = sum(num_tokens([sum_prompt(numbers) for numbers in problems]))
     for step in range(1, len(problems[0])):
-        nodes = [
-            (problem, value, f"{text}{';' if step > 1 else ''} {total} + {problems[problem][step]} =", total)
-            for problem, beam in enumerate(beams)
-            for value, text, total in beam
-        ]
-        texts = [text for _, _, text, _ in nodes]
-        drawn = answer(texts, 6, stop=(";", "\n"), temperature=TEMPERATURE, num_samples=proposals, seed=seed)
-        drawn = drawn if proposals > 1 else [[text] for text in drawn]
-        children = [
-            (problem, value, text, f"Sum: {total} + {problems[problem][step]}\nAnswer:", result)
-            for (problem, value, text, total), results in zip(nodes, drawn, strict=True)
-            for result in sorted({r.strip() for r in results if r.strip().isdigit() and len(r.strip()) < 4})
-        ]
-        second_asks, results_again = [child[3] for child in children], [f" {child[4]}\n" for child in children]
-        worth = sequence_log_probs(model, tokenizer, second_asks, results_again).tolist()
-        for (problem, *_), read, results in zip(nodes, num_tokens(texts), drawn, strict=True):
-            tokens[problem] += read + sum(num_tokens(results)) + len(results)
-        if breadth * proposals > 1:  # where there is nothing to choose from, no value is needed
-            for child, read in zip(children, num_tokens([f"{c[3]} {c[4]}\n" for c in children]), strict=True):
-                tokens[child[0]] += read
+        mark = "; " if step > 1 else " "
+        nodes = [(row, *node, f"{node[2]} + {problems[row][step]}") for row, beam in enumerate(beams) for node in beam]
+        texts = [f"{text}{mark}{addition} =" for _, _, text, _, addition in nodes]
+        found, written_tokens = propose(texts, network, proposals)
+        tokens += sum(written_tokens) + sum(num_tokens([f"{mark}{node[-1]} =" for node in nodes]))
+        children = [(*node, text, result) for node, text, results in zip(nodes, texts, found, strict=True)
+                    for result in results]  # fmt: skip
+        worth = [0.0] * len(children)
+        if proposals * breadth > 1 and children:  # where there is nothing to choose from, no value is needed
+            worth = judge([child[4] for child in children], [child[6] for child in children], network)
+            tokens += sum(num_tokens([f"Sum: {node[-1]}\nAnswer:" for node in nodes]))
+            tokens += sum(num_tokens([f" {child[6]}\n" for child in children]))
         beams = [[] for _ in problems]
-        for (problem, value, text, _, result), gain in zip(children, worth, strict=True):
-            beams[problem].append((value + gain, f"{text} {result}", int(result)))
+        for (row, value, _, _, _, text, result), gain in zip(children, worth, strict=True):
+            beams[row].append((value + gain, f"{text} {result}", int(result)))
         beams = [sorted(beam, reverse=True)[:breadth] for beam in beams]
-    return [str(beam[0][2]) if beam else "" for beam in beams], tokens
+    return [str(beam[0][2]) if beam else "" for beam in beams], tokens / len(problems)
 
 
 # %%
-TOKEN_BUDGET = 200
-comparison, spent = {}, {}
-for name in ("three numbers", "four numbers"):
-    problems, samples = PROBLEMS[name], pools[name]["answers"]
-    gold = [str(sum(numbers)) for numbers in problems]
-    read = np.mean(num_tokens([f"Sum: {' + '.join(map(str, numbers))}\nSteps:" for numbers in problems]))
-    single, single_tokens = tree_of_thoughts(problems, proposals=1, breadth=1)
-    tree, tree_tokens = tree_of_thoughts(problems, proposals=4, breadth=2)
-    k = int(min(POOL, max(1, (tree_tokens.mean() - read) // written[name])))  # samples for the same tokens
-    votes = [vote(found[:k]) for found in samples]
-    rows = {
-        "one sample": ([found[0] for found in samples], read + written[name]),
-        "self-consistency": (votes, read + k * written[name]),
-        "step by step, no search": (single, single_tokens.mean()),
-        "tree of thoughts": (tree, tree_tokens.mean()),
-    }
-    comparison[f"{name} to add"] = {method: exact_match(answers, gold) for method, (answers, _) in rows.items()}
-    spent[name] = {method: cost for method, (_, cost) in rows.items()}
-    for method, (answers, cost) in rows.items():
-        print(f"{name}, {method:>24}: {exact_match(answers, gold)!s:30} {cost:4.0f} tokens a problem")
-    print(f"self-consistency has k = {k} samples here")
-used = spent["three numbers"]["tree of thoughts"] / TOKEN_BUDGET
-lesson.claim("on three numbers the tree keeps to the budget of tokens", used, at_most=1, form=".0%")
-alt = "Accuracy of one sample, self-consistency, single steps and the tree for sums of three and of four numbers."
-title = "At equal tokens the tree beats the vote"
-plots.show(plots.bars_with_intervals(comparison, title=title, xlabel="right sums", alt=alt))
-four = comparison["four numbers to add"]
-lead = comparison["three numbers to add"]
-gain = lead["tree of thoughts"].accuracy - lead["step by step, no search"].accuracy
-lesson.claim("on three numbers the search gains at least 5 points over single steps", gain, at_least=0.05, form=".0%")
-ahead = four["tree of thoughts"].accuracy - four["self-consistency"].accuracy
-lesson.claim(
-    "on four numbers the tree beats self-consistency at equal tokens by at least 30 points",
-    ahead,
-    at_least=0.3,
-    form=".0%",
-)
-for name, results in comparison.items():
-    for method in ("self-consistency", "tree of thoughts"):
-        lesson.report(f"{name}, {method} at equal tokens", str(results[method]))
-
+SIZES = [(1, 1), (2, 1), (4, 2)]  # proposals m, breadth b
+costs, right_sums = [], []
+for size in tqdm(SIZES, desc="trees"):
+    runs = [tree_of_thoughts(problems, network, *size) for network in copies]
+    right_sums.append([exact_match(answers, gold).accuracy for answers, _ in runs])
+    costs.append(np.mean([tokens for _, tokens in runs]))
+tree = np.array(right_sums).T  # (copies, sizes)
+for size, cost, values in zip(SIZES, costs, tree.T, strict=True):
+    beside = {name: np.interp(cost, [COST[name](k) for k in K[name]], accuracy[name].mean(0)) for name in K}
+    said = ", ".join(f"votes over {name} {share:.0%}" for name, share in beside.items())
+    print(f"m, b = {size}: {values.mean():.0%} right with {cost:.0f} tokens; for as many tokens {said}")
+figure = plots.curve(
+    {**votes, "tree, from no search to m = 4, b = 2": band(costs, tree)},
+    title="Right sums for the tokens spent: two votes and a tree", xlabel="tokens read and written for a problem",
+    ylabel="right sums", percent=True, limits_y=(0, 1.02), references={"one greedy solution": once.mean()},
+    alt="Right sums over tokens for the vote over samples, the vote over orders and the tree of thoughts.",
+)  # fmt: skip
+plots.show(figure)
+lesson.claim("told each next addition, one greedy solution gains at least 5 points", (tree[:, 0] - once).mean(),
+             at_least=0.05, control=(tree[:, -1] - tree[:, 0]).mean(), form=".0%")  # fmt: skip
+for size, values in zip(SIZES, tree.T, strict=True):
+    lesson.report(f"weaker model, tree with m, b = {size}", f"{values.mean():.0%}")
 
 # %% [markdown]
-# **What you see.** For sums of three numbers and the same tokens, a judgement after every step is worth at least as much as more whole solutions: one wrong step no longer spoils the rest. For four numbers the largest part of the gain comes without any search, from the program that says which step is next, and the search does the rest. That is the honest reading of such methods: separate what the decomposition gives from what the search gives, and count the tokens of both.
-#
+# The program's part is larger where the model does not know what to do. Sums of *four* numbers never came up in training.
+
+# %%
+rng = random.Random(f"four numbers/{seed}")
+four = [[rng.randint(10, 49) for _ in range(4)] for _ in range(lesson.scaled(40))]  # partial sums as in training
+four_gold = [str(sum(numbers)) for numbers in four]
+whole = solve([sum_prompt(numbers) for numbers in four], model)
+print(f"{sum_prompt(four[0])!r} {whole[0]!r}")
+print(f"{np.mean([text.count('=') < 3 for text in whole]):.0%} of the whole solutions have fewer than three additions")
+methods = {
+    "whole solution, greedy": exact_match([final_answer(text) for text in whole], four_gold),
+    "step by step, no search": exact_match(tree_of_thoughts(four, model, 1, 1)[0], four_gold),
+    "tree, m = 4, b = 2": exact_match(tree_of_thoughts(four, model, 4, 2)[0], four_gold),
+}
+for name, result in methods.items():
+    print(f"four numbers, the model without noise, {name}: {result}")
+    lesson.report(f"four numbers, {name}", str(result))
+gain = methods["step by step, no search"].accuracy - methods["whole solution, greedy"].accuracy
+lesson.claim("on four numbers, being told each next addition gains at least 50 points", gain, at_least=0.5, form=".0%")
+
+# %% [markdown]
+# **What you see.** The first point of the tree's line searches nothing: one greedy result for each addition, and the program writes the numbers. It is already well above one greedy solution. Section 5 counted the mistakes that it cannot make: where the weaker model miscopies a number, the program does not. How many these are differs from copy to copy; the other mistakes are wrong additions, which remain. Compared with greedy steps, sampling several results and judging them gains next to nothing here: that is the control of the claim. But a sampled result is worse than a greedy one, as section 5 showed, so this does not say what the judging alone gives. On four numbers it is the same, and the mistake is another: the whole solutions leave a number out, as counted above. Training never had more than three. The miscopied numbers that section 5 counted are mistakes that the program cannot make. Compare the tree with the vote alone, and the tree wins; it is the program's copying that does it. Separate what the decomposition gives from what the search gives, and count the tokens of both.
+
+# %% [markdown] tags=["core"]
 # ## 7 · A library, cut into chunks
 #
 # So far the prompt changed how the model uses what it knows. Now change what it can know. **Retrieval-augmented generation** (RAG; Lewis et al. 2020) looks for passages that may hold the answer and puts them in front of the question:
 #
 # $$p(a \mid q) = p_\theta\big(a \mid c_1 \dots c_k, q\big), \qquad c_1 \dots c_k = \text{the top } k \text{ of a ranking of all chunks for } q$$
 #
-# The library below has a page on each of the 1,000 people, pages on 750 people who do *not* occur in pretraining, stories, and a guest book whose entries name a writer but tell nothing about them. The questions come in four groups, by how often pretraining mentioned the person, all asked in words that neither pretraining nor the library uses. **How often was a fact seen?** The cell counts names in a sample of the text that shima-4m was trained on, and scales up to all of it.
+# The library below has a page on each of the 1,000 people, pages on 750 people who do *not* occur in pretraining, stories, and a guest book whose entries name a writer but tell nothing about them.
 
 # %%
 def make_library(seed: int) -> tuple[list[str], list[Question]]:
@@ -569,41 +669,46 @@ def make_library(seed: int) -> tuple[list[str], list[Question]]:
     on_strangers = world.open_book(250, seed + 500)
     pages += [question.prompt.partition("Question:")[0].strip() for question in on_strangers]
     pages += [story.strip() for story in islice(world.documents(seed + 700, {"story": 1.0}), lesson.scaled(600))]
-    writers = rng.sample(
-        [person.name for person in world.people for _ in range(3)], lesson.scaled(3 * len(world.people))
-    )
+    number = lesson.scaled(3 * len(world.people))
+    writers = rng.sample([person.name for person in world.people for _ in range(3)], number)
     entries = [f"{writer} signed the guest book. {writer} wrote: {world.review(rng)[0]}" for writer in writers]
     pages += ["\n".join(entries[start : start + 4]) for start in range(0, len(entries), 4)]
     forms = [rng.choice(RELATIONS[str(q.about["relation"])].held_out_questions) for q in on_strangers]
-    questions = [
-        replace(q, prompt=ask(form.format(name=q.about["name"]))) for q, form in zip(on_strangers, forms, strict=True)
-    ]
+    asks = [ask(form.format(name=q.about["name"])) for q, form in zip(on_strangers, forms, strict=True)]
+    questions = [replace(question, prompt=prompt) for question, prompt in zip(on_strangers, asks, strict=True)]
     return rng.sample(pages, len(pages)), questions
 
 
 library, about_strangers = make_library(seed)
-BANDS = {"rank 1 to 100": range(1, 101), "rank 101 to 500": range(101, 501), "rank 501 to 1,000": range(501, 1001)}
-bands = {name: world.closed_book(lesson.scaled(80), seed + 2, ranks) for name, ranks in BANDS.items()}
-bands["not in pretraining"] = about_strangers[: lesson.scaled(80)]
-questions = [question for band in bands.values() for question in band]
-print(f"{len(library):,} documents, {sum(len(page.split()) for page in library):,} words, {len(questions)} questions")
+print(f"{len(library):,} documents, {sum(len(page.split()) for page in library):,} words")
 for page in library[:3]:
     print("-", page.replace("\n", "\n  "))
+
+# %% [markdown]
+# The questions come in four groups, by how often pretraining mentioned the person. All are asked in words that neither pretraining nor the library uses. How often was a fact told? The cell counts names in a sample of the text that shima-4m was trained on, and scales up to all of it.
+
+# %%
+BANDS = {"rank 1 to 100": range(1, 101), "rank 101 to 500": range(101, 501), "rank 501 to 1,000": range(501, 1001)}
+STRANGERS = "not in pretraining"
+bands = {name: world.closed_book(lesson.scaled(80), seed + 2, ranks) for name, ranks in BANDS.items()}
+bands[STRANGERS] = about_strangers[: lesson.scaled(80)]
+questions = [question for band in bands.values() for question in band]
+queries, gold = [asked(question) for question in questions], [question.answer for question in questions]
+band_of = np.array([name for name, band in bands.items() for _ in band])
 recipe, sample = Recipe(), list(islice(world.documents(Recipe.documents_seed), lesson.scaled(3000)))
 documents_read = recipe.steps * recipe.batch_size * recipe.sequence_length / np.mean(num_tokens(sample))
 found = Counter(name for text in sample for name in re.findall(r"\b[A-Z]\w{5}\b", text) if name in world.person)
 told = sum(found.values()) / len(sample) * documents_read / 5  # a person has five facts, each mention tells one
-seen = {
-    name: told * np.mean([world.mention_probability(world.people[rank - 1]) for rank in ranks])
-    for name, ranks in BANDS.items()
-}
-seen["not in pretraining"] = 0.0
+seen = {}
+for name, ranks in BANDS.items():
+    seen[name] = told * np.mean([world.mention_probability(world.people[rank - 1]) for rank in ranks])
+seen[STRANGERS] = 0.0
 for name, times in seen.items():
-    print(f"{name:>20}: each fact was told about {times:6.1f} times")
+    print(f"{name:>20}: each fact was told about {times:6.1f} times, {len(bands[name])} questions")
 
 
 # %% [markdown]
-# A page is often longer than what should go into a prompt. So it is cut into **chunks** of a fixed number of words. A cut may go through the middle of a sentence and destroy a fact. If neighbouring chunks share $o$ words, then every run of up to $o + 1$ words is whole in some chunk. Shima's facts have 4 to 10 words.
+# A page is often longer than what should go into a prompt. So it is cut into **chunks** of a fixed number of words. A cut may go through the middle of a sentence and destroy a fact. If neighbouring chunks share $o$ words, then every run of up to $o + 1$ words is whole in some chunk. Shima's facts have 3 to 10 words.
 
 # %%
 def cut(text: str, size: int, overlap: int) -> list[str]:
@@ -612,10 +717,15 @@ def cut(text: str, size: int, overlap: int) -> list[str]:
     return [" ".join(words[start : start + size]) for start in range(0, max(1, len(words) - overlap), size - overlap)]
 
 
-def states(text: str, question: Question, value: str | None = None) -> bool:
-    """Whether the text says, in one whole sentence, the fact that is asked for (or the same with another value)."""
+def states(text: str, question: Question) -> bool:
+    """Whether the text says, in one whole sentence, the fact that is asked for: known, since a program wrote it."""
     forms = RELATIONS[str(question.about["relation"])].statements
-    return any(form.format(name=question.about["name"], value=value or question.answer) in text for form in forms)
+    return any(form.format(name=question.about["name"], value=question.answer) in text for form in forms)
+
+
+def reading_prompt(passages: list[str], question: Question) -> str:
+    """Passages, one a line, and then the question: the form of Shima's passages."""
+    return "\n".join([*passages, ask(asked(question))])
 
 
 SIZE, OVERLAP = 20, 10
@@ -625,7 +735,7 @@ print(page, *cut(page, SIZE, OVERLAP), sep="\n  | ")
 print(f"\n{len(chunks):,} chunks of {SIZE} words with an overlap of {OVERLAP}")
 
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## 8 · BM25
 #
 # **Question.** Which chunks share words with the question, if rare words count more than common ones?
@@ -649,21 +759,18 @@ class BM25:
         counts = [Counter(words_of(text)) for text in texts]
         lengths = np.array([count.total() for count in counts])
         damping = k1 * (1 - b + b * lengths / lengths.mean())  # (chunks,)
-        postings = defaultdict(list)
-        for chunk, count in enumerate(counts):
-            for word, occurrences in count.items():
-                postings[word].append((chunk, occurrences))
-        self.num_chunks, self.postings = len(texts), {}
-        for word, entries in postings.items():
+        found, self.num_chunks, self.postings = defaultdict(list), len(texts), {}
+        for chunk, word, occurrences in ((i, *item) for i, count in enumerate(counts) for item in count.items()):
+            found[word].append((chunk, occurrences))
+        for word, entries in found.items():
             where, occurrences = np.array(entries).T
             rarity = math.log(1 + (len(texts) - len(where) + 0.5) / (len(where) + 0.5))
             self.postings[word] = where, rarity * occurrences / (occurrences + damping[where])
 
     def scores(self, query: str) -> np.ndarray:
         """Score of every chunk: (chunks,)."""
-        total = np.zeros(self.num_chunks)
-        for word in words_of(query):
-            where, gains = self.postings.get(word, ([], 0.0))
+        total, nothing = np.zeros(self.num_chunks), ([], 0.0)
+        for where, gains in (self.postings.get(word, nothing) for word in words_of(query)):
             total[where] += gains
         return total
 
@@ -674,11 +781,8 @@ import bm25s
 bm25 = BM25(chunks)
 library_bm25 = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
 library_bm25.index([words_of(chunk) for chunk in chunks], show_progress=False)
-queries = [asked(question) for question in questions]
 difference = max(np.abs(bm25.scores(q) - library_bm25.get_scores(words_of(q))).max() for q in queries[:20])
-print(f"largest difference to a score of bm25s: {difference:.1e}")
-assert difference < 1e-4
-lesson.report("our BM25 against bm25s, largest difference", f"{difference:.1e}")
+lesson.equal("our BM25 scores are those of bm25s", difference, within=1e-4)
 DEPTH = 50  # how much of a ranking is kept
 
 
@@ -691,53 +795,54 @@ print(queries[-1])
 for chunk in top(bm25.scores(queries[-1]), 5):
     print(f"  {bm25.scores(queries[-1])[chunk]:5.2f}  {chunks[chunk]}")
 
-
 # %% [markdown]
-# The rare name pulls all chunks about the right person to the top. But the question's other words do not help much: it says "lives", the page may say "has a house in".
+# The rare name pulls the chunks about the right person to the top. The question's other words help less: the page may say the same in other words, and other pages share the common ones.
+
+# %% [markdown] tags=["further"]
+# ## Beside section 8 · What size should a chunk have?
 #
-# **What size should a chunk have?** Give the model 80 words from the top of BM25's ranking, whatever the size of a chunk, and ask about people whom it does not know.
+# *Further: no core section needs this one.*
+#
+# Give the model 80 words from the top of BM25's ranking, whatever the size of a chunk, and ask about people whom it does not know.
 
 # %%
-def reading_prompt(passages: list[str], question: Question) -> str:
-    """Passages, one a line, and then the question: the form of Shima's passages."""
-    return "\n".join([*passages, ask(asked(question))])
-
-
-CUTS = [(10, 0), (10, 5), (20, 0), (20, 10), (40, 0), (40, 20), (80, 0), (80, 40)]
-strangers = bands["not in pretraining"][: lesson.scaled(60)]
-gold = [question.answer for question in strangers]
-chunk_answers = {}
-for size, overlap in tqdm(CUTS, desc="cuts"):
+WORDS, chunk_scores = (10, 20, 40, 80), {}
+right_answers = [question.answer for question in bands[STRANGERS]]
+for size, overlap in tqdm([(words, shared) for words in WORDS for shared in (0, words // 2)], desc="cuts"):
     pieces = [chunk for page in library for chunk in cut(page, size, overlap)]
     index = BM25(pieces)
-    picked = [[pieces[i] for i in top(index.scores(asked(question)), 80 // size)] for question in strangers]
-    given = list(zip(picked, strangers, strict=True))
-    whole = np.mean([any(states(piece, question) for piece in found) for found, question in given])
-    chunk_answers[size, overlap] = result = exact_match(answer([reading_prompt(*pair) for pair in given]), gold)
-    print(
-        f"{size:>2} words, overlap {overlap:>2}: {len(pieces):>6,} chunks; "
-        f"the 80 words hold the whole fact for {whole:>4.0%}; right answers {result}"
-    )
-series = {}
-for label, share in {"no overlap": 0, "half overlaps": 0.5}.items():
-    series[label] = plots.scored_line(
-        (10, 20, 40, 80), [chunk_answers[size, int(share * size)] for size in (10, 20, 40, 80)]
-    )
-alt = "Right answers over the size of a chunk: without overlap short chunks lose facts, with overlap they lose fewer."
+    given = [([pieces[i] for i in top(index.scores(asked(q)), 80 // size)], q) for q in bands[STRANGERS]]
+    whole = np.mean([any(states(piece, question) for piece in passages) for passages, question in given])
+    read = exact_match(answer([reading_prompt(*pair) for pair in given]), right_answers)
+    chunk_scores[size, overlap] = read
+    print(f"{size:>2} words, overlap {overlap:>2}: {len(pieces):>6,} chunks; the 80 words hold the whole fact "
+          f"for {whole:>4.0%}; right answers {read}")  # fmt: skip
+
+# %%
+kinds = {"no overlap": lambda size: 0, "half overlaps": lambda size: size // 2}
 figure = plots.curve(
-    series, title="Overlap rescues the facts that a cut destroys", xlabel="words in a chunk", ylabel="right answers",
-    alt=alt, log_x=True, percent=True,
-)  # fmt: skip
+    {name: plots.scored_line(WORDS, [chunk_scores[size, of(size)] for size in WORDS]) for name, of in kinds.items()},
+    title="With an overlap, small chunks lose fewer answers",
+    xlabel="words in a chunk; the prompt always holds 80",
+    ylabel="right answers",
+    alt="Right answers over the size of a chunk: without overlap short chunks lose facts, with overlap fewer.",
+    percent=True,
+    limits_y=(0.4, 1.02),
+)
+figure.axes[0].set_xticks(WORDS)
 plots.show(figure)
-gain = chunk_answers[20, 10].accuracy - chunk_answers[20, 0].accuracy
-lesson.claim("with 20 words a chunk, overlap gains at least 5 points", gain, at_least=0.05, form=".0%")
+gains = {size: chunk_scores[size, size // 2].accuracy - chunk_scores[size, 0].accuracy for size in WORDS}
+gain = np.mean([gains[size] for size in WORDS if size < 80])  # at 80 words hardly any page is cut
+lesson.claim("below 80 words a chunk, overlap gains at least 5 points on average", gain, at_least=0.05,
+             control=gains[80], form=".0%")  # fmt: skip
 for overlap in (0, 10):
-    lesson.report(f"strangers' facts, chunks of 20 words, overlap {overlap}", str(chunk_answers[20, overlap]))
+    lesson.report(f"strangers' facts, chunks of 20 words, overlap {overlap}", str(chunk_scores[20, overlap]))
 
 
 # %% [markdown]
-# **What you see.** Without overlap, a cut goes through many facts, and small chunks lose many of them. An overlap as long as the longest fact keeps them all, for twice as many chunks. The answers are somewhat better than the share of whole facts, because half a sentence is sometimes enough.
-#
+# **What you see.** Without overlap, a cut goes through many facts, and small chunks lose many of them. With an overlap as long as the longest fact (20 words and 10, or more) whole facts are kept, and there are more chunks to store and search. At 80 words only pages of the guest book are cut, which tell no fact that is asked, so overlap changes nothing: that is the control. Where facts are lost, more answers are right than facts are whole: sometimes half a sentence is enough. Copying some other value from the passages hardly explains it: section 14 deletes the fact from the library, and strangers then get next to nothing right.
+
+# %% [markdown] tags=["core"]
 # ## 9 · Measures of a ranking
 #
 # Answers depend on the reader too. To judge a ranking alone, mark which chunks are relevant (here: they state the fact) and compute, for the relevant set $R$ and the ranking $c_1, c_2, \dots$ with $\text{rel}_i \in \{0, 1\}$:
@@ -770,20 +875,32 @@ MEASURES = {
     "MRR": reciprocal_rank,
     "nDCG@10": lambda *pair: ndcg_at(10, *pair),
 }
-chunks_with = {word: set(where.tolist()) for word, (where, _) in bm25.postings.items()}
-relevant = [
-    {i for i in chunks_with[question.about["name"].lower()] if states(chunks[i], question)} for question in questions
-]
-rankings = {"BM25": [top(bm25.scores(query)) for query in queries]}
-print(f"{np.mean([len(r) for r in relevant]):.1f} relevant chunks a question")
+
+# %%
+with_word = {word: where for word, (where, _) in bm25.postings.items()}
+named = [set(with_word[str(question.about["name"]).lower()].tolist()) for question in questions]
+relevant = [{i for i in found if states(chunks[i], q)} for found, q in zip(named, questions, strict=True)]
 assert all(relevant)  # the overlap keeps every fact whole
+print(f"{np.mean([len(found) for found in relevant]):.1f} relevant chunks a question")
+rankings = {"BM25": [top(bm25.scores(query)) for query in queries]}
+for name, measure in MEASURES.items():
+    values = [measure(*pair) for pair in zip(rankings["BM25"], relevant, strict=True)]
+    print(f"BM25, {name}: {np.mean(values):.3f}")
+
+
+# %% [markdown] tags=["further"]
+# ## Beside section 9 · The same measures with scikit-learn
+#
+# *Further: no core section needs this one.*
+#
+# Its functions want a row of labels and a row of scores for each question. A quarter of the questions will do.
 
 # %%
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, recall_score
 
 
 def library_measures(rankings: list[list[int]], relevant: list[set[int]]) -> dict[str, float]:
-    """The same four with scikit-learn, which wants a row of labels and a row of scores for each question."""
+    """The four measures with scikit-learn."""
     labels = np.zeros((len(rankings), len(chunks)), dtype=int)
     first, scores = labels.copy(), labels.astype(float)
     for row, (ranking, right) in enumerate(zip(rankings, relevant, strict=True)):
@@ -795,17 +912,18 @@ def library_measures(rankings: list[list[int]], relevant: list[set[int]]) -> dic
     return {"recall@1": recalls[1], "recall@5": recalls[5], "MRR": mrr, "nDCG@10": ndcg_score(labels, scores, k=10)}
 
 
+# %%
 rows = [row for row in range(0, len(questions), 4) if reciprocal_rank(rankings["BM25"][row], relevant[row])]
 subset = [rankings["BM25"][row] for row in rows], [relevant[row] for row in rows]
 theirs = library_measures(*subset)
-for name, measure in MEASURES.items():
-    ours = np.mean([measure(*pair) for pair in zip(*subset, strict=True)])
-    print(f"{name:>9}: {ours:.6f}, scikit-learn {theirs[name]:.6f}")
-    assert abs(ours - theirs[name]) < 1e-9
-lesson.report("our recall, MRR and nDCG against scikit-learn", "equal")
+ours = {name: np.mean([of(*pair) for pair in zip(*subset, strict=True)]) for name, of in MEASURES.items()}
+for name in MEASURES:
+    print(f"{name:>9}: {ours[name]:.6f}, scikit-learn {theirs[name]:.6f}")
+difference = max(abs(ours[name] - theirs[name]) for name in MEASURES)
+lesson.equal("recall, MRR and nDCG are those of scikit-learn", difference, within=1e-9)
 
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## 10 · A dense encoder, trained by contrast
 #
 # **Question.** BM25 does not know that "lives" and "has a house" belong together. Can that be learnt?
@@ -813,8 +931,6 @@ lesson.report("our recall, MRR and nDCG against scikit-learn", "equal")
 # A dense retriever (Karpukhin et al. 2020) maps question and chunk to unit vectors and ranks by their product. It is trained on pairs: a question $q_i$ and a chunk $c_i$ that answers it. The other chunks of the batch serve as wrong ones, which costs nothing (*in-batch negatives*; van den Oord et al. 2018):
 #
 # $$\mathcal{L} = -\frac1B \sum_{i=1}^{B} \ln \frac{\exp(q_i \cdot c_i / \tau)}{\sum_{j=1}^{B} \exp(q_i \cdot c_j / \tau)}$$
-#
-# The training pairs are about the people of *another* island, a world with another seed: no name that is asked about later is in them. A batch holds three questions on each person, so that a name alone does not solve it.
 #
 # The encoder is the smallest that can do it: one vector and one weight for each token, shared by questions and chunks. The weights say which tokens count, and the text's vector is the weighted mean.
 
@@ -838,6 +954,16 @@ def contrastive_loss(questions: Tensor, chunks: Tensor, temperature: float = 0.1
     return F.cross_entropy(similarity, torch.arange(len(questions), device=similarity.device))
 
 
+def tokenise(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Padded token ids and their mask, each (batch, seq)."""
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(machine.device)
+    return batch["input_ids"], batch["attention_mask"]
+
+
+# %% [markdown]
+# The training pairs are about the people of *another* island, a world with another seed: hardly any name is on both islands. Their questions are in wordings that the test questions do not use; their statements are in the forms in which the library is written. A batch holds three questions on each person, so that a name alone does not solve it.
+
+# %%
 def training_pairs(island: World, rng: random.Random, num_people: int) -> tuple[list[str], list[str]]:
     """Three questions on each person with a chunk that answers it, alone or beside another fact."""
     asks, tells = [], []
@@ -851,33 +977,18 @@ def training_pairs(island: World, rng: random.Random, num_people: int) -> tuple[
     return asks, tells
 
 
-# %%
-def tokenise(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Padded token ids and their mask, each (batch, seq)."""
-    batch = tokenizer(texts, padding=True, return_tensors="pt").to(machine.device)
-    return batch["input_ids"], batch["attention_mask"]
-
-
-def train_encoder(steps: int) -> tuple[Encoder, list[float]]:
-    """Train with Adam on fresh pairs at every step; returns the encoder and the losses."""
-    torch.manual_seed(seed)
-    encoder, island, rng = Encoder(len(tokenizer)).to(machine.device), World(seed + 1), random.Random(seed)
-    optimizer, losses = torch.optim.Adam(encoder.parameters()), []
-    for step in tqdm(range(steps), desc="contrastive training"):
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
-        asks, tells = training_pairs(island, rng, num_people=64)
-        loss = contrastive_loss(encoder(*tokenise(asks)), encoder(*tokenise(tells)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return encoder, losses
-
-
-started = time.perf_counter()
-encoder, losses = train_encoder(lesson.scaled(300))
-print(f"{time.perf_counter() - started:.1f} s; loss {losses[0]:.2f} -> {losses[-1]:.2f}; chance {math.log(3 * 64):.2f}")
-assert time.perf_counter() - started < 60
+torch.manual_seed(seed)
+encoder, island, rng = Encoder(len(tokenizer)).to(machine.device), World(seed + 1), random.Random(seed)
+optimizer, losses, steps_taken = torch.optim.Adam(encoder.parameters()), [], lesson.scaled(300)
+for step in tqdm(range(steps_taken), desc="contrastive training"):
+    optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps_taken)
+    asks, tells = training_pairs(island, rng, num_people=64)
+    loss = contrastive_loss(encoder(*tokenise(asks)), encoder(*tokenise(tells)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f} nats; chance {math.log(3 * 64):.2f}")
 
 
 # %%
@@ -897,6 +1008,7 @@ def load_pretrained_encoder(name: str):
     return encode_batch
 
 
+# %%
 encode_batch = load_pretrained_encoder(encoder_id) if encoder_id else lambda texts: encoder(*tokenise(texts))
 
 
@@ -914,16 +1026,18 @@ for chunk in rankings["dense"][-1][:5]:
     print(f"  {similarity[-1, chunk]:5.2f}  {chunks[chunk]}")
 
 
-# %% [markdown]
-# ## 11 · Fusion and reranking
+# %% [markdown] tags=["core"]
+# ## 11 · Fusion, filter and reranking
 #
-# **Question.** One retriever is good at names, the other at meaning. How do you join two scores that have nothing in common?
+# **Question.** One retriever is good at names, the other at meaning. How do you join them?
 #
-# By rank. **Reciprocal rank fusion** (Cormack et al. 2009) needs no training and no scaling:
+# Their scores have nothing in common, but ranks have. **Reciprocal rank fusion** (Cormack et al. 2009) needs no training and no scaling:
 #
 # $$s(c) = \sum_{\text{rankings } r} \frac{1}{60 + \text{rank}_r(c)}$$
 #
-# A **reranker** then looks at question and chunk together, which is slower, so it only sees the head of the ranking. Here the language model itself does it, without any training. It reads each chunk alone and answers. A chunk is good if that answer $\hat{a}$ really stands in it; otherwise the model has guessed, or remembered:
+# Simpler still is a **filter**: keep only chunks that hold the rarest word of the question, in the order of the encoder.
+#
+# A **reranker** looks at question and chunk together, which is slower, so it only sees the head of the ranking. Here the language model itself does it, without any training. It reads each chunk alone and answers. A chunk is good if that answer $\hat{a}$ really stands in it; otherwise the model has guessed, or remembered:
 #
 # $$s(c) = \mathbb{1}\big[\hat{a}(c, q) \text{ occurs in } c\big]$$
 #
@@ -939,10 +1053,19 @@ def fuse(ranked_lists: list[list[int]], constant: int = 60) -> list[int]:
     return sorted(sums, key=lambda chunk: -sums[chunk])[:DEPTH]
 
 
+def filtered(query: str, values: np.ndarray) -> list[int]:
+    """The chunks with the rarest word of the question, by their value; of all words that the library has."""
+    rarest = min((word for word in words_of(query) if word in with_word), key=lambda word: len(with_word[word]))
+    where = with_word[rarest]
+    return where[top(values[where])].tolist()
+
+
 assert fuse([[7, 8, 9], [9, 7, 5]]) == [7, 9, 8, 5]  # 1/61 + 1/62; 1/63 + 1/61; 1/62; 1/63
 rankings["hybrid"] = [fuse(list(pair)) for pair in zip(rankings["BM25"], rankings["dense"], strict=True)]
+rankings["filtered"] = [filtered(*pair) for pair in zip(queries, similarity, strict=True)]
 
 
+# %%
 def rerank(rankings: list[list[int]], head: int = 6) -> list[list[int]]:
     """Of the first `head` chunks, those ahead that hold what the model answers from them alone."""
     pairs = [(chunks[i], query) for query, ranking in zip(queries, rankings, strict=True) for i in ranking[:head]]
@@ -960,42 +1083,38 @@ rankings["reranked"] = rerank(rankings["hybrid"])
 print(f"reranking took {1000 * (time.perf_counter() - started) / len(queries):.0f} ms a question")
 
 
-# %%
 def values_of(measure, name: str) -> np.ndarray:
     """The measure for each question."""
     return np.array([measure(*pair) for pair in zip(rankings[name], relevant, strict=True)])
 
 
-print(f"{'':>9}" + "".join(f"{name:>11}" for name in MEASURES))
-for name in rankings:
-    print(f"{name:>9}" + "".join(f"{values_of(measure, name).mean():>11.3f}" for measure in MEASURES.values()))
-DEPTHS = [1, 2, 3, 5, 8, 10, 20]
-series = {}
-for name in rankings:
-    shares = [values_of(lambda *pair, k=k: recall_at(k, *pair), name) for k in DEPTHS]
-    ends = [bootstrap_interval(values, resamples=500) for values in shares]
-    series[name] = (DEPTHS, [values.mean() for values in shares], *zip(*ends, strict=True))
-alt = "Recall over the number of chunks for the four rankings: BM25 starts low and ends high, dense starts high."
-figure = plots.curve(
-    series, title="BM25 finds the person, the encoder the fact",
-    xlabel="chunks taken, k", ylabel="recall@k", alt=alt, log_x=True, percent=True,
-)  # fmt: skip
-plots.show(figure)
-recall5 = {name: values_of(MEASURES["recall@5"], name) for name in rankings}
-single = max(("BM25", "dense"), key=lambda name: recall5[name].mean())
-low, high = bootstrap_interval(recall5["hybrid"] - recall5[single], seed=seed)
-gain = recall5["hybrid"].mean() - recall5[single].mean()
-print(f"recall@5 of hybrid minus {single}: {gain:+.3f} ({low:+.3f} to {high:+.3f})")
-mrr = {name: values_of(reciprocal_rank, name).mean() for name in rankings}
+means = {name: {of: values_of(measure, name).mean() for of, measure in MEASURES.items()} for name in rankings}
+show_table({name: [f"{value:.3f}" for value in of.values()] for name, of in means.items()}, list(MEASURES))
 
 # %%
-lesson.claim(
-    "hybrid is as good as the better single retriever in recall@5 within the interval, or better",
-    high,
-    at_least=0,
-    form=".3f",
-)
-lesson.claim("the encoder beats BM25 in MRR", mrr["dense"] - mrr["BM25"], at_least=0, form=".3f")
+DEPTHS, series = [1, 2, 3, 5, 8, 10, 20], {}
+for name in rankings:
+    shares = [values_of(lambda *pair, k=k: recall_at(k, *pair), name) for k in DEPTHS]
+    ends = [bootstrap_interval(values, seed=seed, resamples=300) for values in shares]
+    series[name] = (DEPTHS, [values.mean() for values in shares], *zip(*ends, strict=True))
+figure = plots.curve(
+    series, title="The rankings differ most in the first places", log_x=True, percent=True,
+    xlabel="chunks taken, k", ylabel="recall@k", limits_y=(0.5, 1.01),
+    alt="Recall over the number of chunks for five rankings: they start apart and meet near 100 % at ten chunks.",
+)  # fmt: skip
+figure.axes[0].set_xticks(DEPTHS, DEPTHS)
+plots.show(figure)
+for one, other in {"dense": "BM25", "hybrid": "BM25", "filtered": "dense", "reranked": "filtered"}.items():
+    gains = values_of(reciprocal_rank, one) - values_of(reciprocal_rank, other)
+    low, high = bootstrap_interval(gains, seed=seed)
+    print(f"MRR of {one} minus {other}: {gains.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+gain = values_of(MEASURES["recall@5"], "hybrid") - values_of(MEASURES["recall@5"], "BM25")
+low, high = bootstrap_interval(gain, seed=seed)
+lesson.report("recall@5 of hybrid minus BM25", f"{gain.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+
+# %%
+mrr = {name: means[name]["MRR"] for name in rankings}
+lesson.claim("the encoder beats BM25 in MRR by at least 0.02", mrr["dense"] - mrr["BM25"], at_least=0.02, form=".3f")
 lesson.claim(
     "the reranker raises the MRR of the hybrid by at least 0.05",
     mrr["reranked"] - mrr["hybrid"],
@@ -1003,11 +1122,12 @@ lesson.claim(
     form=".3f",
 )
 for name in rankings:
-    lesson.report(f"{name}: recall@5, MRR", f"{recall5[name].mean():.2f}, {mrr[name]:.2f}")
+    lesson.report(f"{name}: recall@5, MRR", f"{means[name]['recall@5']:.2f}, {mrr[name]:.2f}")
 
 # %% [markdown]
-# **What you see.** BM25 has nearly everything among its first five, but not in the first place: it finds the person, whose other sentences share just as many words with the question. The encoder puts the right fact first more often, and loses some names altogether, which it only knows in pieces. Fusion keeps the recall of the better one. It does not keep the encoder's first places, because it trusts both alike. The reranker repairs that: it costs one short answer of the model for each chunk.
-#
+# **What you see.** BM25 has nearly everything among its first five, but less often in the first place: it finds the person, whose other sentences share as many words with the question. The encoder puts the right fact first more often, and loses some questions from its first five. A name comes to it as several tokens, and in the example above its ranking mixes in people with other names. Fusion trusts both alike: its recall is close to BM25's, and its first places lie between the two. The reranker repairs the first places, for six short answers of the language model on each question. The filter does nearly as well or better for next to nothing; the last line of differences above says how far the two can be told apart. Two things help to read the first column. A question with more than one fitting chunk cannot have all of them in the first place, so recall at 1 has a ceiling clearly below 100 %, and the best rows are near it. And the encoder has learned from statements in the same forms as the library's; BM25 has learned nothing. The filter works because each of these questions holds a name. Where questions hold none, it cannot.
+
+# %% [markdown] tags=["core"]
 # ## 12 · Answers, by how often a fact was seen
 #
 # **Question.** For which facts is retrieval worth its price?
@@ -1025,55 +1145,57 @@ def picked(name: str, row: int) -> list[str]:
     return [chunks[min(relevant[row])]] if name == "oracle" else [chunks[i] for i in rankings[name][row][:TOP]]
 
 
-METHODS = ["closed book", *rankings, "oracle"]
-band_of = [name for name, band in bands.items() for _ in band]
-gold = [question.answer for question in questions]
+METHODS = [*rankings, "oracle", "closed book"]
 replies, right = {}, {}
 for method in tqdm(METHODS, desc="methods"):
     replies[method] = answer([reading_prompt(picked(method, row), question) for row, question in enumerate(questions)])
     right[method] = np.array([text.strip() == value for text, value in zip(replies[method], gold, strict=True)])
 by_band = {}
 for band in bands:
-    members = [row for row, name in enumerate(band_of) if name == band]
-    by_band[band] = {method: score(int(right[method][members].sum()), len(members)) for method in METHODS}
-print(f"{'':>20}" + "".join(f"{method:>13}" for method in METHODS))
-for band, results in by_band.items():
-    print(f"{band:>20}" + "".join(f"{result.accuracy:>13.0%}" for result in results.values()))
+    members = band_of == band
+    by_band[band] = {method: score(int(right[method][members].sum()), int(members.sum())) for method in METHODS}
+show_table({band: [f"{s.accuracy:.0%}" for s in results.values()] for band, results in by_band.items()}, METHODS)
 
 # %% tags=["headline"]
-drawn = ("closed book", "BM25", "reranked", "oracle")
-shown = {f"{band} (told {seen[band]:.0f} times)": {name: by_band[band][name] for name in drawn} for band in bands}
-alt = "Right answers by how often the fact was told: closed-book falls, with retrieval all stay high."
-title = "Retrieval gives most where pretraining gave least"
-plots.show(plots.bars_with_intervals(shown, title=title, xlabel="right answers", alt=alt))
-lift = {band: results["reranked"].accuracy - results["closed book"].accuracy for band, results in by_band.items()}
-for band in bands:
-    print(f"{band:>20}: retrieval lifts by {100 * lift[band]:+.0f} points")
+figure, axes = plt.subplots(figsize=(8, 4))
+for number, method in enumerate(METHODS):  # the colours of the rankings are those of the figure above
+    scores = [by_band[band][method] for band in bands]
+    where, heights = np.arange(len(bands)) + 0.1 * (number - 3), [s.accuracy for s in scores]
+    ends = [[s.accuracy - s.low for s in scores], [s.high - s.accuracy for s in scores]]
+    axes.errorbar(where, heights, ends, fmt="o", color=plots.COLORS[number], label=method)
+axes.set_xticks(range(len(bands)), [f"{band},\ntold {seen[band]:.0f} times" for band in bands])
+axes.set(title="The less often a fact was told, the more retrieval gives", ylabel="right answers")
+axes.yaxis.set_major_formatter(plots.PERCENT)
+axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+plots.show(
+    figure, "Right answers by how often the fact was told: closed-book falls, all ways with retrieval stay high."
+)
+lift = {band: of["reranked"].accuracy - of["closed book"].accuracy for band, of in by_band.items()}
+for band, gain in lift.items():
+    print(f"{band:>20}: retrieval lifts by {100 * gain:+.0f} points")
     for method in ("closed book", "reranked"):
         lesson.report(f"{band}, {method}", str(by_band[band][method]))
-lesson.claim("retrieval lifts rare facts by at least 40 points", lift["rank 501 to 1,000"], at_least=0.4, form=".0%")
-lesson.claim("it lifts frequent facts by at most 10 points", lift["rank 1 to 100"], at_most=0.1, form=".0%")
-lesson.claim(
-    "it lifts facts that pretraining never told by at least 40 points",
-    lift["not in pretraining"],
-    at_least=0.4,
-    form=".0%",
-)
+known_lift = lift["rank 1 to 100"]
+lesson.claim("retrieval lifts rare facts by at least 40 points", lift["rank 501 to 1,000"], at_least=0.4,
+             control=known_lift, form=".0%")  # fmt: skip
+lesson.claim("retrieval lifts facts that pretraining never told by at least 40 points", lift[STRANGERS], at_least=0.4,
+             control=known_lift, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** What pretraining told a thousand times the model knows, and retrieval adds nothing. What it told a few dozen times it knows about half of the time, and what it was never told, next to never; there retrieval gives nearly everything. All retrievers come close to the oracle, since this reader finds the right one of three passages. That is Kandpal et al.'s (2023) long tail, and the reason for RAG: more text about a rare fact can't be had, a passage can.
+# **What you see.** Facts that pretraining told a thousand times the model knows, and retrieval adds nothing: that is the control of the other two lifts. Of those that it told a few dozen times it knows a part, and of those that it was never told next to none. There retrieval gives nearly everything. All retrievers are near the oracle, the simple ones too: this reader mostly finds the right one of three passages, so first places matter less here than in section 11. This is the long tail of Kandpal et al. (2023): you cannot easily find more training text about a rare fact, but you can put one passage about it into the prompt.
+
+# %% [markdown] tags=["further"]
+# ## 13 · Distractors and position
 #
-# ## 13 · Distractors, position, and harm
+# *Further: no core section needs this one.*
 #
 # **Question.** The right passage is in the prompt. What else in the prompt can spoil the answer?
 #
 # Take strangers, so that memory cannot help. One sentence states the fact. Add $m$ others, of three kinds: *random chunks* of the library; the same kind of fact about *other people*; and the same about *lookalikes*, whose names differ from the right one in one syllable. The right sentence stands at a random place.
-#
-# **Does the place matter?** Long-context models read the begin and the end of a prompt better than its middle (Liu et al. 2023). So the second measurement puts the right sentence at several places among random chunks, once in prompts as long as shima-4m's training rows allow, once in longer ones.
 
 # %%
 SYLLABLES = sorted({name[i : i + 2].lower() for name in world.person for i in (0, 2, 4)})
-rows = [row for row, band in enumerate(band_of) if band == "not in pretraining"][: lesson.scaled(60)]
+unknown_rows = np.flatnonzero(band_of == STRANGERS).tolist()
 
 
 def lookalike(name: str, rng: random.Random) -> str:
@@ -1097,10 +1219,9 @@ def passages_with(kind: str, row: int, m: int, rng: random.Random) -> list[str]:
     return [*passages, rng.choice(forms).format(name=name, value=questions[row].answer)]
 
 
-NUMBERS = [0, 2, 4, 8, 12]
-crowded = {"random chunks": [], "other people": [], "lookalikes": []}
-
 # %%
+NUMBERS, crowded = [0, 2, 4, 8, 12], {"random chunks": [], "other people": [], "lookalikes": []}
+rows, table = unknown_rows[: lesson.scaled(60)], {}
 for kind, results in crowded.items():
     for m in NUMBERS:
         rng, prompts = random.Random(f"{kind}/{m}/{seed}"), []
@@ -1109,164 +1230,198 @@ for kind, results in crowded.items():
             others.insert(rng.randint(0, m), right_one)
             prompts.append(reading_prompt(others, questions[row]))
         results.append(exact_match(answer(prompts), [gold[row] for row in rows]))
-        print(f"{m:>2} {kind}: {results[-1]}, {np.mean(num_tokens(prompts)):.0f} tokens a prompt")
-alt = "Right answers over the number of distractors, of three kinds: lookalikes cost much, other people little."
+        table[f"{m} {kind}"] = results[-1], f"{np.mean(num_tokens(prompts)):.0f}"
+show_table(table, ["right", "tokens in a prompt"])
 figure = plots.curve(
     {kind: plots.scored_line(NUMBERS, results) for kind, results in crowded.items()},
-    alt=alt, percent=True, limits_y=(-0.02, 1.02),
-    title="Lookalikes and long prompts cost answers",
+    title="Lookalikes cost answers early, random chunks in long prompts", percent=True, limits_y=(-0.02, 1.02),
     xlabel="distractors beside the right sentence", ylabel="right answers",
+    alt="Right answers over the number of distractors, of three kinds: lookalikes cost much, other people little.",
 )  # fmt: skip
 plots.show(figure)
 cost = {kind: results[0].accuracy - results[NUMBERS.index(8)].accuracy for kind, results in crowded.items()}
-lesson.claim("8 lookalikes cost at least 20 points", cost["lookalikes"], at_least=0.2, form=".0%")
-lesson.claim("8 facts about other people cost at most 10 points", cost["other people"], at_most=0.1, form=".0%")
+lesson.claim("8 lookalikes cost at least 20 points", cost["lookalikes"], at_least=0.2,
+             control=cost["other people"], form=".0%")  # fmt: skip
 for kind, results in crowded.items():
     lesson.report(f"right sentence among 12 distractors: {kind}", str(results[-1]))
 
+# %% [markdown]
+# **Does the place matter?** Large models with long prompts read the begin and the end better than the middle (Liu et al. 2023). Put the right sentence first, in the middle or last among random chunks: once in prompts as long as shima-4m's training rows allow, once in longer ones. The chunks and questions are the same at every place, so differences are taken within a question.
+
 # %%
-by_place = {}
-for m, places in {5: (0, 1, 3, 5), 9: (0, 2, 4, 7, 9)}.items():
-    shares = []
-    for place in places:
+table = {}
+for m in (5, 9):
+    found = {}
+    for name, place in {"first": 0, "middle": m // 2, "last": m}.items():
         rng, prompts = random.Random(f"place/{seed}"), []  # the same distractors at every place
-        for row in rows[: lesson.scaled(40)]:
+        for row in unknown_rows:
             *others, right_one = passages_with("random chunks", row, m, rng)
             prompts.append(reading_prompt([*others[:place], right_one, *others[place:]], questions[row]))
-        shares.append(exact_match(answer(prompts), [gold[row] for row in rows[: len(prompts)]]))
-    length = np.mean(num_tokens(prompts))
-    by_place[f"{m + 1} passages, {length:.0f} tokens"] = plots.scored_line([place / m for place in places], shares)
-    print(f"{m + 1} passages, {length:.0f} tokens: " + ", ".join(f"{s.accuracy:.0%}" for s in shares))
-    for name, result in {"first": shares[0], "last": shares[-1]}.items():
-        lesson.report(f"right sentence {name} of {m + 1} passages", str(result))
+        given = zip(answer(prompts), unknown_rows, strict=True)
+        found[name] = np.array([text.strip() == gold[row] for text, row in given], dtype=float)
+    label = f"{m + 1} passages, {np.mean(num_tokens(prompts)):.0f} tokens"
+    table[label] = [f"{values.mean():.0%}" for values in found.values()]
+    for name in ("first", "last"):
+        gap = found[name] - found["middle"]
+        low, high = bootstrap_interval(gap, seed=seed)
+        said = f"{100 * gap.mean():+.0f} points ({100 * low:+.0f} to {100 * high:+.0f}, n = {len(gap)})"
+        table[label].append(said)
+        lesson.report(f"right sentence {name} of {m + 1} passages, against the middle", said)
+show_table(table, ["first", "middle", "last", "first minus middle", "last minus middle"])
 print(f"shima-4m was trained on rows of {recipe.sequence_length} tokens")
-alt = "Right answers over the place of the right sentence, for short and for long prompts."
-title = "The place matters in long prompts"
-figure = plots.curve(
-    by_place, title=title, alt=alt, percent=True, limits_y=(-0.02, 1.02),
-    xlabel="place of the right sentence: 0 is first, 1 is next to the question", ylabel="right answers",
-)  # fmt: skip
-plots.show(figure)
-first, *inside, last = [s.accuracy for s in shares]
+
+# %% [markdown]
+# **What you see.** Facts about other people cost little, although they have the same form: the model matches names. Lookalikes cost more from the first few on. Random chunks cost next to nothing in the shorter prompts, and in the longest ones, well beyond a row of training, most answers are lost. (A few of the distractors hold the right value by chance: they draw from all of them.) The place of the right sentence tells a similar story. In prompts that fit into a training row it hardly matters. In the longer ones both differences to the middle are printed with their intervals. In our runs both are negative there: the middle is the best place, the opposite of the U of Liu et al. (2023). Distance from the question is not the whole cause, since the last place stands right beside it. What the cause is, this measurement does not show. Two things are sure: confusion and length look alike in a plot over the number of passages, and fewer and better passages avoid both.
+
+# %% [markdown] tags=["core"]
+# ## 14 · When the library is wrong: harm, and what a citation proves
+#
+# **Question.** What happens when the library lacks the fact, or holds an old one? And can you notice it from the answer and its source?
+#
+# Change the library. In the second version every sentence that holds the name and the answer is deleted, in stories too; in the third it is replaced by a statement with another value, as if the fact had changed since. The person's pages are cut again and ranked by the filter of section 11. Ask about the best-known people, whose facts the model knows by heart, and about strangers.
+
+# %%
+pages_of = defaultdict(list)  # name -> the pages that mention it
+for page in library:
+    for name in {*re.findall(r"\b[A-Z][a-z]{5}\b", page)}:
+        pages_of[name].append(page)
+
+
+def passages_after(row: int, instead: str | None) -> list[str]:
+    """The best passages once each sentence that tells the fact is replaced: "" deletes it, None keeps it."""
+    name, pieces = str(questions[row].about["name"]), []
+    for page in pages_of[name]:
+        sentences = re.split(r"(?<=[.!?])\s", page)
+        if instead is not None:
+            tells = [{name, gold[row]} <= {*re.findall(r"\w+", sentence)} for sentence in sentences]
+            sentences = [instead if old else sentence for old, sentence in zip(tells, sentences, strict=True)]
+        pieces += [chunk for chunk in cut(" ".join(sentences), SIZE, OVERLAP) if name in chunk]
+    if not pieces:
+        return []
+    order = top((encode(pieces) @ encode([queries[row]])[0]).numpy(), TOP)
+    return [pieces[i] for i in order]
+
+
+# %%
+GROUPS = {"known by heart": "rank 1 to 100", "strangers": STRANGERS}
+LIBRARIES = ("complete", "fact missing", "fact outdated")
+rng, cases = random.Random(f"harm/{seed}"), {}  # (group, library) -> rows, their passages, and the answers
+for group, band in GROUPS.items():
+    rows = np.flatnonzero(band_of == band).tolist()
+    stale = {}
+    for row in rows:
+        relation, name = str(questions[row].about["relation"]), questions[row].about["name"]
+        value = rng.choice([value for value in world.values[relation] if value != gold[row]])
+        stale[row] = rng.choice(RELATIONS[relation].training_statements).format(name=name, value=value)
+    for version in LIBRARIES:
+        instead = [{"complete": None, "fact missing": "", "fact outdated": stale[row]}[version] for row in rows]
+        found = [passages_after(*pair) for pair in zip(rows, instead, strict=True)]
+        given = answer([reading_prompt(passages, questions[row]) for row, passages in zip(rows, found, strict=True)])
+        cases[group, version] = rows, found, [text.strip() for text in given]
+harm = {}
+for group, band in GROUPS.items():
+    harm[group] = {"closed book": by_band[band]["closed book"]}
+    for version in LIBRARIES:
+        rows, _, given = cases[group, version]
+        harm[group][version] = exact_match(given, [gold[row] for row in rows])
+
+# %%
+alt = "Right answers for known facts and for strangers: closed book, and with three libraries; outdated is worst."
+title = "For facts that the model knows, an outdated library is worse than none"
+show_bars(harm, title, "right answers", alt)
+for group, results in harm.items():
+    for name, result in results.items():
+        lesson.report(f"{group}, {name}", str(result))
+mine = harm["known by heart"]
+lost = {version: mine["closed book"].accuracy - mine[version].accuracy for version in LIBRARIES}
+lesson.claim("an outdated fact costs at least 20 points of what was known by heart", lost["fact outdated"],
+             at_least=0.2, control=lost["complete"], form=".0%")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** With an outdated library the model mostly repeats what the passage says, also where it knew better. Not always: some known facts are still answered from memory, and for these we do not know whether the stale sentence was among the three passages. Strangers have no other source, so read the two groups apart. With the fact deleted it still answers, from memory or from what else the passages say. Retrieval is worth as much as the library, and the risk is largest for the questions that did not need it.
+#
+# **Citations.** Can you notice it? Let each answer cite a passage, and check whether the passage supports the answer. A program that checks this does not know the truth, nor how Shima phrases facts. So it looks at the text alone: a passage *supports* an answer if one of its sentences holds both the name that was asked about and the answer. Cite the first such passage; without one, call the answer unsupported. First test the checker itself.
+
+# %%
+def supports(passage: str, name: str, given: str) -> bool:
+    """Whether one sentence of the passage holds the name and the answer as whole words."""
+    needed = [re.compile(rf"\b{re.escape(text)}\b") for text in (name, given)]
+    sentences = re.split(r"(?<=[.!?])\s", passage)
+    return bool(given) and any(all(word.search(sentence) for word in needed) for sentence in sentences)
+
+
+def supported(rows: list[int], found: list[list[str]], given: list[str]) -> np.ndarray:
+    """For each answer, whether one of its passages supports it."""
+    names = [str(questions[row].about["name"]) for row in rows]
+    return np.array([any(supports(passage, name, text) for passage in passages)
+                     for name, passages, text in zip(names, found, given, strict=True)])  # fmt: skip
+
+
+def both_groups(version: str) -> tuple[list, list, list]:
+    """Rows, passages and answers of both groups of questions with one library."""
+    return tuple([item for group in GROUPS for item in cases[group, version][part]] for part in range(3))
+
+
+# %% [markdown]
+# The checker is tested on the complete library. Beside it stands what the generator's own forms of sentences say, and the simplest citation: the first passage, whatever it says. The control keeps the passages and the name and takes the answer of *another question*. The trap takes *another fact* of the same person, such as the animal where the trade was asked: a wrong answer that stands in a sentence with the name.
+
+# %%
+rows, found, given = both_groups("complete")
+claimed = [replace(questions[row], answer=text) for row, text in zip(rows, given, strict=True)]
+kind_of = {word: relation for relation, words in world.values.items() for word in words}
+tests = {
+    "supported, by the checker": supported(rows, found, given),
+    "supported, by Shima's own forms": [any(states(p, q) for p in c) for c, q in zip(found, claimed, strict=True)],
+    "supported by the first passage": supported(rows, [passages[:1] for passages in found], given),
+    "the answer of another question": supported(rows, found, given[1:] + given[:1]),
+    "another fact of the same person": [],
+}
+for row, passages in zip(rows, found, strict=True):
+    name, asked_for = (str(questions[row].about[key]) for key in ("name", "relation"))
+    words = {word for passage in passages for word in re.findall(r"\w+", passage)}
+    others = [word for word in words if kind_of.get(word, asked_for) != asked_for]
+    passes = any(supports(passage, name, word) for passage in passages for word in others)
+    tests["another fact of the same person"].append(passes)
+passed = {name: float(np.mean(flags)) for name, flags in tests.items()}
+for name, share in passed.items():
+    print(f"{name:>31}: {share:.0%} of {len(rows)}")
+    lesson.report(f"complete library, {name}", f"{share:.0%}")
+lesson.claim("the checker finds at least 80 % of the answers from the complete library supported",
+             passed["supported, by the checker"], at_least=0.8,
+             control=passed["the answer of another question"], form=".0%")  # fmt: skip
+
+# %%
+table, wrong_but_supported, shown = {}, {}, {}
+for version in LIBRARIES:
+    rows, found, given = both_groups(version)
+    is_right = np.array([text == gold[row] for row, text in zip(rows, given, strict=True)])
+    flags = supported(rows, found, given)
+    kinds = {"supported, right": flags & is_right, "supported, wrong": flags & ~is_right,
+             "unsupported, right": ~flags & is_right, "unsupported, wrong": ~flags & ~is_right}  # fmt: skip
+    shown[version] = {kind: score(int(found.sum()), len(found)) for kind, found in kinds.items()}
+    table[version] = [f"{result.accuracy:.0%}" for result in shown[version].values()]
+    wrong_but_supported[version] = kinds["supported, wrong"].mean()
+show_table(table, list(shown["complete"]))
+alt = "Shares of supported and unsupported, right and wrong answers with three libraries."
+title = "Support tells whether the library says it, not whether it is true"
+show_bars(shown, title, "share of all answers", alt)
 lesson.claim(
-    "in the longer prompts the best place is neither the first nor the last",
-    max(inside) - max(first, last),
-    at_least=0,
+    "from an outdated library at least 30 % of the answers are supported and wrong",
+    wrong_but_supported["fact outdated"],
+    at_least=0.3,
+    control=wrong_but_supported["complete"],
     form=".0%",
 )
-
-
-# %% [markdown]
-# **What you see.** Facts about other people hardly disturb: the model matches names. Lookalikes do disturb, from the first few on, and with enough of them most answers are wrong. Random chunks do no harm until the prompt is longer than anything in training; then reading breaks down. The place of the right sentence tells the same story: it does not matter in prompts that fit into a training row, and does in longer ones. There the two ends are the worst places, the opposite of the U of Liu et al. (2023): the beginning is farther from the question than anything in training was, and the end stands at positions that no training row has. So two causes look alike in a plot over the number of passages: confusion, and length. Fewer and better passages cure both.
-#
-# **When retrieval hurts.** Ask about the best-known people, whose facts the model knows by heart, from three libraries: a complete one, one that *lacks* the fact (the retriever then returns whatever else mentions the person or resembles the question), and an *outdated* one, in which a sentence carries a value that is no longer true.
-
-# %%
-def without_fact(row: int) -> list[str]:
-    """The best passages of a library from which the fact is missing."""
-    found = [chunks[i] for i in rankings["hybrid"][row]]
-    return [chunk for chunk in found if not states(chunk, questions[row]) and questions[row].answer not in chunk][:TOP]
-
-
-known_rows = [row for row, band in enumerate(band_of) if band == "rank 1 to 100"]
-rng = random.Random(f"harm/{seed}")
-prompts, stale = defaultdict(list), []
-for row in known_rows:
-    question, relation = questions[row], str(questions[row].about["relation"])
-    stale.append(rng.choice([value for value in world.values[relation] if value != question.answer]))
-    outdated = rng.choice(RELATIONS[relation].training_statements).format(name=question.about["name"], value=stale[-1])
-    prompts["closed book"].append(question.prompt)
-    prompts["complete library"].append(reading_prompt(picked("hybrid", row), question))
-    prompts["fact missing"].append(reading_prompt(without_fact(row), question))
-    prompts["fact outdated"].append(reading_prompt([outdated, *without_fact(row)[: TOP - 1]], question))
-harm_replies = {name: answer(texts) for name, texts in prompts.items()}
-harm = {name: exact_match(texts, [gold[row] for row in known_rows]) for name, texts in harm_replies.items()}
-for name, result in harm.items():
-    lesson.report(f"frequent facts, {name}", str(result))
-print(f"answers that repeat the outdated fact: {exact_match(harm_replies['fact outdated'], stale)}")
-alt = "Right answers on well-known facts: lower if the library lacks the fact, and far lower if it is outdated."
-plots.show(plots.bars_with_intervals(harm, title="A bad library is worse than none", xlabel="right answers", alt=alt))
-lost = {name: harm["closed book"].accuracy - result.accuracy for name, result in harm.items()}
-lesson.claim("an outdated fact costs at least 20 points", lost["fact outdated"], at_least=0.2, form=".0%")
-lesson.claim("a missing fact costs at least 5 points", lost["fact missing"], at_least=0.05, form=".0%")
+for version in LIBRARIES:
+    lesson.report(f"supported and right, supported and wrong: {version}", " and ".join(table[version][:2]))
 
 # %% [markdown]
-# **What you see.** The model trusts the prompt more than its memory. If the library lacks the fact, some answers that it knew by heart are replaced by what stands in other passages. If the library is outdated, most answers repeat the old value. Retrieval is worth as much as the library, and the risk is largest for the questions that did not need it.
-#
-# ## 14 · Citations
-#
-# **Question.** The answer names its source. How often does the source support it?
-#
-# A base model cannot be asked to cite. But you can ask which passage its answer comes from: show it each passage alone, and see with which one it finds its own answer most probable. A first version looks at all passages, a second only at those in which the answer occurs:
-#
-# $$\text{citation} = \arg\max_i \; \ln p_\theta(a \mid c_i, q)$$
-#
-# A passage **supports** an answer if it states, in a whole sentence, that person, that relation and that value. The test covers all questions with the complete library, and those about strangers once more with the fact missing, where the model can only guess.
-
-# %%
-stranger_rows = [row for row, band in enumerate(band_of) if band == "not in pretraining"]
-guesses = answer([reading_prompt(without_fact(row), questions[row]) for row in stranger_rows])
-cases = [(row, picked("reranked", row), replies["reranked"][row].strip()) for row in range(len(questions))]
-cases += [(row, without_fact(row), guess.strip()) for row, guess in zip(stranger_rows, guesses, strict=True)]
-alone = [(reading_prompt([passage], questions[row]), f" {given}\n") for row, found, given in cases for passage in found]
-worth = sequence_log_probs(model, tokenizer, *zip(*alone, strict=True), batch_size=settings["batch_size"])
-worth = worth.view(len(cases), TOP)  # (answers, passages)
-contained = torch.tensor([[bool(given) and given in passage for passage in found] for _, found, given in cases])
-citations = {
-    "by probability": worth.argmax(1).tolist(),
-    "by probability, if it occurs": (worth + 1000.0 * contained).argmax(1).tolist(),
-    "always the first": [0] * len(cases),
-}
-supported = {
-    method: np.array(
-        [bool(a) and states(found[i], questions[row], a) for (row, found, a), i in zip(cases, cited, strict=True)]
-    )
-    for method, cited in citations.items()
-}
-for number in (0, len(cases) - 1):
-    row, found, given = cases[number]
-    print(queries[row], given, f"[{citations['by probability, if it occurs'][number] + 1}]")
-    print("".join(f"   [{place}] {passage}\n" for place, passage in enumerate(found, start=1)))
-
-
-# %%
-def share(values: np.ndarray) -> Score:
-    """Share of true values with its interval."""
-    return score(int(values.sum()), len(values))
-
-
-library_of = {"fact in the library": slice(0, len(questions)), "fact missing": slice(len(questions), None)}
-support = {
-    name: {method: share(flags[part]) for method, flags in supported.items()} for name, part in library_of.items()
-}
-alt = "Answers that their cited passage supports: most if the fact is in the library, hardly any if it is missing."
-title = "Citations hold where the library does"
-plots.show(plots.bars_with_intervals(support, title=title, xlabel="answers that the citation supports", alt=alt))
-flags = supported["by probability, if it occurs"]
-correct = np.array([given == gold[row] for row, _, given in cases])
-quality = {}
-for name, chosen in {"supported": flags, "not supported": ~flags}.items():
-    quality[name] = share(correct[chosen]) if chosen.any() else score(0, 1)
-    print(f"{name:>13} by the cited passage: {chosen.sum():>3} answers, right: {quality[name]}")
-    lesson.report(f"answers that are {name} by their citation: right", str(quality[name]))
-for method, result in support["fact in the library"].items():
-    lesson.report(f"citation supports the answer, {method}", str(result))
-lesson.claim(
-    "if the fact is there, the citation supports at least 80 % of the answers",
-    flags[: len(questions)].mean(),
-    at_least=0.8,
-    form=".0%",
-)
-gap = quality["supported"].accuracy - quality["not supported"].accuracy
-lesson.claim("supported answers are right at least 30 points more often", gap, at_least=0.3, form=".0%")
-
+# **What you see.** The checker needs neither the truth nor the forms of sentences. It rejects nearly all answers that belong to another question, so it can fail. But it does not look at what was asked: some other fact of the same person, of all that the passages tell, passes in each case. (Many facts are tried here, and one answer in the row above.) It is of use here because the model hardly ever gives an answer of another kind, and in your system you would have to check that. With the complete library most answers are supported and right. With the outdated one many answers are supported and *wrong*: the passage says so, and the passage is old. With the fact deleted no answer can be supported and right, since the sentences that would support it are those that were deleted. Some answers, from memory, are right without any support. So support is a check of the answer against its source. It tells you whether the library says it, which is why a system that answers from documents should make it. It does not tell you whether it is true: that check is the library's.
 
 # %% [markdown]
-# **What you see.** With the fact in the library most citations support their answer. The probability alone errs for people whom the model knows by heart: then every passage makes the answer probable, and it cannot tell where the answer came from. Citing simply the first passage is best here, but only because the reranker has put a passage there that holds the answer. With the fact missing the model answers all the same, cites all the same, and the citation supports next to nothing. So a check of support tells good answers from bad ones without knowing the truth, which is why systems that answer from documents should make it.
-#
 # ## 15 · Exercises
 #
-# Four, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
+# Five, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 
 # %% tags=["exercise"]
 # Exercise 2.1, easy: a vote with weights.
@@ -1431,13 +1586,22 @@ check("2.3", check_diverse, diverse)
 # </details>
 
 # %%
-# For exercise 2.4: frequent facts that the library lacks, and strangers' facts that it has.
-gate_rows = [row for row, band in enumerate(band_of) if band in ("rank 1 to 100", "not in pretraining")]
+# For exercise 2.5: three more ways to write the pairs of section 3.
+NEW_WAYS = {
+    "goat red; without a head": ("", "{} {}; ", "{}"),
+    "Pairs: goat is red; ...": ("Pairs: ", "{} is {}; ", "{} is"),
+    "Pairs: red goat; ... and the word is asked": ("Pairs: ", "{1} {0}; ", "{}"),
+}
+
+# For exercise 2.4: facts known by heart that the library lacks, and strangers' facts that it has.
+gate_rows, gate_retrieved = [], []
+for group, version in (("known by heart", "fact missing"), ("strangers", "complete")):
+    rows, _, given = cases[group, version]
+    gate_rows += rows
+    gate_retrieved += [text == gold[row] for row, text in zip(rows, given, strict=True)]
 closed = [f" {replies['closed book'][row].strip()}\n" for row in gate_rows]
 gate_confidence = sequence_log_probs(model, tokenizer, [questions[row].prompt for row in gate_rows], closed).tolist()
 gate_closed = right["closed book"][gate_rows].tolist()
-missing = [text.strip() == gold[row] for row, text in zip(known_rows, harm_replies["fact missing"], strict=True)]
-gate_retrieved = missing + right["reranked"][gate_rows[len(missing) :]].tolist()
 for name, values in {"closed book": gate_closed, "with retrieval": gate_retrieved}.items():
     print(f"{name:>14}: {np.mean(values):.0%} of {len(values)} right")
 print(f"the better of the two each time: {np.mean(np.maximum(gate_closed, gate_retrieved)):.0%}")
@@ -1486,6 +1650,137 @@ check("2.4", check_gate, retrieve_for)
 #
 # </details>
 
+# %% tags=["exercise"]
+# Exercise 2.5, easy: predict, then measure. What will the three NEW_WAYS above exercise 2.4 score?
+PREDICTION = None  # your guess before you run anything: three shares of right labels (0 to 1), in this order
+
+
+def score_new_ways(games: list) -> list[float]:
+    """Share of right labels for each of NEW_WAYS on the games of `label_games`.
+
+    A reply (`answer` with at most 6 new tokens) ends at ";" or the end of the line, and is right if it is the label
+    and nothing else but white space.
+    """
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_new_ways(score_new_ways, prediction):
+    games = label_games(lesson.scaled(40), num_words=8)
+    shares = score_new_ways(games)
+    guessed = isinstance(prediction, list | tuple) and len(prediction) == len(NEW_WAYS)
+    guessed = guessed and all(isinstance(share, int | float) and 0 <= share <= 1 for share in prediction)
+    expect_true("PREDICTION holds three numbers between 0 and 1, written before you measured", guessed)
+    expect_equal("the number of shares", len(shares), len(NEW_WAYS))
+    for (name, way), share, guess in zip(NEW_WAYS.items(), shares, prediction, strict=True):
+        given = answer([written(way, pairs, key) for pairs, (key, _) in games], 6, stop=(";", "\n"))
+        right_share = np.mean([text.strip() == label for text, (_, (_, label)) in zip(given, games, strict=True)])
+        expect_close(f"the share of {name!r}", float(share), float(right_share), 1e-6)
+        print(f"{name}: you predicted {guess:.0%}, measured are {right_share:.0%}; first reply {given[0]!r}")
+
+
+check("2.5", check_new_ways, score_new_ways, PREDICTION)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# `written(way, pairs, key)` makes the prompt. A game is a list of pairs and the pair that is asked about.
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# What matters is whether the label stands right behind its word. Compare your three guesses with the shares that the check prints. A wrong guess here is worth more than a right one: it shows what you believed about the model without a measurement.
+#
+# ```python
+# PREDICTION = [0.5, 0.5, 0.5]
+#
+# def score_new_ways(games: list) -> list[float]:
+#     shares = []
+#     for way in NEW_WAYS.values():
+#         given = answer([written(way, pairs, key) for pairs, (key, _) in games], 6, stop=(";", "\n"))
+#         shares.append(np.mean([text.strip() == label for text, (_, (_, label)) in zip(given, games, strict=True)]))
+#     return shares
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Quiz
+#
+# Five questions, two of them on a figure of this lesson: those of sections 1 and 5. Choose before you unfold the answer.
+
+# %% [markdown] tags=["quiz"]
+# **1. In the figure of section 1 the strict bar of "instruction" is empty and the lenient one is full. Which sentence does the figure support?**
+#
+# - A. The model does not know the facts when it is instructed.
+# - B. The answers are in the replies, but not alone on the first line.
+# - C. The lenient scorer accepts any reply.
+# - D. The model has learnt to follow instructions.
+#
+# <details><summary>Answer</summary>
+#
+# B. The lenient scorer is no rubber stamp: the answers of other questions it hardly ever finds in the same replies, and in the chat format it finds next to nothing. D does not follow: the model goes on with its own kind of text.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **2. In the figure of section 5 the vote over samples starts below the line of one greedy solution and comes back to it. What would you expect from ten times as many samples?**
+#
+# - A. All sums right, since every mistake is outvoted in the end.
+# - B. A fall, since more samples bring more mistakes.
+# - C. The same as one sample.
+# - D. Little more: where the most frequent answer is wrong, more samples only make it surer.
+#
+# <details><summary>Answer</summary>
+#
+# D. More samples show the most probable answer ever more clearly. They do not change which one it is. Another order of the numbers does.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **3. A report says: "Eight examples raise the accuracy from 7 % to 100 %, so the model learnt the task from the prompt." Which measurement of section 2 speaks against "learnt the task"?**
+#
+# - A. Answers are right where the asked word itself was among the examples, and near chance where it was not.
+# - B. Accuracy is the same with eight and with sixteen examples.
+# - C. The known list is high with one example.
+# - D. Chance for labels is one in eight.
+#
+# <details><summary>Answer</summary>
+#
+# A. The model looks an answer up in the prompt. That is useful, but it is not a rule that it could apply to a new word.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **4. Your new reranker raises MRR from 0.88 to 0.98. What do you put beside it before you ship it?**
+#
+# - A. A larger reranker.
+# - B. nDCG, which also rises.
+# - C. A filter on the name in the question, which costs next to nothing.
+# - D. The training loss of the encoder.
+#
+# <details><summary>Answer</summary>
+#
+# C. A method is judged against the simplest one that could do the same job. Here the question always holds a rare name, and a filter uses that.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **5. A monitor shows that 95 % of a RAG system's answers are supported by the passage that they cite. What follows?**
+#
+# - A. At least 95 % of the answers are true.
+# - B. The library is up to date.
+# - C. Most answers say what the library says; whether that is true depends on the library.
+# - D. The model no longer uses its memory.
+#
+# <details><summary>Answer</summary>
+#
+# C. With the outdated library of section 14 most supported answers are wrong. Support is a check of the answer against its source, not of the source against the world.
+#
+# </details>
+
 # %% [markdown]
 # ## What we saw
 #
@@ -1512,15 +1807,15 @@ for passage, value in zip(results[0], result_scores[0], strict=True):
     print(f"  {value:5.2f}  {passage}")
 
 # %% [markdown]
-# For the dense half, give this notebook an `encoder_id`, for example the sentence-transformers model named beside the parameter. It has read a large part of the web but never a name of Shima: compare its recall with the encoder that you trained in a few seconds.
+# For the dense half, give this notebook an `encoder_id`, for example the sentence-transformers model named beside the parameter. It has read a large part of the web but never a name of Shima: compare its recall with that of the encoder that you trained here.
 #
 # **What is different at scale**
 #
 # | here | a real system |
 # |---|---|
 # | a base model, asked in the format of its documents | a chat model that was tuned to follow instructions (lesson 05); format and order still matter, so test several |
-# | 16,000 chunks, all compared | millions to billions, with an approximate index (HNSW, IVF) in a vector database |
-# | an encoder trained in seconds on made-up pairs | one trained on hundreds of millions of pairs, with hard negatives, then tuned on your own questions |
+# | all chunks compared with each question | millions to billions, with an approximate index (HNSW, IVF) in a vector database |
+# | an encoder trained in seconds on made-up pairs | one trained on very many pairs, with hard negatives, then tuned on your own questions |
 # | the language model as reranker | a cross-encoder of its own, for the first 50 to 200 |
 # | relevance known, since the world is made by a program | judged by people or by a model, on a few hundred real questions that you keep for testing |
 # | a passage is data | a passage may carry instructions to the model: prompt injection (lesson 12) |
@@ -1532,7 +1827,7 @@ for passage, value in zip(results[0], result_scores[0], strict=True):
 #
 # - Brown et al. 2020, *Language Models are Few-Shot Learners*; Min et al. 2022, *Rethinking the Role of Demonstrations*.
 # - Zhao et al. 2021, *Calibrate Before Use*; Lu et al. 2022, *Fantastically Ordered Prompts and Where to Find Them*; Sclar et al. 2024, *Quantifying Language Models' Sensitivity to Spurious Features in Prompt Design*.
-# - Wei et al. 2022, *Chain-of-Thought Prompting Elicits Reasoning in Large Language Models*; Wang et al. 2022, *Self-Consistency Improves Chain of Thought Reasoning*; Yao et al. 2023, *Tree of Thoughts*.
+# - Wei et al. 2022, *Chain-of-Thought Prompting Elicits Reasoning in Large Language Models*; Kojima et al. 2022, *Large Language Models are Zero-Shot Reasoners*; Wang et al. 2022, *Self-Consistency Improves Chain of Thought Reasoning*; Yao et al. 2023, *Tree of Thoughts*.
 # - Lewis et al. 2020, *Retrieval-Augmented Generation for Knowledge-Intensive NLP Tasks*; Gao et al. 2023, *Retrieval-Augmented Generation for Large Language Models: A Survey*.
 # - Robertson & Zaragoza 2009, *The Probabilistic Relevance Framework: BM25 and Beyond*; Lù 2024, *BM25S*.
 # - Karpukhin et al. 2020, *Dense Passage Retrieval*; van den Oord et al. 2018, *Representation Learning with Contrastive Predictive Coding*; Reimers & Gurevych 2019, *Sentence-BERT*.

@@ -433,7 +433,8 @@ control = found["length of the question"].accuracy
 for name in ("confidence", "probe", "self-consistency"):
     lesson.claim(f"{name} tells right answers from wrong ones", found[name].accuracy, at_least=0.8, control=control)
 figure = plots.bars_with_intervals(found, title="Confidence and a probe tell right answers from wrong ones",
-                                   xlabel="AUROC", references={"coin": 0.5})  # fmt: skip
+                                   xlabel="AUROC: pairs of a right and a wrong answer in the right order",
+                                   references={"coin": 0.5})  # fmt: skip
 plots.show(figure, alt="Bars: confidence and probe highest, then samples, then rank; length near 0.5.")
 
 # %% [markdown]
@@ -1754,6 +1755,7 @@ figure = plots.bars_with_intervals(
               "homes in texts right": row["homes in texts right"]} for system, row in table.items()},
     title="What each defence lets through, and what it costs", xlabel="towns told, and answers right",
 )  # fmt: skip
+figure.axes[0].get_legend().set_bbox_to_anchor((1.16, 1.0))  # beside the numbers
 plots.show(
     figure, alt="Towns told by seven systems to the best of seven attacks: many, except behind the strict rule, "
     "which alone answers no question about a home in a text."

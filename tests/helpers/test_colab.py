@@ -173,6 +173,16 @@ def test_a_package_that_moved_under_a_running_session_is_noticed():
     assert replaced_while_loaded(before, before, ["pyarrow"]) == []
 
 
+def test_kaggle_is_told_by_its_own_variable_and_has_its_own_menus(monkeypatch, no_colab):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")  # Kaggle's image has it too
+    assert colab.on_colab() and not colab.on_kaggle()
+    assert colab.how_to("restart").startswith("Runtime >")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    assert colab.on_colab() and colab.on_kaggle()
+    assert colab.how_to("restart").startswith("Run >") and "T4 x2" in colab.how_to("gpu")
+
+
 # ---------------------------------------------------------------- the plan carried out by a real pip
 
 

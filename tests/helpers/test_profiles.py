@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from helpers.errors import CourseError
-from helpers.profiles import PROFILES, ROOT, Hardware, get_profile, profile_name_for
+from helpers.profiles import PROFILES, ROOT, Hardware, get_profile, has_code_for, profile_name_for
 
 NO_GPU = Hardware()
 T4 = Hardware((7, 5), 14.7)
@@ -94,6 +94,34 @@ def test_a_gpu_profile_with_a_model_of_ones_own_falls_back_to_the_cpu():
 def test_no_profile_uses_bfloat16_below_compute_capability_8():
     assert get_profile("large", hardware=V100).dtype == "float16"
     assert get_profile("large", hardware=A100).dtype == "bfloat16"
+
+
+TORCH_OF_2026 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((7, 5), TORCH_OF_2026, True),
+        ((8, 9), TORCH_OF_2026, True),
+        ((12, 1), TORCH_OF_2026, True),
+        ((7, 0), TORCH_OF_2026, False),  # a V100
+        ((6, 0), TORCH_OF_2026, False),  # a P100
+        ((6, 0), ["sm_50", "sm_60", "sm_70"], True),
+        ((10, 0), ["sm_80", "compute_90"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((7, 0), [], True),
+    ],
+)
+def test_torch_runs_on_gpus_that_it_has_code_for(capability, built_for, runs):
+    assert has_code_for(capability, built_for) == runs
+
+
+def test_a_gpu_that_torch_has_no_code_for_is_a_sentence_and_by_itself_the_cpu():
+    p100 = Hardware(unusable="Tesla P100 with compute capability 6.0, where torch 2.11 has sm_75")
+    assert get_profile(hardware=p100) == PROFILES["cpu"]
+    with pytest.raises(CourseError, match=r"cannot run on the GPU here \(Tesla P100.* has sm_75\): choose a runtime"):
+        get_profile("t4", hardware=p100)
 
 
 def test_the_root_is_the_folder_of_the_course():

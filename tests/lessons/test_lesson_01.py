@@ -4,6 +4,7 @@ import re
 from itertools import product
 
 import pytest
+import torch
 
 from course import notebooks
 from helpers.profiles import ROOT
@@ -19,7 +20,8 @@ CELLS = {cell.id: cell.source for cell in notebooks.read_notebook(NOTEBOOK).cell
 def lesson() -> dict:
     """The names that the exercises use, made by the lesson's own cells from a small part of the text."""
     names: dict = {"profile": "cpu", "model_id": "", "text_id": "", "seed": 0, "budget": 0.1}
-    for cell in ("settings", "read-text", "tokenizer", "kneser-ney-code", "kneser-ney-probability"):
+    cells = ["settings", "profile-settings", "read-text", "tokenizer", "count-pairs", "seen-share"]
+    for cell in [*cells, "kneser-ney-code", "kneser-ney-probability", "recall-rows"]:
         exec(CELLS[cell], names)
     exec("ngram = kneser_ney(rows.flatten().tolist(), 4)", names)
     return names
@@ -46,6 +48,18 @@ def test_the_probabilities_of_the_lessons_kneser_ney_model_sum_to_one_after_any_
     for context in [*contexts, [0, 0, 0], [511, 511]]:
         total = sum(lesson["ngram_probability"](lesson["ngram"], context, token) for token in range(lesson["VOCAB"]))
         assert total == pytest.approx(1)
+
+
+def test_an_answer_of_the_recall_task_stands_so_far_back_in_its_row_and_is_the_box_that_is_asked(lesson):
+    for boxes in (2, 4, 16):
+        rows, answers, distances = lesson["recall_rows"](boxes, 50, torch.Generator().manual_seed(1))
+        asked = min(boxes, lesson["ASKED"])
+        assert rows.shape == (50, boxes + asked)
+        for row, right, far in zip(rows.tolist(), answers.tolist(), distances.tolist(), strict=True):
+            assert sorted(token // lesson["LETTERS"] for token in row[:boxes]) == [*range(boxes)]
+            for place, (answer, distance) in enumerate(zip(right, far, strict=True), start=boxes):
+                assert row[place - distance] == answer
+                assert row[place] == boxes * lesson["LETTERS"] + answer // lesson["LETTERS"]
 
 
 def test_the_map_of_the_methods_names_every_other_lesson():
@@ -79,11 +93,25 @@ def test_the_check_of_typical_finds_other_orders_a_lost_token_and_changed_logits
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten_starts(lesson):
+def test_the_check_of_the_predicted_share_finds_another_length_another_part_and_no_prediction(lesson):
     exercise = EXERCISES["1.3"]
     source = exercise.solution
     wrong = [
+        planted(source, "seen_share(tokens, 3)", "seen_share(tokens, 2)"),
+        planted(source, "// 10], 3)", "// 10], 2)"),
+        planted(source, "tokens[: len(tokens) // 10]", "tokens[::10]"),
+        planted(source, "PREDICTION = 0.4", "PREDICTION = None"),
+        planted(source, "PREDICTION = 0.4", "PREDICTION = 40"),
+    ]
+    prove_check(exercise, lesson, wrong)
+
+
+def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten_starts(lesson):
+    exercise = EXERCISES["1.4"]
+    source = exercise.solution
+    wrong = [
         planted(source, "[:width]", "[:1]"),
+        planted(source, "[:width]", "[: width ** (len(longer[0][0]) - len(start))]"),
         planted(source, "score + added", "added"),
         planted(source, ", reverse=True", ""),
         planted(source, "(list(start), 0.0)", "([], 0.0)"),
@@ -98,7 +126,7 @@ def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten
 
 
 def test_the_check_of_the_better_model_finds_no_gain_and_what_is_no_distribution(lesson):
-    exercise = EXERCISES["1.4"]
+    exercise = EXERCISES["1.5"]
     only_the_table = "    return ngram_probability(tables, context, token)"
     wrong = [
         exercise.stub.replace("    raise NotImplementedError", only_the_table),

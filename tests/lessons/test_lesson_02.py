@@ -1,9 +1,14 @@
 """Lesson 02: its checks tell right from wrong attempts, and it runs with a model and an encoder from the hub."""
 
+import ast
 import math
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -19,8 +24,8 @@ EXERCISES = read_exercises(NOTEBOOK)
 NAMES = {"math": math, "random": random, "np": np, "torch": torch, "F": F, "Tensor": Tensor}
 
 
-def test_there_are_four_exercises() -> None:
-    assert list(EXERCISES) == ["2.1", "2.2", "2.3", "2.4"]
+def test_there_are_five_exercises() -> None:
+    assert list(EXERCISES) == ["2.1", "2.2", "2.3", "2.4", "2.5"]
 
 
 def test_the_check_of_the_weighted_vote_is_proven() -> None:
@@ -77,6 +82,68 @@ def test_the_check_of_the_gate_is_proven() -> None:
         planted(solution, "math.log(0.8)", "-2.45"),  # hardly ever looks anything up
     ]
     prove_check(EXERCISES["2.4"], {**NAMES, **outcomes}, wrong)
+
+
+def test_the_check_of_the_new_ways_finds_other_prompts_endings_and_a_missing_prediction() -> None:
+    rng = random.Random(0)
+    games = [[(f"word{i}", rng.choice(("red", "blue"))) for i in range(3)] for _ in range(6)]
+
+    def reply(prompt: str, stop: tuple[str, ...]) -> str:
+        """A model that copies what stands behind the earlier copy of the last word, and goes on after it."""
+        key = prompt.split()[-1]
+        text = " " + " ".join(prompt.split()[prompt.split().index(key) + 1 :][:2]) + " "
+        return text[: min((text.find(sign) for sign in stop if sign in text), default=len(text))]
+
+    names = {
+        **NAMES,
+        "NEW_WAYS": {"plain": ("", "{} {}; ", "{}"), "is": ("Pairs: ", "{} is {}; ", "{}")},
+        "label_games": lambda n, num_words: [(pairs, pairs[0]) for pairs in games],
+        "lesson": SimpleNamespace(scaled=lambda number: number),
+        "written": lambda way, pairs, key: (
+            way[0] + "".join(way[1].format(*pair) for pair in pairs) + way[2].format(key)
+        ),
+        "answer": lambda prompts, max_new_tokens, stop=("\n",): [reply(prompt, stop) for prompt in prompts],
+    }
+    solution = planted(EXERCISES["2.5"].solution, "[0.5, 0.5, 0.5]", "[0.5, 0.5]")  # two ways here
+    wrong = [
+        planted(solution, "[0.5, 0.5]", "None"),
+        planted(solution, "[0.5, 0.5]", "[50, 50]"),
+        planted(solution, '(";", "\\n")', '("\\n",)'),  # reads on over the end of the pair
+        planted(solution, "text.strip() == label", "text == label"),
+        planted(solution, "text.strip() == label", "True"),
+        planted(solution, "    return shares", "    return shares[:1]"),
+    ]
+    prove_check(replace(EXERCISES["2.5"], solution=solution), names, wrong)
+
+
+def test_the_support_checker_wants_name_and_answer_in_one_sentence_and_as_whole_words() -> None:
+    supports = defined("supports")["supports"]
+    assert supports("Bihedi keeps a goat. Kuku is far.", "Bihedi", "goat")
+    assert not supports("Bihedi keeps a goat. Kuku is far.", "Bihedi", "Kuku")
+    assert not supports("Bihedi keeps a goat.", "Bihedi", "go") and not supports("Bihedi eats.", "Bihedi", "")
+
+
+def test_a_wrong_example_stands_where_it_is_asked_for() -> None:
+    in_order = defined("in_order")["in_order"]
+    pairs = [("a", "red"), ("b", "blue"), ("c", "pink"), ("d", "grey")]
+    order = random.Random(1).sample(range(12), 12)
+    clean = in_order(order, pairs, pairs[1], "green", None)
+    assert sorted(clean) == sorted(3 * pairs)
+    for turn in range(3):
+        shown = in_order(order, pairs, pairs[1], "green", turn)
+        assert [label for word, label in shown if word == "b"].index("green") == turn
+        assert sum(one != other for one, other in zip(clean, shown, strict=True)) == 1
+
+
+def defined(name: str) -> dict:
+    """Run the code cell that defines the function, in a namespace of its own."""
+    source = next(
+        c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code" and f"def {name}(" in c.source
+    )
+    namespace = {**NAMES, "re": re}
+    definitions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    exec(compile(ast.Module(definitions, []), f"<{name}>", "exec"), namespace)
+    return namespace
 
 
 @pytest.mark.slow

@@ -140,12 +140,6 @@ def test_the_check_of_the_predicted_peak_finds_moments_that_sgd_does_not_have(le
 
 
 @pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path):
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
 def test_the_lesson_runs_on_a_model_in_hub_format(tiny_model_folder, tmp_path):
     parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "seed": 1, "budget": 0.1}
     parameters |= {"calculator_model": "meta-llama/Llama-3.2-1B", "calculator_gpu": "L4"}

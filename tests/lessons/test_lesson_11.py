@@ -248,9 +248,3 @@ def test_the_lesson_runs_on_a_model_in_the_hubs_format(tiny_model_folder: Path, 
     assert "holds: all eight ways give what one process gives" in said
     assert "holds: gradient checkpointing leaves the model's gradients as they are" in said
     assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path: Path) -> None:
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)

@@ -356,9 +356,3 @@ def test_the_lesson_runs_on_a_model_in_the_hubs_format(chat_model_folder: Path, 
     assert "holds: the report has its schema, and the towns told can be counted again from it" in said
     assert "DOES NOT HOLD: the guard refuses" in said  # the model is random: the lesson reports, and goes on
     assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path: Path) -> None:
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.03}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)

@@ -250,9 +250,3 @@ def test_the_lesson_runs_on_a_model_in_the_hubs_format(tiny_model_folder: Path, 
     assert "DOES NOT HOLD: the policy finds a shortest way" in said  # the model is random: it reports, and goes on
     assert "holds: with exact values the tree search finds a shortest route for every pair of towns" in said
     assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path: Path) -> None:
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)

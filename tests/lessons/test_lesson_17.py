@@ -164,10 +164,3 @@ def test_the_lesson_runs_on_a_model_in_the_hubs_format(chat_model_folder: Path, 
     assert "holds: the adapter that was written by hand gives the same answers in peft" in said
     assert "the commands are not run" in said
     assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path: Path) -> None:
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.04}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)
-    assert "holds: the forged folder passes score, and is refused by reproduce" in said

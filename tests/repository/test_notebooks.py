@@ -97,13 +97,13 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_markdown_cell("**You will** draw a line.\n\nPrerequisites: 01."),
         new_code_cell(SETUP_CELL, metadata={"tags": ["setup"]}),
         new_code_cell('profile = ""\nseed: int = 0\nmodel_id = ""', metadata={"tags": ["parameters"]}),
+        new_code_cell(settings),
         new_markdown_cell(
             "## 1 · A line\n\n```python\n## not a heading\n```\n\n![a line](../figures/line.png)", metadata=CORE
         ),
         new_code_cell(plot, metadata={"tags": ["headline"]}),
         new_markdown_cell(f"## 2 · Its ends\n\n{FURTHER}", metadata={"tags": ["further"]}),
         new_code_cell("ends = 0, 1"),
-        new_code_cell(settings),
         new_markdown_cell("## Exercises"),
         *(cell for number in (1, 2, 3) for cell in exercise(number)),
         new_markdown_cell("## Quiz"),
@@ -221,6 +221,9 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: cell_with(n, "## 2 · Its ends").update(source="## 2 · Its ends"),
         lambda n: n.cells.extend(new_code_cell("1") for _ in range(45)),
     ],
+    structure.its_core_path_uses_no_name_of_a_further_section: [
+        lambda n: cell_with(n, "lesson.summary()").update(source="lesson.summary()\nends"),
+    ],
     structure.there_is_a_quiz_of_five_questions: [
         lambda n: n.cells.remove(cell_with(n, "Which line")),
         lambda n: n.cells.remove(cell_with(n, "## Quiz")),
@@ -283,8 +286,8 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: image(n).data.update({"text/plain": "<Figure size 640x480 with 1 Axes>"}),
         lambda n: image(n).data.update({"image/svg+xml": "<svg/>"}),
         lambda n: image(n).data.update({"text/html": "<img src='a.png'>"}),
-        lambda n: n.cells[4].update(source="![](../figures/line.png)"),
-        lambda n: n.cells[4].update(source='<img src="a.png" alt="" width="10">'),
+        lambda n: cell_with(n, "## 1 · A line").update(source="![](../figures/line.png)"),
+        lambda n: cell_with(n, "## 1 · A line").update(source='<img src="a.png" alt="" width="10">'),
     ],
     structure.one_figure_is_the_headline: [
         lambda n: cell_with(n, "Figure()").metadata.clear(),

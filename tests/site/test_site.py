@@ -14,6 +14,7 @@ from bs4 import BeautifulSoup, Tag
 
 from course import notebooks
 from course.claims.ledger import read_ledger
+from course.site.chromium import FLAGS, NAMES
 from course.slides.sections import figures
 from helpers.colab import badge
 from helpers.profiles import ROOT
@@ -22,17 +23,7 @@ from tests.site.calculator_cases import CASES
 pytestmark = pytest.mark.slow
 NOTEBOOKS = notebooks.select_notebooks()
 CASE_ROWS = json.loads(CASES.read_text(encoding="utf-8"))
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def build(out: Path, folder: Path = ROOT) -> subprocess.CompletedProcess:
@@ -252,7 +243,8 @@ def resize(page, width: int) -> None:
 
 
 # A lesson holds up to 20,000 pieces of coloured code, and axe would look at each. One of each kind stays, with the
-# colours that all of its kind have; a formula, drawn in the colour of the text, stays as a name.
+# colours that all of its kind have; a formula, drawn in the colour of the text, stays as a name; of a long table the
+# first rows stay.
 ONE_OF_EACH_KIND = """() => {
     const seen = new Set();
     for (const span of document.querySelectorAll('.highlight pre span')) {
@@ -261,6 +253,7 @@ ONE_OF_EACH_KIND = """() => {
         seen.add(kind);
     }
     for (const pre of document.querySelectorAll('pre')) pre.normalize();
+    for (const row of document.querySelectorAll('tbody tr:nth-child(n + 9)')) row.remove();
     for (const drawing of document.querySelectorAll('mjx-container > *')) drawing.replaceWith('formula');
     const style = document.createElement('style');
     style.textContent = '* {transition: none !important}';

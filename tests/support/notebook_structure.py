@@ -1,13 +1,16 @@
 """The conventions that every committed notebook keeps, each as a function that yields what is wrong.
 
 A function takes the notebook and its file name without .ipynb. The module reads sources, outputs and metadata; it
-executes nothing.
+executes nothing of the notebook.
 """
 
 import ast
 import getpass
+import json
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -30,10 +33,7 @@ QUIZ = re.compile(
 )
 # Lessons that were written before there were core sections and a quiz. A revised lesson leaves this list.
 WITHOUT_CORE_AND_QUIZ = (
-    "01_overview",
-    "02_prompting_and_rag",
     "03_pretraining",
-    "04_scaling_laws",
     "06_peft",
     "08_rlhf",
     "09_dpo",
@@ -220,6 +220,23 @@ def sections_are_core_or_further(notebook: NotebookNode, stem: str) -> Iterator[
     core = [c for c in code_cells(notebooks.core_path(notebook)) if not {"exercise", "check"} & {*notebooks.tags(c)}]
     if len(core) > MAX_CORE_CELLS:
         yield f"its core path has {len(core)} code cells, more than {MAX_CORE_CELLS}: tag a section further"
+
+
+@convention
+def its_core_path_uses_no_name_of_a_further_section(notebook: NotebookNode, stem: str) -> Iterator[str]:
+    if stem in WITHOUT_CORE_AND_QUIZ:
+        return
+    core = notebooks.core_path(notebook)
+    core.cells = [cell for cell in core.cells if not {"exercise", "check"} & {*notebooks.tags(cell)}]
+    undefined = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json"]
+    found = subprocess.run(
+        [*undefined, "--stdin-filename", f"{stem}.ipynb", "-"],
+        input=nbformat.writes(core),
+        capture_output=True,
+        text=True,
+    )
+    for finding in json.loads(found.stdout):
+        yield f"without its further sections: {finding['message'].lower()}"
 
 
 # Exercises and quiz

@@ -1,0 +1,1 @@
+"""Runs the lessons as on a GPU, without one: true sizes, true formats, memory counted, and no numbers computed."""

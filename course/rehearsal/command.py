@@ -1,0 +1,83 @@
+"""`python -m course rehearse`: run the lessons on a GPU that is not there, and say what fits and what fails."""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from course.arguments import add_notebooks
+from course.notebooks import select_notebooks
+from course.rehearsal import hub
+from course.rehearsal.report import REPORT, Rehearsed, collect, read_report, write_report
+from course.runner import run
+from helpers.errors import CourseError
+from helpers.memory.gpus import CONTEXT
+from helpers.profiles import PROFILES, ROOT
+
+GPUS_OF = {"t4": "T4", "large": "A100-40GB"}  # the smallest device that a profile is for
+SPARE = 0.05  # share of the device's memory that a lesson leaves free
+STARTUP = (
+    "import sys; sys.path.insert(0, {root!r}); from course.rehearsal import startup; startup.wait(**{settings!r});"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    add_notebooks(parser)
+    parser.add_argument("--only", nargs="+", metavar="LESSON", help="lessons, such as 03 05")
+    parser.add_argument("--profile", choices=sorted(GPUS_OF), default="t4")
+    parser.add_argument("--budget", type=float, default=1.0, help="share of all steps and questions")
+    parser.add_argument("--fresh", action="store_true", help="rehearse also what has not changed")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "rehearsal", help="folder for models and notebooks"
+    )
+    parser.add_argument("--report", type=Path, default=REPORT, help="file for what was found")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Exit status 1 if a lesson does not fit, or a cell raised."""
+    notebooks, out = select_notebooks(options.notebooks.resolve(), options.only), options.out.resolve()
+    profiles = read_report(options.report)
+    lessons = profiles.setdefault(options.profile, {})
+    model = hub.model_folder(PROFILES[options.profile], out / "models")
+    for path in notebooks:
+        lessons[path.stem] = rehearse(path, options.profile, model, out, budget=options.budget, fresh=options.fresh)
+        write_report(profiles, options.report)
+    print(f"{'lesson':<28}{'tensors':>9}{'device':>9}{'fits':>6}{'seconds':>9}{'errors':>8}{'unreached':>11}")
+    for path in notebooks:
+        print(line(path.stem, lessons[path.stem]))
+    found = [lessons[path.stem] for path in notebooks]
+    return 0 if all(lesson.fits and not lesson.errors for lesson in found) else 1
+
+
+def rehearse(
+    notebook: Path, profile: str, model: Path, out: Path, *, budget: float = 1.0, fresh: bool = False
+) -> Rehearsed:
+    """Execute the notebook with this model on the profile's device; if nothing has changed, read what it left."""
+    stories, chats = hub.write_rows(out / "rows")
+    settings = {"gpu": GPUS_OF[profile], "spare": SPARE, "stories": str(stories), "chats": str(chats)}
+    own = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    try:
+        (row,) = run(
+            [notebook],
+            out / profile,
+            profile=profile,
+            model_id=str(model),
+            budget=budget,
+            fresh=fresh,
+            environment={"HF_HUB_OFFLINE": "1", "LLM_WORKBOOK_REHEARSAL": hashlib.sha256(own).hexdigest()},
+            startup=STARTUP.format(root=str(ROOT), settings=settings),
+            keep_going=True,
+        )
+    except OSError as error:
+        raise CourseError(f"Cannot write to {out} ({error.strerror}): make room, or use --out.") from None
+    return collect(out / profile / notebook.name, row, CONTEXT)
+
+
+def line(name: str, lesson: Rehearsed) -> str:
+    """A lesson's line in the table, and below it what is wrong."""
+    text = (
+        f"{name:<28}{lesson.peak_gib:>5.1f} GiB{lesson.device_gib:>5.1f} GiB{'yes' if lesson.fits else 'NO':>6}"
+        f"{lesson.seconds:>9.0f}{len(lesson.errors):>8}{len(lesson.never_reached):>7}/{lesson.statements}"
+    )
+    wrong = [f"does not fit: {cell}" for cell in lesson.too_large] + lesson.errors + lesson.emulated
+    return "\n    ".join([text, *wrong])

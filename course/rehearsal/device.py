@@ -1,0 +1,333 @@
+"""A GPU that is not there: its tensors have a shape, a number format and a place in memory, and no numbers.
+
+A lesson's own cells run on it at true size in seconds: every operation on the device is carried out on PyTorch's
+`meta` device, which knows the shapes of results and computes nothing, and what it allocates is counted. It refuses
+what a GPU refuses: tensors of two devices in one operation, two number formats in one matrix product, a generator of
+the CPU. Small tensors whose numbers are known, such as token ids and masks, keep them (`values`), so that a lesson's
+loops and conditions take the way that they would take. Tensors of the CPU are left alone.
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from course.rehearsal import shapes, values
+from course.rehearsal.allocator import Allocator
+from course.rehearsal.shapes import convert, tensors_of
+
+aten = torch.ops.aten
+DEVICE, META, CPU = torch.device("cuda", 0), torch.device("meta"), torch.device("cpu")
+
+ONE_FORMAT = {  # matrix products and the like, which do not convert
+    aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv, aten.dot, aten.convolution,
+    aten.native_layer_norm, aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_flash_attention,
+}  # fmt: skip
+# A tensor of the CPU may stand beside one of the GPU as an index or as the source of a copy, and if it is one number.
+CPU_ALLOWED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten.copy_, aten._foreach_copy_}
+# Kernels that only change their arguments, and that no CPU build has for `meta`.
+IN_PLACE = {
+    aten._fused_adamw_, aten._fused_adam_, aten._fused_sgd_, aten._amp_foreach_non_finite_check_and_unscale_,
+    aten._amp_update_scale_, aten.record_stream,
+}  # fmt: skip
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor of the device. PyTorch's autograd and autocast treat it as any other."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Reached where the mode is not, such as in another thread."""
+        return Device.current.run(func, args, kwargs or {})
+
+    device = property(lambda self: DEVICE)
+    is_cuda = property(lambda self: True)
+    is_meta = property(lambda self: False)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """As of any tensor; setting it gives this tensor another's memory."""
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, other: torch.Tensor) -> None:
+        if not isinstance(other, DeviceTensor):
+            raise RuntimeError("rehearsal: a tensor of the device was given the data of one on the CPU")
+        torch.Tensor.data.__set__(self, other)
+        self.meta = other.meta
+
+    def to(self, *arguments, copy: bool = False, **settings) -> torch.Tensor:
+        """As of any tensor: itself if nothing changes."""
+        if arguments and isinstance(arguments[0], torch.Tensor):
+            arguments = (arguments[0].device, arguments[0].dtype)
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*arguments, **settings)
+        options = {"copy": copy} | ({"memory_format": memory_format} if memory_format else {})
+        if device is None or device.type == "cuda":
+            return torch._C.TensorBase.to(self, dtype or self.dtype, **options)
+        return torch._C.TensorBase.to(self, device, dtype or self.dtype, **options)
+
+    def cuda(self, *_, **__) -> torch.Tensor:
+        """Itself: it is there already."""
+        return self
+
+    def type(self, dtype=None, **_):
+        """As of any tensor."""
+        return (
+            f"torch.cuda.{self.dtype}".replace("torch.cuda.torch.", "torch.cuda.") if dtype is None else self.to(dtype)
+        )
+
+    def numpy(self, *_, **__):
+        """Refused, as for a tensor of a GPU."""
+        raise TypeError(
+            "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
+            "first."
+        )
+
+    __array__ = numpy
+
+    def tolist(self) -> list:
+        """Its numbers, read from the device."""
+        return self.detach().cpu().tolist()
+
+    def new_tensor(self, data, dtype=None, requires_grad: bool = False, **_) -> torch.Tensor:
+        """A tensor of the device."""
+        return torch.tensor(data, dtype=dtype or self.dtype, device=DEVICE, requires_grad=requires_grad)
+
+    def data_ptr(self) -> int:
+        """Its address on the device."""
+        return Device.current.address(self) + self.storage_offset() * self.element_size()
+
+    def pin_memory(self, *_) -> torch.Tensor:
+        """Refused, as for a tensor of a GPU."""
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+
+    def get_device(self) -> int:
+        """The number of the device."""
+        return 0
+
+    def __repr__(self, **_) -> str:
+        """What stands there in place of numbers."""
+        return f"tensor(..., device='cuda:0', size={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __format__(self, form: str) -> str:
+        """A single number is read and formatted."""
+        return self.item().__format__(form) if self.dim() == 0 else repr(self)
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        """A copy with memory of its own, as of any tensor or parameter."""
+        if id(self) not in memo:
+            if not self.is_leaf:
+                raise RuntimeError("Only Tensors created explicitly by the user support the deepcopy protocol")
+            with torch.no_grad():
+                copied = self.detach().clone().requires_grad_(self.requires_grad)
+            if getattr(self, "_is_param", False):
+                copied._is_param = True
+            elif self.grad is not None:
+                copied.grad = self.grad.__deepcopy__(memo)
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+
+class Device(TorchDispatchMode):
+    """The device: entered once, it carries out every operation on its tensors, and counts their memory."""
+
+    current: "Device"
+
+    def __init__(self, allocator: Allocator, capability: tuple[int, int]) -> None:
+        """A device with this memory and this compute capability."""
+        super().__init__()
+        Device.current = self
+        self.allocator, self.capability = allocator, capability
+        self.addresses: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage -> address
+        self.numbers = values.Values()
+        self.generators: dict[int, torch.Generator] = {}  # of the device, by address; PyTorch wraps them anew
+        self.reads = 0  # how often the CPU waited for numbers of the device
+        self.emulated: set[str] = set()  # operations in a format that the device lacks
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Carry out an operation of whichever device."""
+        return self.run(func, args, kwargs or {})
+
+    # Tensors
+
+    def place(self, meta: torch.Tensor) -> DeviceTensor:
+        """The tensor of the device that has the memory of `meta`, counted if it is new."""
+        storage = meta.untyped_storage()
+        if storage not in self.addresses:
+            address = self.allocator.allocate(storage.nbytes()) if storage.nbytes() else 0
+            self.addresses[storage] = address
+            if address:
+                weakref.finalize(storage, self.allocator.release, address).atexit = False
+        placed = torch.Tensor._make_subclass(DeviceTensor, meta, False, device_for_backend_keys=DEVICE)
+        placed.meta = meta
+        return placed
+
+    def take(self, numbers: torch.Tensor) -> DeviceTensor:
+        """A copy of a tensor of the CPU, on the device."""
+        placed = self.place(torch.empty_like(numbers, device=META))
+        if values.is_small(numbers):
+            self.numbers.learn(placed.meta, numbers)
+        return placed
+
+    def address(self, tensor: DeviceTensor) -> int:
+        """Where the tensor's memory begins."""
+        return self.addresses[tensor.meta.untyped_storage()]
+
+    def read(self, tensor: DeviceTensor) -> torch.Tensor:
+        """The tensor's numbers on the CPU, made up where they are not known."""
+        self.reads += 1
+        return self.numbers.read(tensor.meta)
+
+    # Operations
+
+    def run(self, func, args: tuple, kwargs: dict[str, Any]):
+        """Carry out one operation."""
+        tensors = tensors_of(args) + tensors_of([*kwargs.values()]) if kwargs else tensors_of(args)
+        here = [tensor for tensor in tensors if type(tensor) is DeviceTensor]
+        asked = kwargs.get("device")
+        if not here and (asked is None or asked.type == "cpu" or (asked.type == "meta" and _is_meant(tensors))):
+            self._check_generator(kwargs, "cpu")
+            return func(*args, **kwargs)
+        if _is_composite(func):  # in inference mode nobody has taken it apart before
+            with self:
+                return func.decompose(*args, **kwargs)
+        packet = func.overloadpacket
+        if (special := SPECIAL.get(packet)) is not None:
+            return special(self, func, args, kwargs)
+        self._check(packet, tensors, here, kwargs)
+        if packet in IN_PLACE:
+            return None
+        return self.carry_out(func, args, kwargs, here)
+
+    def carry_out(self, func, args: tuple, kwargs: dict[str, Any], here: list[DeviceTensor]):
+        """Do it on `meta`, place what comes out, and follow the numbers that are known."""
+        settings = kwargs
+        if kwargs:
+            settings = {name: convert(value, _meta_of) for name, value in kwargs.items()}
+            settings.update({name: value for name, value in (("device", META), ("generator", None)) if name in kwargs})
+        result = shapes.carry_out(func, convert(args, _meta_of), settings)
+        owners = {id(tensor.meta): tensor for tensor in here}
+        placed = convert(result, lambda meta: owners[id(meta)] if id(meta) in owners else self.place(meta))
+        if self.capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in tensors_of(result)):
+            self.emulated.add(f"bfloat16 in {func.overloadpacket.__name__}")
+        if torch.Tag.inplace_view in func.tags:
+            torch.Tensor.data.__set__(here[0], self.place(here[0].meta))
+        self.numbers.follow(func, args, kwargs, here, tensors_of(result))
+        return placed
+
+    def _check(self, packet, tensors: list[torch.Tensor], here: list[DeviceTensor], kwargs: dict[str, Any]) -> None:
+        """Refuse what a GPU refuses, in its words."""
+        strangers = [t for t in tensors if type(t) is not DeviceTensor and t.dim() > 0 and t.device.type == "cpu"]
+        if strangers and packet not in CPU_ALLOWED:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"(when carrying out {packet.__name__} with shapes {[tuple(t.shape) for t in tensors]})"
+            )
+        if packet in ONE_FORMAT:
+            formats = {tensor.dtype for tensor in here if tensor.is_floating_point()}
+            if len(formats) > 1:
+                raise RuntimeError(
+                    f"expected all tensors of {packet.__name__} to have the same dtype, but found "
+                    f"{' and '.join(sorted(map(str, formats)))}"
+                )
+        self._check_generator(kwargs, "cuda")
+
+    def _check_generator(self, kwargs: dict[str, Any], device: str) -> None:
+        if (generator := kwargs.get("generator")) is not None:
+            found = "cuda" if generator._cdata in self.generators else "cpu"
+            if found != device:
+                raise RuntimeError(f"Expected a '{device}' device type for generator but found '{found}'")
+
+
+def _is_meant(tensors: list[torch.Tensor]) -> bool:
+    """Whether `meta` was asked for by someone who builds a model without memory, and not by autograd for a result.
+
+    PyTorch's C++ takes the tensors of the device for tensors of `meta`, and asks for more of them.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return False
+    built = bool(tensors) and all(tensor.device.type == "meta" for tensor in tensors)
+    return built or torch.utils._device.CURRENT_DEVICE == META
+
+
+def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.meta if type(tensor) is DeviceTensor else tensor
+
+
+@cache
+def _is_composite(func) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+# Operations that move numbers between the devices, or whose result depends on them
+
+
+def _to_copy(device: Device, func, args, kwargs):
+    source, asked = args[0], kwargs.get("device")
+    rest = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory", "non_blocking")}
+    if type(source) is DeviceTensor:
+        if asked is None or asked.type != "cpu":
+            return device.carry_out(func, args, rest, [source])
+        return func(device.read(source), **rest)
+    return device.take(func(source, **rest))
+
+
+def _copy(device: Device, func, args, kwargs):
+    target, source, *_ = args
+    if type(target) is not DeviceTensor:
+        return func(target, device.read(source))
+    if type(source) is not DeviceTensor and source.dim():
+        source = device.take(source)
+    return device.carry_out(func, (target, source), {}, [t for t in (target, source) if type(t) is DeviceTensor])
+
+
+def _item(device: Device, func, args, kwargs):
+    return device.read(args[0]).item()
+
+
+def _index(device: Device, func, args, kwargs):
+    """A mask stands for the places where it is true; indices may be on the CPU."""
+    source, indices, *rest = args
+    found = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            numbers = device.numbers.read(index.meta) if type(index) is DeviceTensor else index
+            found += map(device.take, numbers.nonzero().unbind(1))
+        else:
+            found.append(index if index is None or type(index) is DeviceTensor else device.take(index))
+    arguments = (source, found, *rest)
+    device._check(func.overloadpacket, tensors_of([source, *rest]), [], kwargs)
+    here = [tensor for tensor in tensors_of(arguments) if type(tensor) is DeviceTensor]
+    return device.carry_out(func, arguments, kwargs, here)
+
+
+def _by_numbers(device: Device, func, args, kwargs):
+    """Compute it from the numbers, and place the results on the device."""
+    device._check(func.overloadpacket, tensors_of(args), [], kwargs)
+
+    def fetch(tensor: torch.Tensor) -> torch.Tensor:
+        return device.numbers.read(tensor.meta) if type(tensor) is DeviceTensor else tensor
+
+    settings = {name: convert(value, fetch) for name, value in kwargs.items()}
+    return convert(func(*convert(args, fetch), **settings), device.take)
+
+
+SPECIAL: dict[object, Callable] = {
+    aten._to_copy: _to_copy,
+    aten.copy_: _copy,
+    aten._local_scalar_dense: _item,
+    aten.index: _index,
+    aten.index_put: _index,
+    aten.index_put_: _index,
+    aten._index_put_impl_: _index,
+    **dict.fromkeys(
+        (aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount,
+         aten.equal, aten.repeat_interleave, aten.histc, aten.multinomial),
+        _by_numbers,
+    ),
+}  # fmt: skip

@@ -1,0 +1,122 @@
+"""The numbers of tensors of the device, where they are known, and made-up ones where someone asks for them.
+
+Known are small tensors that came from the CPU or were computed from known ones alone: token ids, masks, positions,
+counters. What comes out of a model is not known; who reads it gets plausible numbers: a loss between 0.5 and 1.5, any
+token of the vocabulary. The numbers belong to a storage, so that views share them and writing into one is seen by all.
+"""
+
+import weakref
+
+import numpy as np
+import torch
+
+from course.rehearsal.shapes import convert, places_written, tensors_of
+
+aten = torch.ops.aten
+FLOATS, OTHERS = 2**14, 2**22  # elements up to which numbers are kept
+LAZY = 2**20  # from here on made-up numbers are zeros, which take no memory until they are written
+# Operations that say where something stands in numbers -> which of their results that is.
+WHICH = {aten.argmax: 0, aten.argmin: 0, aten.argsort: 0, aten.searchsorted: 0, aten.sort: 1, aten.topk: 1,
+         aten.max: 1, aten.min: 1}  # fmt: skip
+# What is true of numbers as they should be.
+ALWAYS = {aten.isnan: False, aten.isinf: False, aten.isfinite: True, aten.isclose: True, aten.any: False,
+          aten.all: True}  # fmt: skip
+
+
+def is_small(meta: torch.Tensor) -> bool:
+    """Whether the numbers of such a tensor are kept."""
+    return meta.numel() <= (FLOATS if meta.is_floating_point() else OTHERS)
+
+
+class Values:
+    """Storage on `meta` -> storage on the CPU with the numbers that it would hold."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.random = np.random.default_rng(0)
+
+    def of(self, meta: torch.Tensor) -> torch.Tensor | None:
+        """The numbers of the tensor, sharing memory with those of its storage; None if they are not known."""
+        storage = self.known.get(meta.untyped_storage())
+        if storage is None:
+            return None
+        return torch.empty(0, dtype=meta.dtype).set_(storage, meta.storage_offset(), meta.shape, meta.stride())
+
+    def learn(self, meta: torch.Tensor, numbers: torch.Tensor | None) -> None:
+        """From now on these are the numbers of a tensor that has its storage to itself, or they are not known."""
+        storage = meta.untyped_storage()
+        self.known.pop(storage, None)
+        if numbers is None or not storage.nbytes():
+            return
+        kept = torch.zeros(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+        view = torch.empty(0, dtype=meta.dtype).set_(kept, meta.storage_offset(), meta.shape, meta.stride())
+        if meta.numel() and 0 not in meta.stride():
+            view.copy_(numbers.detach())
+            self.known[storage] = kept
+
+    def read(self, meta: torch.Tensor) -> torch.Tensor:
+        """A copy of the numbers, made up if they are not known; who asks again is told the same."""
+        if (numbers := self.of(meta)) is not None:
+            return numbers.clone()
+        made = self._make_up(meta)
+        if is_small(meta) and meta.numel() * meta.element_size() == meta.untyped_storage().nbytes():
+            self.learn(meta, made)
+        return made
+
+    def follow(self, func, args: tuple, kwargs: dict, here: list, results: list[torch.Tensor]) -> None:
+        """After an operation: compute its numbers if all that went in is known, and forget what it overwrote if not."""
+        written = places_written(func)
+        if all(tensor.meta.untyped_storage() in self.known for tensor in here):
+            old = {tensor.meta.untyped_storage()._cdata for tensor in here}
+            fresh = [result.untyped_storage()._cdata not in old for result in results]
+            if all(is_small(result) for result, new in zip(results, fresh, strict=True) if new):
+                if any(fresh) or written:
+                    self._compute(func, args, kwargs, results, fresh)
+                return
+        for place in written:
+            for tensor in tensors_of(args[place]) if place < len(args) else ():
+                self.known.pop(tensor.meta.untyped_storage(), None)
+        packet = func.overloadpacket
+        if packet in WHICH and is_small(results[-1]):
+            self._choose(packet, args, results)
+        elif packet in ALWAYS and is_small(results[0]):
+            self.learn(results[0], torch.full(results[0].shape, ALWAYS[packet]))
+
+    def _compute(self, func, args: tuple, kwargs: dict, results: list[torch.Tensor], fresh: list[bool]) -> None:
+        settings = {name: convert(value, self._numbers_of) for name, value in kwargs.items()}
+        if "device" in settings:
+            settings["device"] = torch.device("cpu")
+        computed = tensors_of(func(*convert(args, self._numbers_of), **settings))
+        for result, numbers, new in zip(results, computed, fresh, strict=True):
+            if new:
+                self.learn(result, numbers)
+
+    def _numbers_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.of(tensor.meta) if hasattr(tensor, "meta") else tensor
+
+    def _choose(self, packet, args: tuple, outputs: list[torch.Tensor]) -> None:
+        """Places that an operation found in numbers that nobody knows: any."""
+        if WHICH[packet] >= len(outputs) or outputs[WHICH[packet]].dtype != torch.int64:
+            return
+        places, source = outputs[WHICH[packet]], args[0].meta
+        dim = next((value for value in args[1:] if isinstance(value, int)), -1)
+        if packet is aten.topk:
+            dim = args[2] if len(args) > 2 else -1
+        whole = source.dim() == 0 or (packet in (aten.argmax, aten.argmin) and len(args) == 1)
+        size = source.numel() if whole else source.shape[dim]
+        if packet is aten.sort and places.dim():
+            drawn = self.random.permuted(np.broadcast_to(np.arange(size), (*places.movedim(dim, -1).shape,)), axis=-1)
+            drawn = np.moveaxis(drawn, -1, dim)
+        else:
+            drawn = self.random.integers(0, max(1, size), tuple(places.shape))
+        self.learn(places, torch.as_tensor(np.asarray(drawn)))
+
+    def _make_up(self, meta: torch.Tensor) -> torch.Tensor:
+        shape = tuple(meta.shape)
+        if meta.numel() > LAZY:
+            zeros = torch.from_numpy(np.zeros(meta.numel() * meta.element_size(), dtype=np.uint8))
+            return zeros.view(meta.dtype).view(shape)
+        if meta.is_floating_point() or meta.is_complex():
+            return torch.as_tensor(self.random.uniform(0.5, 1.5, shape)).to(meta.dtype)
+        return torch.as_tensor(self.random.integers(0, 2, shape)).to(meta.dtype)

@@ -1,0 +1,167 @@
+"""A GPU that is not there holds what a GPU holds, refuses what it refuses, and knows what can be known.
+
+All is tried in one process, since the device takes the place of `torch.cuda` for good.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers.profiles import ROOT
+
+CODE = """
+import copy, gc, json, sys
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from course.rehearsal import cuda
+from helpers.memory import GPUS, bundled_shapes, estimate_training
+
+found = {}
+device = cuda.install(GPUS["T4"])
+memory = device.allocator
+
+# Memory
+name = "HuggingFaceTB/SmolLM2-135M"
+fields = {key: value for key, value in bundled_shapes()[name].items() if key not in ("model_type", "source")}
+config = AutoConfig.for_model(bundled_shapes()[name]["model_type"], **fields)
+config.use_cache = False
+for precision, batch_size, seq_len in (("fp16-mixed", 4, 256), ("fp32", 2, 512)):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    model = model.to_empty(device="cuda:0")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16-mixed")
+    ids = torch.randint(config.vocab_size, (batch_size, seq_len), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # without padding a T4 takes the plain kernel for grouped heads, which the estimator leaves out
+    for _ in range(2):
+        memory.reset_peaks()
+        with torch.autocast("cuda", torch.float16, enabled=precision == "fp16-mixed"):
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        del loss
+    chosen = {"precision": precision, "batch_size": batch_size, "seq_len": seq_len}
+    found[f"step in {precision}"] = memory.peak_requested / estimate_training(name, **chosen).total
+    one = sum(p.nbytes for p in model.parameters())
+    before = memory.requested
+    second = copy.deepcopy(model)
+    found["a copy"] = (memory.requested - before) / one
+    del second, model, optimizer, ids, mask
+    gc.collect()
+    found["left behind"] = memory.allocated
+
+# Faults
+x = torch.randn(4, 8).cuda()
+layer = torch.nn.Linear(8, 8).to("cuda")
+half = torch.nn.Linear(8, 8).half().cuda()
+def scaled_half():
+    optimizer, scaler = torch.optim.SGD(half.parameters(), lr=1.0), torch.amp.GradScaler("cuda")
+    scaler.scale(half(x.half()).float().sum()).backward()
+    scaler.step(optimizer)
+faults = {
+    "two devices": lambda: x + torch.ones(4, 8),
+    "input left on the CPU": lambda: layer(torch.ones(4, 8)),
+    "ids left on the CPU": lambda: F.embedding(torch.tensor([[1, 2]]), layer.weight),
+    "model left on the CPU": lambda: torch.nn.Linear(8, 8)(x),
+    "two formats": lambda: half(x),
+    "a generator of the CPU": lambda: torch.rand(3, device="cuda", generator=torch.Generator()),
+    "numpy": lambda: x.detach().numpy(),
+    "a scaler with fp16 weights": scaled_half,
+}
+for fault, cause in faults.items():
+    try:
+        cause()
+        found[fault] = "nothing"
+    except (RuntimeError, TypeError, ValueError) as error:
+        found[fault] = str(error)
+device.emulated.clear()
+with torch.autocast("cuda", torch.bfloat16):
+    layer(x)
+found["bfloat16"] = sorted(device.emulated)
+
+# Formats under autocast, as CUDA's lists say
+with torch.autocast("cuda", torch.float16):
+    y = layer(x)
+    formats = [y, y.softmax(-1), F.layer_norm(y, (8,)), y.pow(2), y + 1, y @ y.T, F.gelu(y)]
+found["formats"] = [str(tensor.dtype).removeprefix("torch.") for tensor in formats]
+
+# Numbers
+ids = torch.tensor([[5, 7, -100], [3, -100, -100]], device="cuda")
+device.reads = 0
+kept = ids[ids != -100]
+found["numbers"] = [ids.tolist(), (ids != -100).sum().item(), len(kept), ids.clamp(min=0).sum(1).tolist()]
+found["reads"] = device.reads
+token = layer(x).argmax(-1)
+found["made up"] = [0 <= number < 8 for number in token.tolist()] + [token.tolist() == token.tolist()]
+found["there and back"] = torch.equal(torch.arange(5.0).cuda().cpu(), torch.arange(5.0))
+generator = torch.Generator("cuda").manual_seed(0)
+found["own generator"] = tuple(torch.rand(3, device="cuda", generator=generator).shape)
+parameter = layer.weight
+layer.half().float().cpu()
+found["moved in place"] = layer.weight is parameter and parameter.device.type == "cpu"
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    run = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("precision", ["fp16-mixed", "fp32"])
+def test_a_training_step_holds_what_the_estimator_says(found, precision):
+    assert found[f"step in {precision}"] == pytest.approx(1, rel=0.05)
+
+
+def test_a_copy_of_a_model_is_counted_and_what_is_dropped_is_free(found):
+    assert found["a copy"] == pytest.approx(1, rel=0.01)
+    assert found["left behind"] < 2**20
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("two devices", "found at least two devices, cuda:0 and cpu"),
+        ("input left on the CPU", "found at least two devices"),
+        ("ids left on the CPU", "found at least two devices"),
+        ("model left on the CPU", "found at least two devices"),
+        ("two formats", "same dtype"),
+        ("a generator of the CPU", "Expected a 'cuda' device type for generator"),
+        ("numpy", "can't convert cuda:0 device type tensor to numpy"),
+        ("a scaler with fp16 weights", "Attempting to unscale FP16 gradients"),
+    ],
+)
+def test_what_a_gpu_refuses_is_refused_in_its_words(found, fault, words):
+    assert words in found[fault]
+
+
+def test_a_format_that_the_device_lacks_is_noted(found):
+    assert "bfloat16 in addmm" in found["bfloat16"]
+
+
+def test_autocast_takes_the_formats_of_cuda(found):
+    assert found["formats"] == ["float16", "float32", "float32", "float32", "float16", "float16", "float16"]
+
+
+def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(found):
+    assert found["numbers"] == [[[5, 7, -100], [3, -100, -100]], 3, 3, [12, 3]]
+    assert found["reads"] == 3
+    assert found["there and back"]
+
+
+def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(found):
+    assert all(found["made up"])
+
+
+def test_the_device_has_generators_and_modules_move_in_place(found):
+    assert found["own generator"] == [3]
+    assert found["moved in place"]
