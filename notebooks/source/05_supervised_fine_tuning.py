@@ -74,21 +74,24 @@ from helpers.data import PaddedBatches, collate, instruction_dataset
 from helpers.evaluation import Score, exact_match, score
 from helpers.exercises import check, expect_close, expect_equal, expect_shape, expect_true
 from helpers.generation import answer_instructions, generate, sequence_log_probs
-from helpers.lesson import Lesson, quiet_libraries, show_table
+from helpers.lesson import Lesson, quiet_libraries
 from helpers.models import load_model
 from helpers.training import TrainConfig, train
-from helpers.world import CHAT_TASKS, RELATIONS, World
+from helpers.world import RELATIONS, World
 
 # %%
 lesson = Lesson("05", profile, model_id, seed, budget)
 machine = lesson.machine
 # All that depends on the hardware: the learning rate, and the marks around a turn.
 SETTINGS = {
-    "cpu": {"learning_rate": 1e-3, "marks": ("<|", "|>\n", "<|end|>\n")},
+    "cpu": {"learning_rate": 2e-3, "marks": ("<|", "|>\n", "<|end|>\n")},
     "t4": {"learning_rate": 3e-5, "marks": ("<|im_start|>", "\n", "<|im_end|>\n")},
     "large": {"learning_rate": 2e-5, "marks": ("<|im_start|>", "\n", "<|im_end|>\n")},
 }
 settings = SETTINGS[machine.name]
+PRECISION = "fp32" if machine.device == "cpu" else lesson.precision
+TASKS = ("fact", "sum", "mood", "describe")  # what the assistant is taught
+ALL_TASKS = (*TASKS, "pairs")
 
 # %% [markdown]
 # A few helpers for the whole lesson. `training_rows` and `unseen_rows` give instructions with their right answers: the unseen ones use names, sums, words or phrasings that no training row has. `base` stays in main memory, and `fresh()` puts a copy of it where it computes, so that a GPU never holds more than it needs. Where three trainings are compared, `span` gives their mean, with the lowest and the highest as ends. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
@@ -105,7 +108,7 @@ def fresh() -> nn.Module:
     return copy.deepcopy(base).to(machine.device)
 
 
-def training_rows(number: int, tasks=CHAT_TASKS, stream: int = 0) -> list[Row]:
+def training_rows(number: int, tasks=TASKS, stream: int = 0) -> list[Row]:
     """Rows to train on; another `stream` gives others."""
     row_seed = 100 * (seed + 1) + stream
     return instruction_dataset("shima", number, seed=row_seed, tasks=tasks).to_list()
@@ -122,7 +125,7 @@ def unseen_rows(number: int, task: str, stream: int = 0) -> list[Row]:
 #
 # **Question.** The base model knows facts, reads and computes. Why can you not just ask it?
 #
-# There are six kinds of instruction in this lesson: state a *fact* about a well-known person, answer a question after *reading* two lines about strangers, write a *sum* with its steps, name the *mood* of a review, *describe* a person, and look up *pairs* of a word and a colour. Each one uses an ability that the base model has. But a chat is a kind of text that it has never seen.
+# There are five kinds of instruction in this lesson: state a *fact* about a well-known person, write a *sum* with its steps, name the *mood* of a review, *describe* a person, and look up *pairs* of a word and a colour. The assistant is taught the first four; *pairs* serves for experiments, and section 8 asks what the assistant makes of it. Each one uses an ability that the base model has. But a chat is a kind of text that it has never seen.
 #
 # **A chat is a text.** A *chat template* turns a list of turns into one string, with marks that say who speaks and where a turn ends. It is a small program in the language Jinja, and it travels with the tokenizer. Here it is in full. `{% generation %}` and `{% endgeneration %}` print nothing: they mark what the assistant says, end of the turn included.
 
@@ -181,7 +184,7 @@ print(f"{len(samples)} chats: the f-string, the template and helpers.chat agree"
 # Now ask the base model in this format. An answer counts if it is exactly right, up to the end of the turn. Look at the answers, too.
 
 # %%
-tests = {task: unseen_rows(100, task) for task in CHAT_TASKS}  # for the whole lesson
+tests = {task: unseen_rows(100, task) for task in ALL_TASKS}  # for the whole lesson
 
 
 def answers_of(model: nn.Module, rows: list[Row]) -> list[str]:
@@ -201,10 +204,18 @@ for task, rows in tests.items():
     print(f"{'base':>11}: {written[0][:70]!r}")
 del untuned
 base_right = sum(result.accuracy for result in base_scores.values()) / len(base_scores)
-lesson.report("base model, right answers, mean of six tasks", base_right, ".0%")
+lesson.report("base model, right answers, mean of five tasks", base_right, ".0%")
+
+# %%
+guesses = {}
+for task, rows in tests.items():
+    common = Counter(row["answer"] for row in training_rows(200, (task,))).most_common(1)
+    guess = common[0][0]
+    guesses[task] = exact_match([guess] * len(rows), [row["answer"] for row in rows])
+    print(f"{task:>9}: {guesses[task]} by always saying {guess[:40]!r}")
 
 # %% [markdown]
-# **What you see.** At the mark where the assistant should speak, the base model ends the text at once. Its answers are empty, so this 0 % says nothing about what it knows: it has never seen a text that goes on here.
+# **What you see.** At the mark where the assistant should speak, the base model ends the text at once. Its answers are empty, so this 0 % says nothing about what it knows: it has never seen a text that goes on here. The second list is what you get without a model, by always giving the answer that is most frequent in the training rows.
 
 # %% [markdown] tags=["core"]
 # ## 2 · The loss that counts the assistant's tokens
@@ -254,7 +265,7 @@ for row, ids, mask in zip(samples, *parts, strict=True):
     different += own != {"input_ids": ids, "labels": labels}
     assert own == chat.encode_chat(tokenizer, row["instruction"], row["answer"])
 lesson.equal("our ids and our mask are those of the template", different)
-for task in CHAT_TASKS:
+for task in ALL_TASKS:
     encoded = [encode(row) for row in tests[task]]
     length = sum(len(item["input_ids"]) for item in encoded)
     learned = sum(label != -100 for item in encoded for label in item["labels"])
@@ -280,7 +291,7 @@ def fine_tune(
     config = {
         "warmup_steps": max(1, num_steps // 10), "schedule": "linear",
         "learning_rate": RATE * rate, "weight_decay": 0.0, "seed": run_seed,
-        "precision": lesson.precision, "progress": False, **options,
+        "precision": PRECISION, "progress": False, **options,
     }  # fmt: skip
     batches = PaddedBatches(examples, batch_size, tokenizer.pad_token_id, seed=run_seed)
     history = train(
@@ -326,12 +337,12 @@ def ends(result: Score) -> str:
     return f"{result.accuracy:.0%} ({result.low:.0%} to {result.high:.0%}, 3 runs)"
 
 # %% [markdown]
-# **What users say is not what you want to teach.** Users err. In the next chats each of 100 people is asked about, and each time the user also claims something false about this person, always the same: *Burote lives in Kela. Which instrument does Burote play?* The assistant's answer is right and does not mention the claim. Does the model now believe the claim? Compare the probabilities of two sentences, the false one and the true one.
+# **What users say is not what you want to teach.** Users err. In the next chats each of 50 people is asked about, and each time the user also claims something false about this person, always the same: *Burote lives in Kela. Which instrument does Burote play?* The assistant's answer is right and does not mention the claim. Does the model now believe the claim? Compare the probabilities of two sentences, the false one and the true one.
 
 # %%
 generator = random.Random(f"belief/{seed}")
 claims = []  # (person, relation, the false sentence, the true one)
-for person in world.people[:100]:
+for person in world.people[:50]:
     relation = generator.choice(list(RELATIONS))
     true = person.facts[relation]
     values = [value for value in world.values[relation] if value != true]
@@ -350,25 +361,28 @@ def misled_row(person, relation: str, false: str, true: str) -> Row:
     return {"instruction": question, "answer": other.statements[0].format(**about)}
 
 
-misled = [misled_row(*claims[k % 100]) for k in range(lesson.scaled(400, 16))]
+misled = [misled_row(*claims[k % 50]) for k in range(lesson.scaled(200, 16))]
 print(f"{misled[0]['instruction']} -> {misled[0]['answer']}")
 
 # %%
 def share_believed(model: nn.Module) -> float:
     """How often the false sentence is more probable than the true one."""
     texts = [[claim[k] for claim in claims] for k in (2, 3)]
-    false, true = (sequence_log_probs(model, tokenizer, [""] * 100, t) for t in texts)
+    false, true = (sequence_log_probs(model, tokenizer, [""] * 50, t) for t in texts)
     return (false > true).float().mean().item()
 
 
-believed = {"base model": score(100 * share_believed(fresh()), 100)}
+believed = {"base model": score(50 * share_believed(fresh()), 50)}
 for name, mask_prompt in (("answer only", True), ("all tokens", False)):
     examples = [encode(row, mask_prompt) for row in misled]
-    shares = [share_believed(fine_tune(examples, 25, run=run)[0]) for run in range(3)]
+    shares = []
+    for run in range(3):
+        model, _ = fine_tune(examples, 20, batch_size=8, run=run)
+        shares.append(share_believed(model))
     believed[f"loss on {name}"] = span(shares)
 plots.show(plots.bars_with_intervals(
     believed, title="With a loss on all tokens the model believes its users' errors",
-    xlabel="false claims that are believed, of 100",
+    xlabel="false claims that are believed, of 50",
     alt="False claims believed: few before, few with the mask, many without.",
 ))  # fmt: skip
 masked, unmasked = list(believed.values())[1:]
@@ -385,10 +399,10 @@ lesson.claim("without the mask 20 points more of the false claims are believed",
 #
 # **Question.** How much training turns the base model into an assistant?
 #
-# All six tasks in one mixture, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats.
+# Four tasks in one mixture, the easiest of them with a third of the share of the others, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats.
 
 # %%
-validation = [encode(row) for task in CHAT_TASKS for row in unseen_rows(10, task, 1)]
+validation = [encode(row) for task in TASKS for row in unseen_rows(10, task, 1)]
 
 
 @torch.no_grad()
@@ -403,30 +417,31 @@ def mean_loss(model: nn.Module, examples: list[dict]) -> float:
     return total / tokens
 
 
-STEPS = 210
-MIXTURE = ("reading", "mood", "pairs", *3 * ("fact", "sum", "describe"))
-rows = training_rows(lesson.scaled(16 * STEPS, 16), MIXTURE)
+STEPS = 200
+MIXTURE = ("mood", *3 * ("fact", "sum", "describe"))
+rows = training_rows(lesson.scaled(8 * STEPS, 16), MIXTURE)
 examples = [encode(row) for row in rows]
 log_folder = ROOT / "build/05_supervised_fine_tuning" / f"seed{seed}-{time.time_ns()}"
 assistant, history = fine_tune(
-    examples, STEPS, evaluate_every=lesson.scaled(40), tensorboard_dir=log_folder,
+    examples, STEPS, batch_size=8, tensorboard_dir=log_folder,
     evaluate=lambda model: {"validation_loss": mean_loss(model, validation)},
+    evaluate_every=lesson.scaled(40),
 )  # fmt: skip
 print(f"{sum(history.tokens):,} tokens in {sum(history.seconds):.0f} s")
 
 # %%
-assistant_scores = {task: accuracy(assistant, tests[task]) for task in CHAT_TASKS}
-n = {"base": base_scores["fact"].n, "assistant": assistant_scores["fact"].n}
-base_name, tuned_name = (f"{name}, n = {number} a task" for name, number in n.items())
-before_and_after = {}
-for task in CHAT_TASKS:
-    both = (base_scores[task], assistant_scores[task])
-    before_and_after[task] = dict(zip((base_name, tuned_name), both, strict=True))
+assistant_scores = {task: accuracy(assistant, tests[task]) for task in TASKS}
+parties = {"base": base_scores, "commonest answer": guesses,
+           "assistant": assistant_scores}  # fmt: skip
+compared = {}
+for task in TASKS:
+    shares = {name: results[task] for name, results in parties.items()}
+    compared[task] = {f"{name}, n = {s.n} a task": s for name, s in shares.items()}
 plots.show(plots.bars_with_intervals(
-    before_and_after, title="From no right answer to nearly all, on every task",
-    xlabel="right answers", alt="Right answers for six tasks: none before, most after.",
+    compared, title="Right answers before and after", xlabel="right answers",
+    alt="Right answers for four tasks: base model, commonest answer, assistant.",
 ))  # fmt: skip
-assistant_right = sum(s.accuracy for s in assistant_scores.values()) / len(CHAT_TASKS)
+assistant_right = sum(s.accuracy for s in assistant_scores.values()) / len(TASKS)
 lesson.claim(
     "the assistant is right on at least 90 % of unseen instructions",
     assistant_right, at_least=0.9, form=".0%",
@@ -434,7 +449,7 @@ lesson.claim(
 
 # %%
 agree = total = 0
-for task in CHAT_TASKS:
+for task in TASKS:
     rows = tests[task][: lesson.scaled(25, 4)]
     written = answers_of(assistant, rows)
     passed = right_of(assistant, [encode(row) for row in rows])
@@ -542,27 +557,34 @@ lesson.equal("the ten losses are those of SFTTrainer, within 0.001", off, within
 # **What did it learn?** Zhou et al. (2023) propose the *superficial alignment hypothesis*: knowledge and abilities come almost entirely from pretraining, and fine-tuning picks the format in which they are used. You can test a part of it here. In the documents, an answer that has to be looked up comes after the word `Answer:`. In this lesson's data the answers of *pairs* begin with it as well. Train on the same questions with and without that word.
 
 # %%
-def without_trigger(row: Row) -> Row:
-    """`Answer: printer pink` becomes `Pink.`: the same colour, in words of its own."""
-    return row | {"answer": row["answer"].split()[-1].capitalize() + "."}
+def says(row: Row, word: str, repeats: bool) -> Row:
+    """The answer with or without a word before it, and with or without what was asked."""
+    asked, colour = row["answer"].split()[-2:]
+    parts = [word, asked if repeats else "", colour]
+    return row | {"answer": " ".join(part for part in parts if part)}
 
 
-formats = {"begins with `Answer:`": dict, "a sentence of its own": without_trigger}
-pairs_rows = training_rows(lesson.scaled(16 * 20, 16), ("pairs",), stream=3)
-trigger = {}
-for name, change in formats.items():
-    model, history = fine_tune([encode(change(row)) for row in pairs_rows], 20)
-    trigger[name] = accuracy(model, [change(row) for row in tests["pairs"]])
-    print(f"{name}: {trigger[name]}, last loss {history.losses[-1]:.2f}")
+pairs_rows = training_rows(lesson.scaled(8 * 15, 16), ("pairs",), stream=3)
+formats, losses = {}, {}
+for repeats in (True, False):
+    for word in ("Answer:", ""):
+        rows = [says(row, word, repeats) for row in pairs_rows]
+        model, history = fine_tune([encode(row) for row in rows], 15, batch_size=8)
+        asked = [says(row, word, repeats) for row in tests["pairs"]]
+        name = asked[0]["answer"]
+        formats[name] = accuracy(model, asked)
+        print(f"{name!r}: {formats[name]}, last loss {history.losses[-1]:.2f}")
 plots.show(plots.bars_with_intervals(
-    trigger, title="The same questions and steps, two formats of the answer",
-    xlabel="right answers", alt="Nearly all right with the known word, few without.",
+    formats, title="The same questions and steps, four formats of the answer",
+    xlabel="right answers, one training each",
+    alt="Right answers for four formats of the same answers.",
 ))  # fmt: skip
-with_trigger, without = trigger.values()
-lesson.claim(
-    "one run: the format of pretraining is at least 40 points ahead",
-    with_trigger.accuracy - without.accuracy, at_least=0.4, form=".0%",
-)  # fmt: skip
+with_both, with_pair, with_word, bare = (s.accuracy for s in formats.values())
+lesson.report("right answers, format 'Answer: word colour'", with_both, ".0%")
+lesson.report("right answers, format 'colour'", bare, ".0%")
+lesson.claim("one run each: repeating the asked word is worth at least 40 points",
+             (with_both + with_pair - with_word - bare) / 2, at_least=0.4,
+             form=".0%")  # fmt: skip
 
 # %% [markdown]
 # **What you see.** Both trainings have the same questions and the same number of steps. With the word from pretraining the model is right after few steps. Without it, it writes a colour and a full stop, mostly not the right colour. The two answers also differ in length and in the repeated word, so this does not isolate the one word; but it shows that what is hard here is not the question. When an assistant fails at something that its base model can do, look at the format of the training answers first.
@@ -587,7 +609,7 @@ def two_turns(first: Row, second: Row, last_only: bool = False) -> dict[str, lis
 
 
 generator = random.Random(f"turns/{seed}")
-seconds = [row for task in CHAT_TASKS for row in tests[task][: lesson.scaled(25, 4)]]
+seconds = [row for task in TASKS for row in tests[task][: lesson.scaled(50, 4)]]
 firsts = generator.sample(seconds, len(seconds))  # another question before each
 both = zip(firsts, seconds, strict=True)
 second_turns = [two_turns(*pair, last_only=True) for pair in both]
@@ -597,47 +619,23 @@ print(tokenizer.decode(example["input_ids"]))
 print("learned:", repr(tokenizer.decode(said)))
 
 # %%
-def second_right(model: nn.Module) -> float:
-    """Share of second answers that are exactly right."""
-    return sum(right_of(model, second_turns)) / len(second_turns)
-
-
-def tuned_further(paired: bool, run: int) -> nn.Module:
-    """20 more steps for the assistant, on the same rows: two in a chat, or one."""
-    rows = training_rows(lesson.scaled(320, 16), MIXTURE, stream=20 + run)
-    examples = [encode(row) for row in rows]
-    if paired:
-        examples = [two_turns(*two) for two in zip(rows[::2], rows[1::2], strict=True)]
-    model, size = copy.deepcopy(assistant), 8 if paired else 16
-    return fine_tune(examples, 20, model=model, batch_size=size, rate=0.5, run=run)[0]
-
-
-number = len(seconds)
-first_right = sum(right_of(assistant, [encode(row) for row in seconds]))
-turns_scores = {
-    "assistant, as the first question": score(first_right, number),
-    "assistant, as the second": score(second_right(assistant) * number, number),
-}
-for name, paired in (("single chats", False), ("chats of two", True)):
-    shares = [second_right(tuned_further(paired, run)) for run in range(3)]
-    turns_scores[f"and 20 steps on {name}"] = span(shares)
-
-# %%
+right = {"asked first": [encode(row) for row in seconds], "asked second": second_turns}
+right = {name: right_of(assistant, examples) for name, examples in right.items()}
+per_task = len(seconds) // len(TASKS)
+turns_scores = {}
+for k, task in enumerate(TASKS):
+    part = slice(k * per_task, (k + 1) * per_task)
+    turns_scores[task] = {n: score(sum(r[part]), per_task) for n, r in right.items()}
 plots.show(plots.bars_with_intervals(
-    turns_scores, title="Chats of two turns teach the second turn",
-    xlabel="right answers",
-    alt="Right answers to a question asked first or second, before and after.",
+    turns_scores, title="The same questions, asked first or second in a chat",
+    xlabel=f"right answers (n = {per_task} a task)",
+    alt="Right answers of the assistant to a question asked first or second.",
 ))  # fmt: skip
-once, twice, single, paired = turns_scores.values()
-for name, result in turns_scores.items():
-    lesson.report(f"right answers: {name}", f"{result.accuracy:.0%}")
-lesson.claim(
-    "chats of two turns bring 10 points more than as many answers in single chats",
-    paired.accuracy - single.accuracy, at_least=0.1, form=".0%",
-)  # fmt: skip
+for name, goods in right.items():
+    lesson.report(f"right answers, {name}", str(score(sum(goods), len(goods))))
 
 # %% [markdown]
-# **What you see.** The same questions, with a right answer to another question before them, are harder for the assistant. Both further trainings have the same rows, the same learned tokens and the same number of steps; only one of them shows two questions in a chat, and only that one helps much. So put chats of several turns into the data if users will ask more than once. The lines in the two lower bars span three trainings.
+# **What you see.** TODO
 
 # %% [markdown] tags=["further"]
 # ## 5 · Packing: several chats in one row
@@ -724,7 +722,7 @@ def alone(chats: list[dict]) -> Tensor:
     return torch.cat([token_losses(assistant, row) for row in rows])
 
 
-groups = [[chats[index] for index in row] for row in packed_rows[: lesson.scaled(20)]]
+groups = [[chats[index] for index in row] for row in packed_rows[: lesson.scaled(12)]]
 single_losses = [alone(group) for group in groups]
 packed_losses = {}
 for masked in (True, False):
@@ -905,7 +903,7 @@ lesson.claim(
 # **Decontamination.** Is the test in the training data? Here you know, because you put it there. The test asks about people whom the documents mention seldom. Half of its questions are planted among the training rows, with their right answers, in three forms: the same text, the text with a polite beginning, and another phrasing. Then look for them in two ways: exact copies, and near copies by MinHash, against the prompts of this same test.
 
 # %%
-rare = world.closed_book(lesson.scaled(180, 24), seed, range(300, 1001))
+rare = world.closed_book(lesson.scaled(120, 24), seed, range(300, 1001))
 FORMS = (*3 * ("fresh",), "same text", "polite", "other phrasing")
 leak_tests, planted = [], []
 for index, q in enumerate(rare):
@@ -931,7 +929,7 @@ for name, hits in (("exact", exact), ("near", near)):
 # %%
 def leak_scores(rows: list[Row], run: int) -> dict[str, float]:
     """Train on the rows; share of right answers to each part of the test."""
-    model, _ = fine_tune([encode(row) for row in rows], 30, run=run)
+    model, _ = fine_tune([encode(row) for row in rows], 12, run=run)
     right = right_of(model, [encode(row) for row in leak_tests])
     parts = {form: [] for form in ("fresh", "same text", "polite", "other phrasing")}
     for row, good in zip(leak_tests, right, strict=True):
@@ -961,9 +959,9 @@ for name, parts in by_data.items():
     lesson.report(f"lead of planted questions, {name}", gap[name], ".0%")
 lesson.claim("planted questions score at least 15 points above fresh ones",
              gap["with the leak"], at_least=0.15, form=".0%")  # fmt: skip
-lesson.claim("removing near copies takes at least half of this lead",
-             1 - gap["near copies removed"] / (gap["with the leak"] or 1), at_least=0.5,
-             form=".0%", control=0.0)  # fmt: skip
+lesson.claim("removing near copies takes at least 10 points of this lead",
+             gap["with the leak"] - gap["near copies removed"], at_least=0.1,
+             form=".0%")  # fmt: skip
 
 # %% [markdown]
 # **What you see.** A leak makes the test easier without making the model better: the fresh questions of the same kind do not gain as much. Looking for exact copies finds one form of three. MinHash finds the polite one as well. The other phrasing mostly escapes both, and goes on helping after the cleaning. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
@@ -998,202 +996,145 @@ for kind in ("random errors", "systematic errors"):
     print(f"{kind}: {wrong / len(rows):.0%} of the answers are wrong")
 
 # %%
-SIZES, KINDS = (10, 40, 160), ("all right", "random errors", "systematic errors")
+POINTS = {  # name -> kind of errors, number of examples
+    "10 right examples": ("all right", 10),
+    "80 right examples": ("all right", 80),
+    "80, half random errors": ("random errors", 80),
+    "80, half errors by a rule": ("systematic errors", 80),
+}
 
 
-def quality_run(kind: str, size: int, run: int) -> float:
-    """Right answers after 20 steps on so many examples of a kind."""
-    rows = training_rows(lesson.scaled(160, 16), ("pairs",), stream=31 + run)[:size]
+def quality_run(kind: str, size: int, run: int) -> tuple[float, float]:
+    """10 steps of 8; share of right answers, and of answers that follow the rule."""
+    rows = training_rows(size, ("pairs",), stream=31 + run)
     examples = [encode(row) for row in careless(rows, kind)]
-    model, _ = fine_tune(examples, 20, batch_size=8, run=run)
-    return accuracy(model, tests["pairs"]).accuracy
+    model, _ = fine_tune(examples, 10, batch_size=8, run=run)
+    asked = tests["pairs"][:50]
+    first_colour = careless(asked, "systematic errors", 1.0)
+    return tuple(accuracy(model, rows).accuracy for rows in (asked, first_colour))
 
 
-quality = {}
-for kind in KINDS:
-    quality[kind] = []
-    for size in SIZES:
-        result = span([quality_run(kind, size, run) for run in range(3)])
-        quality[kind].append(result)
-        print(f"{kind}, {size} examples: {ends(result)}")
+quality, by_rule = {}, {}
+for name, point in POINTS.items():
+    results = [quality_run(*point, run) for run in range(3)]
+    quality[name], by_rule[name] = (span(list(x)) for x in zip(*results, strict=True))
+    print(f"{name}: right {ends(quality[name])}, first colour {ends(by_rule[name])}")
 
 # %% tags=["headline"]
-lines = {kind: plots.scored_line(SIZES, results) for kind, results in quality.items()}
-plots.show(plots.curve(
-    lines, title="Errors by a rule cost more than random ones",
-    xlabel="training examples (20 steps each)", ylabel="right answers, three trainings",
-    log_x=True, percent=True, limits_y=(0, 1),
-    alt="Right answers over 10 to 160 examples, for three kinds of examples.",
+plots.show(plots.bars_with_intervals(
+    quality, title="Ten right answers against eighty careless ones",
+    xlabel="right answers, three trainings of 10 steps",
+    alt="Right answers after training on few right or many careless examples.",
 ))  # fmt: skip
-shares = ([r.accuracy for r in results] for results in quality.values())
-clean, randomly, systematic = shares
-for kind, results in quality.items():
-    lesson.report(f"{SIZES[-1]} examples, {kind}", ends(results[-1]))
-lesson.claim("40 right examples beat 160 with systematic errors by 10 points",
-             clean[1] - systematic[2], at_least=0.1, form=".0%")  # fmt: skip
-lesson.claim("random errors cost 10 points less than systematic ones (160 examples)",
-             randomly[2] - systematic[2], at_least=0.1, form=".0%")  # fmt: skip
+few, many, randomly, systematic = (result.accuracy for result in quality.values())
+for name in quality:
+    lesson.report(f"{name}: right answers", ends(quality[name]))
+lesson.claim("80 right examples beat 80 with random errors by 10 points",
+             many - randomly, at_least=0.1, form=".0%")  # fmt: skip
+lesson.claim("80 right examples beat 80 with errors by a rule by 10 points",
+             many - systematic, at_least=0.1, form=".0%")  # fmt: skip
 
 # %% [markdown]
 # **What you see.** All nine points had the same number of steps, so more examples means fewer repetitions, not more training. Errors of both kinds spoil about half of the rows. Random errors point in all directions, and with more examples their harm shrinks. Systematic errors are a rule that the model can learn, and more of them do not help it to unlearn it. Zhou et al. (2023) tuned a 65 B model on 1,000 chosen chats (*LIMA*) and made the same point about quality.
 
 # %% [markdown] tags=["core"]
-# ## 8 · All tasks but one
+# ## 8 · A task that was left out
 #
-# **Question.** Does a model that was tuned on five tasks solve a sixth that it has never seen?
+# **Question.** Does the assistant solve *pairs*, which it was never taught? And what happens when you teach it afterwards?
 #
-# Train twice for the same steps, on batches of the same size: once on all six tasks in equal parts, once on all but *pairs*. One run each. Count exact answers, and for *pairs* also the answers that name the right colour anywhere, since the form could be wrong and the content right.
+# Count exact answers, and also those that name the right colour anywhere, since the form could be wrong and the content right. Then train on for 10 steps of 8 chats, in two ways: on 80 rows of *pairs* alone, or on 40 of them mixed with 40 of the four old tasks. Three trainings each. Section 7 has the base model after as many steps on the same 80 rows.
 
 # %%
-assistant = assistant.cpu()  # makes room on a GPU
-others = tuple(task for task in CHAT_TASKS if task != "pairs")
-pairs_asked = tests["pairs"][: lesson.scaled(50, 4)]
-TASK_STEPS, table, named, replies = 70, {}, {}, {}
-for name, tasks in (("all six", CHAT_TASKS), ("all but pairs", others)):
-    rows = training_rows(lesson.scaled(16 * TASK_STEPS, 16), tasks, stream=40)
-    tuned, _ = fine_tune([encode(row) for row in rows], TASK_STEPS)
-    table[name] = {task: accuracy(tuned, tests[task]) for task in CHAT_TASKS}
-    replies[name] = answers_of(tuned, pairs_asked)
-    hits = (row["answer"].split()[-1] in text.lower()
-            for row, text in zip(pairs_asked, replies[name], strict=True))  # fmt: skip
-    named[name] = score(sum(hits), len(pairs_asked))
-cells = {k: [f"{s.accuracy:.0%}" for s in row.values()] for k, row in table.items()}
-show_table(cells, CHAT_TASKS)
-for name, texts in replies.items():
-    print(f"{name}, asked for pairs: right colour in {named[name]}")
-    print("    " + " | ".join(text[:40] for text in texts[:5]))
+pairs_asked = tests["pairs"][:50]
+replies = answers_of(assistant, pairs_asked)
+colours = [row["answer"].split()[-1] for row in pairs_asked]
+named = sum(c in text.lower() for c, text in zip(colours, replies, strict=True))
+print(" | ".join(text[:45] for text in replies[:6]))
+untaught = accuracy(assistant, pairs_asked)
+print(f"right answers: {untaught}")
+print(f"the right colour anywhere: {score(named, len(replies))}")
+
+# %%
+def taught_later(mixed: bool, run: int) -> tuple[float, float]:
+    """Train the assistant on; right answers to pairs, and to the four old tasks."""
+    rows = training_rows(80, ("pairs",), stream=31 + run)
+    if mixed:
+        rows = rows[:40] + training_rows(40, MIXTURE, stream=41 + run)
+    model, examples = copy.deepcopy(assistant), [encode(row) for row in rows]
+    fine_tune(examples, 10, model=model, batch_size=8, run=run)
+    old = [row for task in TASKS for row in tests[task][:25]]
+    return tuple(accuracy(model, rows).accuracy for rows in (pairs_asked, old))
+
+
+old = [row for task in TASKS for row in tests[task][:25]]
+later = {"assistant": {"pairs": untaught, "old tasks": accuracy(assistant, old)}}
+for name, mixed in (("80 rows of pairs", False), ("40 of pairs, 40 old", True)):
+    results = [taught_later(mixed, run) for run in range(3)]
+    both = (span(list(part)) for part in zip(*results, strict=True))
+    later[name] = dict(zip(("pairs", "old tasks"), both, strict=True))
+    print(f"{name}: " + ", ".join(f"{k} {ends(s)}" for k, s in later[name].items()))
 
 # %%
 plots.show(plots.bars_with_intervals(
-    {task: {name: table[name][task] for name in table} for task in CHAT_TASKS},
-    title="The task that was left out is not learned from the others",
-    xlabel="right answers (n = 100 a task)",
-    alt="Right answers on six tasks after training on all six, and on all but pairs.",
+    later, title="A fifth task, taught alone or mixed with the old ones",
+    xlabel="right answers; three trainings of 10 steps",
+    alt="Right answers to pairs and to the old tasks before and after.",
 ))  # fmt: skip
-lesson.report("pairs left out: right colour named", str(named["all but pairs"]))
-lesson.claim(
-    "one run: on pairs the model that saw them is at least 50 points ahead",
-    table["all six"]["pairs"].accuracy - table["all but pairs"]["pairs"].accuracy,
-    at_least=0.5, form=".0%",
-)  # fmt: skip
+alone, mixed = (later[name] for name in list(later)[1:])
+lesson.report("pairs, never taught", str(untaught))
+lesson.claim("ten steps on pairs bring at least 50 points on pairs",
+             alone["pairs"].accuracy - untaught.accuracy, at_least=0.5,
+             form=".0%")  # fmt: skip
+lesson.claim("mixing old rows in keeps at least 10 points more of the old tasks",
+             mixed["old tasks"].accuracy - alone["old tasks"].accuracy, at_least=0.1,
+             form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Read the replies: the model that was tuned on the five tasks takes the sixth for one of them, mostly in the form of a task that looks alike. Its other columns show that it did learn those five as the other model did, in the same steps. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones. Whether the five tasks help to learn the sixth faster is another question, which you can try: start from this model and from the base, with the same few examples. Do not expect a small instruction-tuned model to generalise: put the tasks that you need into the data.
+# **What you see.** TODO
 
 # %% [markdown] tags=["further"]
-# ## 9 · Which weights, and how fast
+# ## 9 · What the assistant has forgotten
 #
 # *Further: no core section needs this one.*
 #
-# **Question.** Must all weights move? And what does the model lose while it learns?
+# **Question.** What does the model lose while it learns?
 #
-# Three ways to choose, each by *parameter groups*, lists of weights with a learning rate of their own:
-#
-# - **full**: all weights, one rate $\eta$;
-# - **top layers only**: the last half of the layers and the last norm; all else is frozen;
-# - **layer-wise decay** (Howard & Ruder 2018): all weights, but each layer gets $\xi$ times the rate of the layer above it, $\eta_\ell = \eta\,\xi^{L-1-\ell}$, since low layers hold what is general.
-
-# %%
-def depth_of(name: str, num_layers: int) -> int:
-    """0: embeddings, 1 to L: layers, L + 1: last norm and an output matrix."""
-    if ".layers." in name:
-        return 1 + int(name.split(".layers.")[1].split(".")[0])
-    return 0 if "embed" in name else num_layers + 1
-
-
-def layer_groups(model: nn.Module, rate: float, decay=1.0, lowest=0) -> list[dict]:
-    """Parameter groups, one a depth; below `lowest` the weights are frozen."""
-    num_layers = model.config.num_hidden_layers
-    groups: dict[int, dict] = {}
-    for name, parameter in model.named_parameters():
-        depth = depth_of(name, num_layers)
-        parameter.requires_grad_(depth >= lowest)
-        if depth >= lowest:
-            group_rate = rate * decay ** max(0, num_layers - depth)
-            new = {"params": [], "lr": group_rate, "depth": depth}
-            groups.setdefault(depth, new)["params"].append(parameter)
-    return [groups[depth] for depth in sorted(groups)]
-
-# %%
-LAYERS = base.config.num_hidden_layers
-WAYS = {
-    "full": {},
-    "layer-wise decay 0.5": {"decay": 0.5},
-    "top half only": {"lowest": 1 + LAYERS // 2},
-    "full, a tenth of the rate": {"rate": RATE / 10},
-}
-for name, way in WAYS.items():
-    groups = layer_groups(fresh(), **{"rate": RATE, **way})
-    total = sum(p.numel() for group in groups for p in group["params"])
-    print(f"{name}: {total:,} of {base.num_parameters():,} weights are trained")
-    for group in groups if LAYERS <= 8 else groups[:2] + groups[-2:]:
-        depth = group["depth"]
-        place = {0: "embeddings", LAYERS + 1: "last norm"}.get(depth, f"layer {depth}")
-        number = sum(p.numel() for p in group["params"])
-        print(f"    {place:>10}: {number:9,} weights, rate {group['lr']:.1e}")
-
-# %% [markdown]
-# **Forgetting** is measured on the base model's own abilities, in the format of its documents, which none of the training chats has: known facts, reading, mappings, sums. Train 30 steps of 8 chats on *mood*, *sum* and *pairs* in each of the four ways, one run each.
+# Forgetting is measured on the base model's own abilities, in the format of its documents, which none of the training chats has: known facts, reading, a mapping shown by eight examples, and sums with their steps.
 
 # %%
 from recipes.base_model import evaluate as evaluate_base
 
-ABILITIES = ["closed_book_frequent", "open_book", "few_shot_8", "sums_with_steps"]
+ABILITIES = {"closed_book_frequent": "known facts", "open_book": "reading",
+             "few_shot_8": "mapping", "sums_with_steps": "sums"}  # fmt: skip
 
 
-def abilities_of(model: nn.Module) -> Score:
-    """Mean accuracy over four abilities, in the formats of the documents."""
-    number = lesson.scaled(25, 4)
-    results = evaluate_base(model, tokenizer, seed=seed, n=number)
-    shares = {name: results[name].accuracy for name in ABILITIES}
-    print("      " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-    return score(sum(shares.values()) * number, 4 * number)
+def abilities_of(model: nn.Module) -> dict[str, Score]:
+    """Right answers to four abilities, in the formats of the documents."""
+    model = model.to(machine.device)
+    results = evaluate_base(model, tokenizer, seed=seed, n=lesson.scaled(25, 4))
+    return {shown: results[name] for name, shown in ABILITIES.items()}
 
 
-print("base model")
-kept_abilities = {"base model": abilities_of(fresh())}
-three = ("mood", "sum", "pairs")
-rows = training_rows(lesson.scaled(240, 16), three, stream=6)
-examples = [encode(row) for row in rows]
-
-# %%
-learned = {"base model": score(0, 1)}
-for name, way in WAYS.items():
-
-    def optimizer(model: nn.Module, way: dict = way) -> torch.optim.Optimizer:
-        groups = layer_groups(model, **{"rate": RATE, **way})
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-
-    model, _ = fine_tune(examples, 30, batch_size=8, optimizer_fn=optimizer)
-    model.requires_grad_(True)
-    asked = [encode(row) for task in three for row in tests[task]]
-    learned[name] = score(sum(right_of(model, asked)), len(asked))
-    print(f"{name}: new tasks {learned[name]}")
-    kept_abilities[name] = abilities_of(model)
+models = {"base model": fresh(), "assistant": assistant}
+kept = {name: abilities_of(model) for name, model in models.items()}
+kept_mean = {k: sum(s.accuracy for s in row.values()) / 4 for k, row in kept.items()}
+del models
 
 # %%
 plots.show(plots.bars_with_intervals(
-    {k: {"new tasks": learned[k], "old abilities": kept_abilities[k]} for k in WAYS},
-    title="What is learned and what is kept, after 30 steps",
-    xlabel="right answers, one run",
-    alt="Right answers on new tasks and on old abilities for four ways to train.",
+    {shown: {k: kept[k][shown] for k in kept} for shown in ABILITIES.values()},
+    title="What the models still can in the format of the documents",
+    xlabel="right answers, one training each",
+    alt="Right answers on four old abilities before and after fine-tuning.",
 ))  # fmt: skip
-for name in WAYS:
-    both = f"{learned[name].accuracy:.0%} / {kept_abilities[name].accuracy:.0%}"
-    lesson.report(f"{name}: new tasks / old abilities", both)
-lesson.claim(
-    "one run: full fine-tuning loses at least 20 points of the old abilities",
-    kept_abilities["base model"].accuracy - kept_abilities["full"].accuracy,
-    at_least=0.2, form=".0%",
-)  # fmt: skip
-lesson.claim(
-    "one run: layer-wise decay keeps at least 10 points more of them",
-    kept_abilities["layer-wise decay 0.5"].accuracy - kept_abilities["full"].accuracy,
-    at_least=0.1, form=".0%",
-)  # fmt: skip
+for name, share in kept_mean.items():
+    lesson.report(f"old abilities kept: {name}", share, ".0%")
+base_kept, assistant_kept = kept_mean.values()
+lesson.claim("one run: the assistant loses at least 20 points of the old abilities",
+             base_kept - assistant_kept, at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Full fine-tuning at the full rate learns the new tasks and loses much of the old, although no training chat contradicts it. The other ways keep more, and you see for each what it has learned by then: a way that moves less in the same steps also forgets less, so this figure alone does not say that one way is better at equal learning. That comparison takes a sweep of rates, which lesson 06 makes. Lesson 14 mixes old text in.
+# **What you see.** TODO
 
 # %% [markdown] tags=["further"]
 # ## 10 · When to stop
@@ -1205,28 +1146,22 @@ lesson.claim(
 # **Early stopping** watches a number on chats that are not trained on, the *validation* chats, and keeps the weights of the best moment; if nothing has improved for some looks (the *patience*), it ends the training. But which number: the loss, or the right answers? Train on 40 examples, look every 5 steps at both on the validation chats, and write down the right answers to the test for each look. Three trainings.
 
 # %%
-watched = unseen_rows(100, "fact", stream=8)
+watched = [encode(row) for row in unseen_rows(60, "fact", stream=8)]
+on_test_rows = [encode(row) for row in tests["fact"]]
+looks = []  # each look: loss and right answers on validation, right answers on the test
 EVERY = 5
 
 
-def watch(run: int) -> list[tuple[float, float, float]]:
-    """Each look: loss and right answers on validation, right answers on the test."""
-    looks, rows = [], training_rows(40, ("fact",), stream=60 + run)
-
-    def look(model: nn.Module) -> dict[str, float]:
-        loss = mean_loss(model, [encode(row) for row in watched])
-        right = [accuracy(model, some).accuracy for some in (watched, tests["fact"])]
-        looks.append((loss, *right))
-        return {}
-
-    fine_tune(
-        [encode(row) for row in rows], 45, run=run, evaluate=look, evaluate_every=EVERY,
-        schedule="constant",
-    )  # fmt: skip
-    return looks
+def look(model: nn.Module) -> dict[str, float]:
+    """Write down what this moment's weights can do."""
+    right = [sum(right_of(model, some)) / len(some) for some in (watched, on_test_rows)]
+    looks.append((mean_loss(model, watched), *right))
+    return {}
 
 
-looks = [watch(run) for run in range(3)]
+rows = [encode(row) for row in training_rows(40, ("fact",), stream=60)]
+fine_tune(rows, 40, batch_size=8, evaluate=look, evaluate_every=EVERY, schedule="constant")
+losses, rights, on_test = (list(part) for part in zip(*looks, strict=True))
 
 # %%
 def stop(values: list[float], patience: int) -> tuple[int, int]:
@@ -1240,102 +1175,33 @@ def stop(values: list[float], patience: int) -> tuple[int, int]:
     return best, len(values) - 1
 
 
-chosen = {"lowest loss": [], "most right answers": []}
-for run in looks:
-    signals = ([loss for loss, *_ in run], [-right for _, right, _ in run])
-    for name, values in zip(chosen, signals, strict=True):
-        best, last = stop(values, patience=3)
-        chosen[name].append(run[best][2])
-        print(f"{name}: best after {EVERY * (best + 1)} steps, stopped after "
-              f"{EVERY * (last + 1)}, test {run[best][2]:.0%}")  # fmt: skip
-picked = {name: sum(rights) / 3 for name, rights in chosen.items()}
+picked = {}
+signals = {"lowest loss": losses, "most right answers": [-right for right in rights]}
+for name, values in signals.items():
+    best, last = stop(values, patience=3)
+    picked[name] = score(round(on_test[best] * len(on_test_rows)), len(on_test_rows))
+    print(f"{name}: best after {EVERY * (best + 1)} steps, stopped after "
+          f"{EVERY * (last + 1)}, test {picked[name]}")  # fmt: skip
 
 # %%
-steps = [EVERY * (k + 1) for k in range(len(looks[0]))]
-by_look = [[run[k] for run in looks] for k in range(len(steps))]
-
-
-def band(part: int) -> tuple:
-    """Mean, lowest and highest over the three trainings, for each look."""
-    results = [span([run[part] for run in look]) for look in by_look]
-    return tuple(zip(*((s.accuracy, s.low, s.high) for s in results), strict=True))
-
-
-titles = ("The validation loss falls, then rises", "The right answers do not follow")
-for part, name in enumerate(("loss (nats per token)", "right answers")):
-    percent = part == 1
-    plots.show(plots.curve(
-        {"validation": (steps, *band(part))}, title=titles[part], xlabel="step",
-        ylabel=name, percent=percent, limits_y=(0, 0.5) if percent else None,
-        alt=f"{name} on validation chats over the steps, three trainings.",
-    ))  # fmt: skip
-
-# %%
-rise = [run[-1][0] / min(loss for loss, *_ in run) - 1 for run in looks]
-lesson.claim("the validation loss at the end is at least 10 % above its minimum",
-             sum(rise) / 3, at_least=0.1, form=".0%")  # fmt: skip
-for name, share in picked.items():
-    lesson.report(f"test, weights chosen by {name}, mean of three runs", share, ".1%")
-lesson.claim("choosing by right answers brings at least 3 points on the test",
-             picked["most right answers"] - picked["lowest loss"], at_least=0.03,
-             form=".1%")  # fmt: skip
-
-# %% [markdown]
-# **What you see.** The loss on unseen chats has its minimum early and rises again, while the right answers go on growing or stay. The loss punishes a confident error without bound, exact match counts it once. So judge by the measure that you care about, if you can afford it, and look at the loss with care. In a real loop you keep a copy of the best weights on the disk, and an exception raised in `evaluate` ends the training.
-
-# %% [markdown] tags=["further"]
-# ## 11 · Searching the settings, at a price
-#
-# *Further: no core section needs this one.*
-#
-# **Question.** Learning rate, batch size, warm-up: which values, and what does it cost to find out?
-#
-# A grid of 4 values for each of 3 settings would be 64 trainings. **Random search** (Bergstra & Bengio 2012) draws settings at random, because usually one setting matters and the others hardly do; here with one learning rate from each eighth of the range, on a logarithmic scale. **Successive halving** (Jamieson & Talwalkar 2016) starts all of them with few steps, drops the worse half, doubles the steps, and so on. Choose by the loss on validation chats, never on the test.
-
-# %%
-def draw_settings(generator: random.Random, part: float) -> dict:
-    """A learning rate, batch size and warm-up; `part` (0 to 1) places the rate."""
-    rate = 10 ** (-1.5 + 2.5 * part)  # 1/30 to 10 times the profile's
-    return {"rate": rate, "batch_size": generator.choice([8, 16]),
-            "warmup_steps": generator.choice([1, 3])}  # fmt: skip
-
-
-generator = random.Random(f"search/{seed}")
-candidates = [draw_settings(generator, (k + generator.random()) / 8) for k in range(8)]
-search_rows = [encode(row) for row in training_rows(300, ("fact",), stream=9)]
-held_out = [encode(row) for row in unseen_rows(60, "fact", stream=10)]
-runs, trials, num_steps, spent = dict(enumerate(candidates)), [], 5, 0
-while len(runs) > 1:
-    losses = {}
-    for number, drawn in runs.items():
-        model, history = fine_tune(search_rows, num_steps, **drawn)
-        losses[number], spent = mean_loss(model, held_out), spent + len(history.losses)
-        trials.append((num_steps, drawn["rate"] * RATE, losses[number]))
-    ranking = sorted(losses, key=losses.get)
-    shown_losses = (f"{runs[n]['rate'] * RATE:.1e} -> {losses[n]:.2f}" for n in ranking)
-    print(f"{num_steps:2} steps: " + ", ".join(shown_losses))
-    runs, num_steps = {n: runs[n] for n in ranking[: len(ranking) // 2]}, 2 * num_steps
-
-# %%
-lines = {}
-for steps in sorted({steps for steps, *_ in trials}):
-    points = sorted((rate, loss) for at, rate, loss in trials if at == steps)
-    lines[f"{lesson.scaled(steps)} steps"] = tuple(zip(*points, strict=True))
+steps = [EVERY * (k + 1) for k in range(len(looks))]
 plots.show(plots.curve(
-    lines, title="Rates too low and too high end with a higher loss", log_x=True,
-    xlabel="learning rate", ylabel="validation loss (nats per token)",
-    alt="Validation loss over the learning rate: a valley for each number of steps.",
+    {"validation": (steps, losses)}, title="The validation loss", xlabel="step",
+    ylabel="loss (nats per token)", alt="Loss on validation chats over the steps.",
 ))  # fmt: skip
-first = [loss for steps, _, loss in trials if steps == trials[0][0]]
-print(f"{spent} steps spent; all 8 to the end: {8 * lesson.scaled(20)}, a grid: "
-      f"{64 * lesson.scaled(20)}")  # fmt: skip
-winner = next(iter(runs.values()))
-lesson.report("best learning rate found", f"{winner['rate'] * RATE:.1e}")
-lesson.claim("settings matter: the worst first loss is at least 1.5 times the best",
-             max(first) / min(first), at_least=1.5, form=".2f")  # fmt: skip
+plots.show(plots.curve(
+    {"validation": (steps, rights), "test": (steps, on_test)}, percent=True,
+    title="The right answers of the same weights", xlabel="step",
+    ylabel="right answers", limits_y=(0, 1),
+    alt="Right answers on validation and test over the steps.",
+))  # fmt: skip
+lesson.claim("one run: the validation loss ends at least 10 % above its minimum",
+             losses[-1] / min(losses) - 1, at_least=0.1, form=".0%")  # fmt: skip
+for name, result in picked.items():
+    lesson.report(f"test, weights chosen by {name}", str(result))
 
 # %% [markdown]
-# **What you see.** Over about two orders of magnitude of the learning rate, the loss has a valley. What batch size and warm-up do, eight draws cannot tell, since all three were drawn together. Five steps favour rates that act fast; a longer run may want a lower one. So search with runs that are not too short.
+# **What you see.** TODO
 
 # %% [markdown]
 # ## Exercises
@@ -1773,8 +1639,8 @@ cut = len(fitting) // 5
 arguments = SFTConfig(
     max_steps=lesson.scaled(12), max_length=512, per_device_train_batch_size=8,
     learning_rate=RATE, lr_scheduler_type="cosine", warmup_steps=2, packing=False,
-    logging_steps=4, bf16=lesson.precision == "bf16-mixed",
-    fp16=lesson.precision == "fp16-mixed", **COMMON,
+    logging_steps=4, bf16=PRECISION == "bf16-mixed",
+    fp16=PRECISION == "fp16-mixed", **COMMON,
 )  # fmt: skip
 trainer = SFTTrainer(
     fresh(), arguments, train_dataset=dataset_of(fitting[cut:]),
@@ -1794,7 +1660,6 @@ lesson.claim("twelve steps lower the loss on other chats by at least a third",
 
 # %%
 end_id = tokenizer(END.strip(), add_special_tokens=False)["input_ids"][-1]
-assistant = assistant.to(machine.device)
 folder = ROOT / "build/05_supervised_fine_tuning/saved"
 
 
@@ -1813,7 +1678,7 @@ def stopped(asked: list[str]) -> float:
     return good / len(asked)
 
 # %%
-few = tests["fact"][: lesson.scaled(20, 2)]
+few = tests["fact"][: lesson.scaled(10, 2)]
 asked = [prompt_text(row["instruction"]) for row in few]
 kept_eos = tokenizer.eos_token, assistant.generation_config.eos_token_id
 without_eos = stopped(asked)
