@@ -9,15 +9,15 @@
 #
 # **You will**
 #
-# 1. write a chat template and a loss that counts the assistant's tokens only, and train an assistant that is right on at least 90 % of unseen instructions;
+# 1. write a chat template and a loss that counts the assistant's tokens only, and train an assistant that is right on at least 90 % of unseen instructions of its four tasks;
 # 2. find your losses equal to those of `trl.SFTTrainer`, step by step;
-# 3. find out whether the assistant can answer a second question, and teach it to;
-# 4. build instruction data, filter them, find a planted leak of the test, and measure quality against quantity with three trainings for each point;
-# 5. leave one task out of the training, and see whether the model can do it all the same.
+# 3. find out what the assistant does with the second question of a chat;
+# 4. build instruction data, filter them, find a planted leak of the test, and measure what careless answers cost, with three trainings for each point;
+# 5. ask the assistant for a task that it was never taught, and teach it afterwards.
 #
 # **Prerequisites:** lessons 01 and 03 (the training loop), and PyTorch tensors.
 #
-# **The data** is about *Shima*, an island made up by a seeded generator. **The base model** is *shima-4m*, a small Llama pretrained on documents about Shima, which comes with the course. It knows the island's people, reads passages and adds numbers, but only in the formats of its documents. It has never seen a chat. On a GPU the same cells tune an open hub model.
+# **The data** is about *Shima*, an island made up by a seeded generator. **The base model** is *shima-4m*, a small Llama pretrained on documents about Shima, which comes with the course. It knows the island's people, looks things up in a text and adds numbers, but only in the formats of its documents. It has never seen a chat. On a GPU the same cells tune an open hub model.
 #
 # | symbol | meaning |
 # |---|---|
@@ -209,9 +209,10 @@ lesson.report("base model, right answers, mean of five tasks", base_right, ".0%"
 # %%
 guesses = {}
 for task, rows in tests.items():
-    common = Counter(row["answer"] for row in training_rows(200, (task,))).most_common(1)
-    guess = common[0][0]
-    guesses[task] = exact_match([guess] * len(rows), [row["answer"] for row in rows])
+    answers = Counter(row["answer"] for row in training_rows(200, (task,)))
+    guess = answers.most_common(1)[0][0]
+    right = [row["answer"] for row in rows]
+    guesses[task] = exact_match([guess] * len(rows), right)
     print(f"{task:>9}: {guesses[task]} by always saying {guess[:40]!r}")
 
 # %% [markdown]
@@ -420,10 +421,9 @@ def mean_loss(model: nn.Module, examples: list[dict]) -> float:
 STEPS = 200
 MIXTURE = ("mood", *3 * ("fact", "sum", "describe"))
 rows = training_rows(lesson.scaled(8 * STEPS, 16), MIXTURE)
-examples = [encode(row) for row in rows]
 log_folder = ROOT / "build/05_supervised_fine_tuning" / f"seed{seed}-{time.time_ns()}"
 assistant, history = fine_tune(
-    examples, STEPS, batch_size=8, tensorboard_dir=log_folder,
+    [encode(row) for row in rows], STEPS, batch_size=8, tensorboard_dir=log_folder,
     evaluate=lambda model: {"validation_loss": mean_loss(model, validation)},
     evaluate_every=lesson.scaled(40),
 )  # fmt: skip
@@ -554,18 +554,22 @@ off = max(differences)
 lesson.equal("the ten losses are those of SFTTrainer, within 0.001", off, within=1e-3)
 
 # %% [markdown]
-# **What did it learn?** Zhou et al. (2023) propose the *superficial alignment hypothesis*: knowledge and abilities come almost entirely from pretraining, and fine-tuning picks the format in which they are used. You can test a part of it here. In the documents, an answer that has to be looked up comes after the word `Answer:`. In this lesson's data the answers of *pairs* begin with it as well. Train on the same questions with and without that word.
+# **What did it learn?** Zhou et al. (2023) propose the *superficial alignment hypothesis*: knowledge and abilities come almost entirely from pretraining, and fine-tuning picks the format in which they are used. You can test a part of it with *pairs*. In the documents an answer that was looked up comes after the word `Answer:`, and the line that it is looked up in names the thing and then its colour, `printer pink;`. Train on the same questions with four formats of the answer: with that word or without it, and with the thing repeated before its colour or the colour alone.
 
 # %%
 def says(row: Row, word: str, repeats: bool) -> Row:
-    """The answer with or without a word before it, and with or without what was asked."""
+    """The colour, with `word` before it or not, with what was asked or not."""
     asked, colour = row["answer"].split()[-2:]
     parts = [word, asked if repeats else "", colour]
     return row | {"answer": " ".join(part for part in parts if part)}
 
 
 pairs_rows = training_rows(lesson.scaled(8 * 15, 16), ("pairs",), stream=3)
-formats, losses = {}, {}
+for repeats in (True, False):
+    print([says(pairs_rows[0], word, repeats)["answer"] for word in ("Answer:", "")])
+
+# %%
+formats = {}
 for repeats in (True, False):
     for word in ("Answer:", ""):
         rows = [says(row, word, repeats) for row in pairs_rows]
@@ -1160,7 +1164,8 @@ def look(model: nn.Module) -> dict[str, float]:
 
 
 rows = [encode(row) for row in training_rows(40, ("fact",), stream=60)]
-fine_tune(rows, 40, batch_size=8, evaluate=look, evaluate_every=EVERY, schedule="constant")
+few_steps = {"evaluate_every": EVERY, "schedule": "constant", "batch_size": 8}
+fine_tune(rows, 40, evaluate=look, **few_steps)
 losses, rights, on_test = (list(part) for part in zip(*looks, strict=True))
 
 # %%

@@ -144,12 +144,6 @@ def test_the_check_of_the_predicted_positions_finds_means_and_places_that_are_of
 
 
 @pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path):
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.03}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
 def test_the_lesson_runs_on_a_model_and_on_chats_in_the_hubs_formats(tiny_model_folder, messages_file, tmp_path):
     parameters = {
         "profile": "t4",
