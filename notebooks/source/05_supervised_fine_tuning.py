@@ -378,7 +378,7 @@ for name, mask_prompt in (("answer only", True), ("all tokens", False)):
     examples = [encode(row, mask_prompt) for row in misled]
     shares = []
     for run in range(3):
-        model, _ = fine_tune(examples, 20, batch_size=8, run=run)
+        model, _ = fine_tune(examples, 16, batch_size=8, run=run)
         shares.append(share_believed(model))
     believed[f"loss on {name}"] = span(shares)
 plots.show(plots.bars_with_intervals(
@@ -393,7 +393,7 @@ lesson.claim("without the mask 20 points more of the false claims are believed",
              unmasked.accuracy - masked.accuracy, at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The lines in the two lower bars span three trainings, the one in the upper bar is an interval over the 100 claims. With the mask the model reads the claim and mostly does not take it over. Without the mask it is trained to write it, and believes much of what it was told. So the mask says whose words the model should make its own. It is not always the better choice for the score: Shi et al. (2024) find that with long instructions, short answers and few examples a loss on the instruction can help.
+# **What you see.** The lines in the two lower bars span three trainings, the one in the upper bar is an interval over the 50 claims. Both trainings read the same chats for the same steps. With the mask the model reads the claim and mostly does not take it over. Without the mask it is trained to write it, and then finds most of the false sentences more probable than the true ones. So the mask says whose words the model should make its own. It is not always the better choice for the score: Shi et al. (2024) find that with long instructions, short answers and few examples a loss on the instruction can help.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The assistant
@@ -554,44 +554,43 @@ off = max(differences)
 lesson.equal("the ten losses are those of SFTTrainer, within 0.001", off, within=1e-3)
 
 # %% [markdown]
-# **What did it learn?** Zhou et al. (2023) propose the *superficial alignment hypothesis*: knowledge and abilities come almost entirely from pretraining, and fine-tuning picks the format in which they are used. You can test a part of it with *pairs*. In the documents an answer that was looked up comes after the word `Answer:`, and the line that it is looked up in names the thing and then its colour, `printer pink;`. Train on the same questions with four formats of the answer: with that word or without it, and with the thing repeated before its colour or the colour alone.
+# **What did it learn?** Zhou et al. (2023) propose the *superficial alignment hypothesis*: knowledge and abilities come almost entirely from pretraining, and fine-tuning picks the format in which they are used. You can test a part of it with *pairs*. In the documents an answer that was looked up comes after the word `Answer:`, and the line that it is looked up in names the thing and then its colour, `printer pink;`. Train on the same questions with four formats of the answer: after the word `Answer:` or after `Reply:`, which no document has, and with the thing named before its colour or the colour alone.
 
 # %%
-def says(row: Row, word: str, repeats: bool) -> Row:
-    """The colour, with `word` before it or not, with what was asked or not."""
-    asked, colour = row["answer"].split()[-2:]
-    parts = [word, asked if repeats else "", colour]
-    return row | {"answer": " ".join(part for part in parts if part)}
+WORDS, LENGTHS = ("Answer:", "Reply:"), (2, 1)  # thing and colour, or colour alone
+
+
+def says(row: Row, word: str, number: int) -> Row:
+    """`Answer: printer pink` with another word, and only the last `number` words."""
+    return row | {"answer": " ".join([word, *row["answer"].split()[-number:]])}
 
 
 pairs_rows = training_rows(lesson.scaled(8 * 15, 16), ("pairs",), stream=3)
-for repeats in (True, False):
-    print([says(pairs_rows[0], word, repeats)["answer"] for word in ("Answer:", "")])
-
-# %%
 formats = {}
-for repeats in (True, False):
-    for word in ("Answer:", ""):
-        rows = [says(row, word, repeats) for row in pairs_rows]
+for number in LENGTHS:
+    for word in WORDS:
+        rows = [says(row, word, number) for row in pairs_rows]
         model, history = fine_tune([encode(row) for row in rows], 15, batch_size=8)
-        asked = [says(row, word, repeats) for row in tests["pairs"]]
+        asked = [says(row, word, number) for row in tests["pairs"][:50]]
         name = asked[0]["answer"]
         formats[name] = accuracy(model, asked)
         print(f"{name!r}: {formats[name]}, last loss {history.losses[-1]:.2f}")
+
+# %%
 plots.show(plots.bars_with_intervals(
     formats, title="The same questions and steps, four formats of the answer",
     xlabel="right answers, one training each",
     alt="Right answers for four formats of the same answers.",
 ))  # fmt: skip
-with_both, with_pair, with_word, bare = (s.accuracy for s in formats.values())
-lesson.report("right answers, format 'Answer: word colour'", with_both, ".0%")
-lesson.report("right answers, format 'colour'", bare, ".0%")
-lesson.claim("one run each: repeating the asked word is worth at least 40 points",
-             (with_both + with_pair - with_word - bare) / 2, at_least=0.4,
-             form=".0%")  # fmt: skip
+shares = [result.accuracy for result in formats.values()]
+with_thing, without = sum(shares[:2]) / 2, sum(shares[2:]) / 2
+lesson.report("right answers, thing and colour", with_thing, ".0%")
+lesson.report("right answers, colour alone", without, ".0%")
+lesson.claim("one run each: naming the thing before its colour is worth 40 points",
+             with_thing - without, at_least=0.4, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Both trainings have the same questions and the same number of steps. With the word from pretraining the model is right after few steps. Without it, it writes a colour and a full stop, mostly not the right colour. The two answers also differ in length and in the repeated word, so this does not isolate the one word; but it shows that what is hard here is not the question. When an assistant fails at something that its base model can do, look at the format of the training answers first.
+# **What you see.** All four trainings have the same questions, the same steps and the same colours to find. The word before the answer makes no difference, although one of the two was in the documents and the other was not. What does is the thing: an answer that first names it and then its colour can be copied from the line of the prompt, which has the same two words in the same order. With the colour alone the model writes a colour, mostly not the right one. So what is hard here is not the question, and fifteen steps do not teach a new way to look it up; they teach the form of an answer that the base model can already give. When an assistant fails at something that its base model can do, look at the format of the training answers first.
 
 # %% [markdown] tags=["core"]
 # ## 4 · A second question
@@ -613,7 +612,7 @@ def two_turns(first: Row, second: Row, last_only: bool = False) -> dict[str, lis
 
 
 generator = random.Random(f"turns/{seed}")
-seconds = [row for task in TASKS for row in tests[task][: lesson.scaled(50, 4)]]
+seconds = [row for task in TASKS for row in tests[task][: lesson.scaled(25, 4)]]
 firsts = generator.sample(seconds, len(seconds))  # another question before each
 both = zip(firsts, seconds, strict=True)
 second_turns = [two_turns(*pair, last_only=True) for pair in both]
@@ -639,7 +638,7 @@ for name, goods in right.items():
     lesson.report(f"right answers, {name}", str(score(sum(goods), len(goods))))
 
 # %% [markdown]
-# **What you see.** TODO
+# **What you see.** The questions are the same, and each second one has a question of any task, with its right answer, before it. Over all tasks the assistant is right less often when it is asked second; look at which tasks bear it and which do not. No training chat had a third turn, so the model has met neither the longer distance to the first mark nor an answer before the question. The remedy is data: chats of several turns, encoded by `two_turns`, whose answers all count. How much that brings is for you to measure; train the assistant on with 20 steps of them, and do not forget the control, as many steps on single chats.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Packing: several chats in one row
@@ -968,14 +967,14 @@ lesson.claim("removing near copies takes at least 10 points of this lead",
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A leak makes the test easier without making the model better: the fresh questions of the same kind do not gain as much. Looking for exact copies finds one form of three. MinHash finds the polite one as well. The other phrasing mostly escapes both, and goes on helping after the cleaning. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
+# **What you see.** A leak makes the test easier without making the model better: the fresh questions of the same kind score about the same in both trainings. Looking for exact copies finds one form of three. MinHash finds nearly all of the polite ones as well, and after the cleaning both forms score like fresh questions. The other phrasing mostly escapes, and its questions go on being answered. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Quality against quantity
 #
 # **Question.** Is it better to have a few good examples or many careless ones?
 #
-# Take the task *pairs*. In two kinds of careless data half of the answers were given in haste. *Random errors*: the colour is drawn from all colours of the prompt. *Systematic errors*: it is always the first colour of the prompt. Each training has the same 20 steps of 8 chats, so that 10 examples are read many times and 160 once. Three trainings for each point, each with its own examples.
+# Take the task *pairs*. In two kinds of careless data half of the answers were given in haste. *Random errors*: the colour is drawn from all colours of the prompt. *Errors by a rule*: it is always the first colour of the prompt. Each training has the same 10 steps of 8 chats, so that 10 examples are read eight times and 80 once. Three trainings for each point, each with its own examples.
 
 # %%
 def careless(rows: list[Row], kind: str, share: float = 0.5) -> list[Row]:
@@ -1039,7 +1038,9 @@ lesson.claim("80 right examples beat 80 with errors by a rule by 10 points",
              many - systematic, at_least=0.1, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** All nine points had the same number of steps, so more examples means fewer repetitions, not more training. Errors of both kinds spoil about half of the rows. Random errors point in all directions, and with more examples their harm shrinks. Systematic errors are a rule that the model can learn, and more of them do not help it to unlearn it. Zhou et al. (2023) tuned a 65 B model on 1,000 chosen chats (*LIMA*) and made the same point about quality.
+# **What you see.** All trainings had the same steps, so more examples means fewer repetitions, not more training. Half of the answers were given in haste, and about a third of all are wrong, since a hasty colour is sometimes right. This third costs much: eighty careless examples are about as good as ten right ones, and eighty right ones are better than either. Quantity and quality both count, and here neither makes up for the other.
+#
+# Do random errors do less harm than errors by a rule? One would think so, since they point in all directions, and in the long run the most frequent answer is the right one. These trainings do not show it: the lines of the two bars touch or overlap. The second number in each printed row tells why: it counts answers with the first colour, which is the right one in about a third of the questions. In ten steps no model has taken over the rule. Longer trainings on more such rows can. Zhou et al. (2023) tuned a 65 B model on 1,000 chosen chats (*LIMA*) and made the case for quality.
 
 # %% [markdown] tags=["core"]
 # ## 8 · A task that was left out
@@ -1094,7 +1095,7 @@ lesson.claim("mixing old rows in keeps at least 10 points more of the old tasks"
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** TODO
+# **What you see.** Read the replies: the assistant takes a question about pairs for one of its four tasks, and answers in the form of that one. It learned four forms, and not to follow instructions in general. Ten steps on the new task teach it, and take most of the old ones away, although no row of them contradicts the old. With old rows mixed in, the same number of steps keeps more of the old and has half as many rows for the new. So put the tasks that you need into the data, together and from the start. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones; a model of four million weights says nothing about theirs.
 
 # %% [markdown] tags=["further"]
 # ## 9 · What the assistant has forgotten
@@ -1138,7 +1139,7 @@ lesson.claim("one run: the assistant loses at least 20 points of the old abiliti
              base_kept - assistant_kept, at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** TODO
+# **What you see.** The assistant answers chats, and has lost most of what the base model could do in the format of its documents; no training chat contradicts it. A low score here does not prove that the knowledge is gone: the assistant's *facts* in section 3 are the same facts, in another format. What helps are fewer steps, a lower rate, lower rates for lower layers (Howard & Ruder 2018), fewer trained weights (lesson 06), or old text mixed in (lesson 14). A fair comparison of such ways needs equal learning on the new tasks, which takes a sweep of rates; lesson 06 makes it.
 
 # %% [markdown] tags=["further"]
 # ## 10 · When to stop
@@ -1147,11 +1148,11 @@ lesson.claim("one run: the assistant loses at least 20 points of the old abiliti
 #
 # **Question.** With few examples, the training loss goes to zero. When is the model at its best?
 #
-# **Early stopping** watches a number on chats that are not trained on, the *validation* chats, and keeps the weights of the best moment; if nothing has improved for some looks (the *patience*), it ends the training. But which number: the loss, or the right answers? Train on 40 examples, look every 5 steps at both on the validation chats, and write down the right answers to the test for each look. Three trainings.
+# **Early stopping** watches a number on chats that are not trained on, the *validation* chats, and keeps the weights of the best moment; if nothing has improved for some looks (the *patience*), it ends the training. But which number: the loss, or the right answers? Train on 40 examples, look every 5 steps at both on the validation chats, and write down the right answers to the test for each look. One training.
 
 # %%
 watched = [encode(row) for row in unseen_rows(60, "fact", stream=8)]
-on_test_rows = [encode(row) for row in tests["fact"]]
+on_test_rows = [encode(row) for row in tests["fact"][:60]]
 looks = []  # each look: loss and right answers on validation, right answers on the test
 EVERY = 5
 
@@ -1206,7 +1207,7 @@ for name, result in picked.items():
     lesson.report(f"test, weights chosen by {name}", str(result))
 
 # %% [markdown]
-# **What you see.** TODO
+# **What you see.** The loss on unseen chats has its minimum early and rises again, while the right answers go on growing or stay. The loss punishes a confident error without bound, exact match counts it once. So judge by the measure that you care about, if you can afford it. Here stopping by the loss would have thrown away most of the right answers that this training brings. It is one training, and the test has few questions: before you believe the size of the difference, look at the two intervals above. In a real loop you keep a copy of the best weights on the disk, and an exception raised in `evaluate` ends the training.
 
 # %% [markdown]
 # ## Exercises
@@ -1568,16 +1569,16 @@ check("5.6", check_predicted_positions, predicted_positions)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **2. In the figure of section 7 you collect many more examples, and half of their answers follow the same wrong rule. What do you expect?**
+# **2. In the figure of section 7 the bar of ten right examples is about as long as those of eighty careless ones. A colleague says: so the eighty are worth no more than ten right ones, let us throw seventy of them away at random. What is wrong?**
 #
-# - A. The errors average out, as random ones do.
-# - B. Nothing changes, since the number of steps is fixed.
-# - C. The rule is learned along with the task; more examples of it are no cure.
-# - D. The model ignores the wrong half.
+# - A. Ten of the careless examples contain errors, too; they are not the ten of the upper bar.
+# - B. The trainings had different numbers of steps.
+# - C. Ten examples cannot be read eight times.
+# - D. Nothing is wrong.
 #
 # <details><summary>Answer</summary>
 #
-# C. Errors that point in all directions have no common pattern to learn. A rule has one.
+# A. Throwing away at random leaves the share of errors as it is. What would help is to find the wrong ones, as exercise 5.5 does. The steps were equal.
 #
 # </details>
 
@@ -1610,16 +1611,16 @@ check("5.6", check_predicted_positions, predicted_positions)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **5. A model is tuned on five tasks, and fails at a sixth that its base model can do in another format. What helps most surely?**
+# **5. An assistant was tuned on four tasks and fails at a fifth. You train it on with rows of the fifth alone. What must you measure besides the fifth task?**
 #
-# - A. More steps on the five tasks.
-# - B. A larger batch.
-# - C. Examples of the sixth task.
-# - D. A lower learning rate.
+# - A. The loss on the rows of the fifth task.
+# - B. The four old tasks, on questions of their own.
+# - C. The speed of generation.
+# - D. Whether the learning rate still falls.
 #
 # <details><summary>Answer</summary>
 #
-# C. In section 8 tuning on five tasks brought no right answer to the sixth, in the same steps in which six tasks were learned. What the base model can do is often woken up by few examples.
+# B. In section 8 a few steps on one task took much of the four others away. Rows of the old tasks in the mixture kept more of them.
 #
 # </details>
 
@@ -1705,9 +1706,9 @@ lesson.claim("with the end of the turn set, at least 90 % of the replies stop th
 #
 # | here | a model of billions of parameters |
 # |---|---|
-# | six tasks made by a program | hundreds of tasks, human and synthetic, from a thousand (LIMA) to millions of chats |
+# | five tasks made by a program | hundreds of tasks, human and synthetic, from a thousand (LIMA) to millions of chats |
 # | all weights, in 32 bits | often LoRA (lesson 06), or all weights sharded over GPUs (lesson 11); what fits is arithmetic (lesson 07) |
-# | learning rate 1e-3 | 1e-5 to 2e-5 for all weights, about ten times as much for LoRA |
+# | learning rates of 1e-3 to 2e-3 | 1e-5 to 2e-5 for all weights, about ten times as much for LoRA |
 # | exact match | judges, human and automatic, on held-out tasks; exact match where it can be had |
 # | packing with a mask in plain PyTorch | the same by FlashAttention's variable-length kernels; verify that it is on |
 # | forgetting of four abilities | a fixed set of benchmarks before and after, and some pretraining text mixed in (lesson 14) |
@@ -1722,8 +1723,7 @@ lesson.claim("with the end of the turn set, at least 90 % of the replies stop th
 # - Shi et al. 2024, *Instruction Tuning With Loss Over Instructions* (arXiv:2405.14394): when it helps not to mask.
 # - Krell et al. 2021, *Efficient Sequence Packing without Cross-contamination* (arXiv:2107.02027).
 # - Broder 1997, *On the Resemblance and Containment of Documents*; Lee et al. 2022, *Deduplicating Training Data Makes Language Models Better* (arXiv:2107.06499).
-# - Howard & Ruder 2018, *Universal Language Model Fine-tuning for Text Classification* (arXiv:1801.06146): layer-wise rates, gradual unfreezing.
+# - Howard & Ruder 2018, *Universal Language Model Fine-tuning for Text Classification* (arXiv:1801.06146): lower rates for lower layers, gradual unfreezing.
 # - McCloskey & Cohen 1989, *Catastrophic Interference in Connectionist Networks*; Luo et al. 2023, *An Empirical Study of Catastrophic Forgetting in Large Language Models During Continual Fine-tuning* (arXiv:2308.08747).
-# - Bergstra & Bengio 2012, *Random Search for Hyper-Parameter Optimization*; Jamieson & Talwalkar 2016, *Non-stochastic Best Arm Identification and Hyperparameter Optimization* (arXiv:1502.07943).
 # - Jain et al. 2023, *NEFTune* (arXiv:2310.05914).
 # - Allal et al. 2025, *SmolLM2: When Smol Goes Big* (arXiv:2502.02737): SmolTalk.
