@@ -85,8 +85,8 @@ machine = lesson.machine
 # All that depends on the hardware: the learning rate, and the marks around a turn.
 SETTINGS = {
     "cpu": {"learning_rate": 2e-3, "marks": ("<|", "|>\n", "<|end|>\n")},
-    "t4": {"learning_rate": 3e-5, "marks": ("<|im_start|>", "\n", "<|im_end|>\n")},
-    "large": {"learning_rate": 2e-5, "marks": ("<|im_start|>", "\n", "<|im_end|>\n")},
+    "t4": {"learning_rate": 5e-5, "marks": ("<|im_start|>", "\n", "<|im_end|>\n")},
+    "large": {"learning_rate": 4e-5, "marks": ("<|im_start|>", "\n", "<|im_end|>\n")},
 }
 settings = SETTINGS[machine.name]
 PRECISION = "fp32" if machine.device == "cpu" else lesson.precision
@@ -400,7 +400,7 @@ lesson.claim("without the mask 20 points more of the false claims are believed",
 #
 # **Question.** How much training turns the base model into an assistant?
 #
-# Four tasks in one mixture, the easiest of them with a third of the share of the others, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats.
+# Four tasks in one mixture, the harder ones with the larger shares, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats.
 
 # %%
 validation = [encode(row) for task in TASKS for row in unseen_rows(10, task, 1)]
@@ -418,14 +418,14 @@ def mean_loss(model: nn.Module, examples: list[dict]) -> float:
     return total / tokens
 
 
-STEPS = 200
-MIXTURE = ("mood", *3 * ("fact", "sum", "describe"))
+STEPS = 190
+MIXTURE = ("mood", *2 * ("describe",), *3 * ("fact",), *4 * ("sum",))
 rows = training_rows(lesson.scaled(8 * STEPS, 16), MIXTURE)
 log_folder = ROOT / "build/05_supervised_fine_tuning" / f"seed{seed}-{time.time_ns()}"
 assistant, history = fine_tune(
-    [encode(row) for row in rows], STEPS, batch_size=8, tensorboard_dir=log_folder,
+    [encode(row) for row in rows], STEPS, batch_size=8, rate=0.4,
     evaluate=lambda model: {"validation_loss": mean_loss(model, validation)},
-    evaluate_every=lesson.scaled(40),
+    evaluate_every=lesson.scaled(40), tensorboard_dir=log_folder,
 )  # fmt: skip
 print(f"{sum(history.tokens):,} tokens in {sum(history.seconds):.0f} s")
 
@@ -951,7 +951,7 @@ for name, rows in (("with the leak", pool), ("near copies removed", cleaned)):
 # %%
 grouped = {form: {name: by_data[name][form] for name in by_data} for form in runs[0]}
 plots.show(plots.bars_with_intervals(
-    grouped, title="Planted questions score higher, until they are removed",
+    grouped, title="Planted questions score higher; one form stays after cleaning",
     xlabel="right answers to a part of the test, three trainings",
     alt="Right answers to fresh and to planted questions, before and after cleaning.",
 ))  # fmt: skip
@@ -1002,8 +1002,8 @@ for kind in ("random errors", "systematic errors"):
 POINTS = {  # name -> kind of errors, number of examples
     "10 right examples": ("all right", 10),
     "80 right examples": ("all right", 80),
-    "80, half random errors": ("random errors", 80),
-    "80, half errors by a rule": ("systematic errors", 80),
+    "80, half hasty, at random": ("random errors", 80),
+    "80, half hasty, by a rule": ("systematic errors", 80),
 }
 
 
@@ -1128,7 +1128,7 @@ del models
 # %%
 plots.show(plots.bars_with_intervals(
     {shown: {k: kept[k][shown] for k in kept} for shown in ABILITIES.values()},
-    title="What the models still can in the format of the documents",
+    title="What base model and assistant can in the old format",
     xlabel="right answers, one training each",
     alt="Right answers on four old abilities before and after fine-tuning.",
 ))  # fmt: skip
@@ -1708,7 +1708,7 @@ lesson.claim("with the end of the turn set, at least 90 % of the replies stop th
 # |---|---|
 # | five tasks made by a program | hundreds of tasks, human and synthetic, from a thousand (LIMA) to millions of chats |
 # | all weights, in 32 bits | often LoRA (lesson 06), or all weights sharded over GPUs (lesson 11); what fits is arithmetic (lesson 07) |
-# | learning rates of 1e-3 to 2e-3 | 1e-5 to 2e-5 for all weights, about ten times as much for LoRA |
+# | learning rates of about 1e-3 | 1e-5 to 2e-5 for all weights, about ten times as much for LoRA |
 # | exact match | judges, human and automatic, on held-out tasks; exact match where it can be had |
 # | packing with a mask in plain PyTorch | the same by FlashAttention's variable-length kernels; verify that it is on |
 # | forgetting of four abilities | a fixed set of benchmarks before and after, and some pretraining text mixed in (lesson 14) |
