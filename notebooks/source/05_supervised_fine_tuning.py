@@ -9,7 +9,7 @@
 #
 # **You will**
 #
-# 1. write a chat template and a loss that counts the assistant's tokens only, and train an assistant that is right on at least 90 % of unseen instructions of its four tasks;
+# 1. write a chat template and a loss that counts the assistant's tokens only, and train an assistant that is right on at least 90 % of unseen instructions of its three tasks;
 # 2. find your losses equal to those of `trl.SFTTrainer`, step by step;
 # 3. find out what the assistant does with the second question of a chat;
 # 4. build instruction data, filter them, find a planted leak of the test, and measure what careless answers cost, with three trainings for each point;
@@ -90,7 +90,7 @@ SETTINGS = {
 }
 settings = SETTINGS[machine.name]
 PRECISION = "fp32" if machine.device == "cpu" else lesson.precision
-TASKS = ("fact", "sum", "mood", "describe")  # what the assistant is taught
+TASKS = ("fact", "mood", "describe")  # what the assistant is taught
 ALL_TASKS = (*TASKS, "pairs")
 
 # %% [markdown]
@@ -125,7 +125,7 @@ def unseen_rows(number: int, task: str, stream: int = 0) -> list[Row]:
 #
 # **Question.** The base model knows facts, reads and computes. Why can you not just ask it?
 #
-# There are five kinds of instruction in this lesson: state a *fact* about a well-known person, write a *sum* with its steps, name the *mood* of a review, *describe* a person, and look up *pairs* of a word and a colour. The assistant is taught the first four; *pairs* serves for experiments, and section 8 asks what the assistant makes of it. Each one uses an ability that the base model has. But a chat is a kind of text that it has never seen.
+# There are four kinds of instruction in this lesson: state a *fact* about a well-known person, name the *mood* of a review, *describe* a person, and look up *pairs* of a word and a colour. The assistant is taught the first three; *pairs* serves for experiments, and section 8 asks what the assistant makes of it. Each one uses an ability that the base model has. But a chat is a kind of text that it has never seen.
 #
 # **A chat is a text.** A *chat template* turns a list of turns into one string, with marks that say who speaks and where a turn ends. It is a small program in the language Jinja, and it travels with the tokenizer. Here it is in full. `{% generation %}` and `{% endgeneration %}` print nothing: they mark what the assistant says, end of the turn included.
 
@@ -204,7 +204,7 @@ for task, rows in tests.items():
     print(f"{'base':>11}: {written[0][:70]!r}")
 del untuned
 base_right = sum(result.accuracy for result in base_scores.values()) / len(base_scores)
-lesson.report("base model, right answers, mean of five tasks", base_right, ".0%")
+lesson.report("base model, right answers, mean of four tasks", base_right, ".0%")
 
 # %%
 guesses = {}
@@ -400,7 +400,7 @@ lesson.claim("without the mask 20 points more of the false claims are believed",
 #
 # **Question.** How much training turns the base model into an assistant?
 #
-# Four tasks in one mixture, the harder ones with the larger shares, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats.
+# Three tasks in one mixture, the harder ones with the larger shares, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats.
 
 # %%
 validation = [encode(row) for task in TASKS for row in unseen_rows(10, task, 1)]
@@ -418,12 +418,12 @@ def mean_loss(model: nn.Module, examples: list[dict]) -> float:
     return total / tokens
 
 
-STEPS = 190
-MIXTURE = ("mood", *2 * ("describe",), *3 * ("fact",), *4 * ("sum",))
+STEPS = 130
+MIXTURE = ("mood", *2 * ("describe",), *3 * ("fact",))
 rows = training_rows(lesson.scaled(8 * STEPS, 16), MIXTURE)
 log_folder = ROOT / "build/05_supervised_fine_tuning" / f"seed{seed}-{time.time_ns()}"
 assistant, history = fine_tune(
-    [encode(row) for row in rows], STEPS, batch_size=8, rate=0.4,
+    [encode(row) for row in rows], STEPS, batch_size=8, rate=0.5,
     evaluate=lambda model: {"validation_loss": mean_loss(model, validation)},
     evaluate_every=lesson.scaled(40), tensorboard_dir=log_folder,
 )  # fmt: skip
@@ -439,7 +439,7 @@ for task in TASKS:
     compared[task] = {f"{name}, n = {s.n} a task": s for name, s in shares.items()}
 plots.show(plots.bars_with_intervals(
     compared, title="Right answers before and after", xlabel="right answers",
-    alt="Right answers for four tasks: base model, commonest answer, assistant.",
+    alt="Right answers for three tasks: base model, commonest answer, assistant.",
 ))  # fmt: skip
 assistant_right = sum(s.accuracy for s in assistant_scores.values()) / len(TASKS)
 lesson.claim(
@@ -932,7 +932,7 @@ for name, hits in (("exact", exact), ("near", near)):
 # %%
 def leak_scores(rows: list[Row], run: int) -> dict[str, float]:
     """Train on the rows; share of right answers to each part of the test."""
-    model, _ = fine_tune([encode(row) for row in rows], 12, run=run)
+    model, _ = fine_tune([encode(row) for row in rows], 10, run=run)
     right = right_of(model, [encode(row) for row in leak_tests])
     parts = {form: [] for form in ("fresh", "same text", "polite", "other phrasing")}
     for row, good in zip(leak_tests, right, strict=True):
@@ -999,29 +999,36 @@ for kind in ("random errors", "systematic errors"):
     print(f"{kind}: {wrong / len(rows):.0%} of the answers are wrong")
 
 # %%
-POINTS = {  # name -> kind of errors, number of examples
-    "10 right examples": ("all right", 10),
-    "80 right examples": ("all right", 80),
-    "80, half hasty, at random": ("random errors", 80),
-    "80, half hasty, by a rule": ("systematic errors", 80),
+KINDS = ("all right", "random errors", "systematic errors")
+POINTS = {  # name -> kind of answers, number of examples
+    "10 right examples": (KINDS[0], 10),
+    "80 right examples": (KINDS[0], 80),
+    "80, half hasty, at random": (KINDS[1], 80),
+    "80, half hasty, by a rule": (KINDS[2], 80),
 }
+asked = tests["pairs"][:50]
+first_colour = careless(asked, "systematic errors", 1.0)
+both = zip(asked, first_colour, strict=True)
+right_by_rule = sum(row == hasty for row, hasty in both) / len(asked)
+print(f"the first colour is the right one in {right_by_rule:.0%} of the test")
 
 
 def quality_run(kind: str, size: int, run: int) -> tuple[float, float]:
-    """10 steps of 8; share of right answers, and of answers that follow the rule."""
+    """10 steps of 8; share of right answers, and of answers by the rule."""
     rows = training_rows(size, ("pairs",), stream=31 + run)
-    examples = [encode(row) for row in careless(rows, kind)]
-    model, _ = fine_tune(examples, 10, batch_size=8, run=run)
-    asked = tests["pairs"][:50]
-    first_colour = careless(asked, "systematic errors", 1.0)
-    return tuple(accuracy(model, rows).accuracy for rows in (asked, first_colour))
+    model, _ = fine_tune([encode(row) for row in careless(rows, kind)], 10,
+                         batch_size=8, run=run)  # fmt: skip
+    followed = accuracy(model, first_colour).accuracy if kind == KINDS[2] else 0.0
+    return accuracy(model, asked).accuracy, followed
 
 
-quality, by_rule = {}, {}
+# %%
+quality = {}
 for name, point in POINTS.items():
     results = [quality_run(*point, run) for run in range(3)]
-    quality[name], by_rule[name] = (span(list(x)) for x in zip(*results, strict=True))
-    print(f"{name}: right {ends(quality[name])}, first colour {ends(by_rule[name])}")
+    quality[name], by_rule = (span(list(x)) for x in zip(*results, strict=True))
+    print(f"{name}: right {ends(quality[name])}")
+print(f"{name}: first colour {ends(by_rule)}")
 
 # %% tags=["headline"]
 plots.show(plots.bars_with_intervals(
@@ -1040,14 +1047,14 @@ lesson.claim("80 right examples beat 80 with errors by a rule by 10 points",
 # %% [markdown]
 # **What you see.** All trainings had the same steps, so more examples means fewer repetitions, not more training. Half of the answers were given in haste, and about a third of all are wrong, since a hasty colour is sometimes right. This third costs much: eighty careless examples are about as good as ten right ones, and eighty right ones are better than either. Quantity and quality both count, and here neither makes up for the other.
 #
-# Do random errors do less harm than errors by a rule? One would think so, since they point in all directions, and in the long run the most frequent answer is the right one. These trainings do not show it: the lines of the two bars touch or overlap. The second number in each printed row tells why: it counts answers with the first colour, which is the right one in about a third of the questions. In ten steps no model has taken over the rule. Longer trainings on more such rows can. Zhou et al. (2023) tuned a 65 B model on 1,000 chosen chats (*LIMA*) and made the case for quality.
+# Do random errors do less harm than errors by a rule? One would think so, since they point in all directions, and in the long run the most frequent answer is the right one. These trainings do not show it: the lines of the two bars touch or overlap. The last printed row tells why. It counts how often the models trained by the rule name the first colour, and the line at the top says how often that colour is right anyway: they do not name it more often than that. In ten steps they have not taken over the rule. Longer trainings on more such rows may. Zhou et al. (2023) tuned a 65 B model on 1,000 chosen chats (*LIMA*) and made the case for quality.
 
 # %% [markdown] tags=["core"]
 # ## 8 · A task that was left out
 #
 # **Question.** Does the assistant solve *pairs*, which it was never taught? And what happens when you teach it afterwards?
 #
-# Count exact answers, and also those that name the right colour anywhere, since the form could be wrong and the content right. Then train on for 10 steps of 8 chats, in two ways: on 80 rows of *pairs* alone, or on 40 of them mixed with 40 of the four old tasks. Three trainings each. Section 7 has the base model after as many steps on the same 80 rows.
+# Count exact answers, and also those that name the right colour anywhere, since the form could be wrong and the content right. Then train on for 10 steps of 8 chats, in two ways: on 80 rows of *pairs* alone, or on 40 of them mixed with 40 of the three old tasks. Three trainings each. Section 7 has the base model after as many steps on the same 80 rows.
 
 # %%
 pairs_asked = tests["pairs"][:50]
@@ -1061,7 +1068,7 @@ print(f"the right colour anywhere: {score(named, len(replies))}")
 
 # %%
 def taught_later(mixed: bool, run: int) -> tuple[float, float]:
-    """Train the assistant on; right answers to pairs, and to the four old tasks."""
+    """Train the assistant on; right answers to pairs, and to the three old tasks."""
     rows = training_rows(80, ("pairs",), stream=31 + run)
     if mixed:
         rows = rows[:40] + training_rows(40, MIXTURE, stream=41 + run)
@@ -1081,7 +1088,7 @@ for name, mixed in (("80 rows of pairs", False), ("40 of pairs, 40 old", True)):
 
 # %%
 plots.show(plots.bars_with_intervals(
-    later, title="A fifth task, taught alone or mixed with the old ones",
+    later, title="A fourth task, taught alone or mixed with the old ones",
     xlabel="right answers; three trainings of 10 steps",
     alt="Right answers to pairs and to the old tasks before and after.",
 ))  # fmt: skip
@@ -1095,7 +1102,7 @@ lesson.claim("mixing old rows in keeps at least 10 points more of the old tasks"
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Read the replies: the assistant takes a question about pairs for one of its four tasks, and answers in the form of that one. It learned four forms, and not to follow instructions in general. Ten steps on the new task teach it, and take most of the old ones away, although no row of them contradicts the old. With old rows mixed in, the same number of steps keeps more of the old and has half as many rows for the new. So put the tasks that you need into the data, together and from the start. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones; a model of four million weights says nothing about theirs.
+# **What you see.** Read the replies: the assistant takes a question about pairs for one of its three tasks, and answers in the form of that one. It learned three forms, and not to follow instructions in general. Ten steps on the new task teach it, and take most of the old ones away, although no row of them contradicts the old. With old rows mixed in, the same number of steps keeps more of the old and has half as many rows for the new. So put the tasks that you need into the data, together and from the start. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones; a model of four million weights says nothing about theirs.
 
 # %% [markdown] tags=["further"]
 # ## 9 · What the assistant has forgotten
@@ -1104,7 +1111,7 @@ lesson.claim("mixing old rows in keeps at least 10 points more of the old tasks"
 #
 # **Question.** What does the model lose while it learns?
 #
-# Forgetting is measured on the base model's own abilities, in the format of its documents, which none of the training chats has: known facts, reading, a mapping shown by eight examples, and sums with their steps.
+# Forgetting is measured on the base model's own abilities, in the format of its documents, which none of the training chats has: known facts, reading, a mapping shown by eight examples, and sums with their steps. Three models are asked: the base model, the assistant, and the assistant after the ten steps on *pairs* alone of section 8.
 
 # %%
 from recipes.base_model import evaluate as evaluate_base
@@ -1120,23 +1127,27 @@ def abilities_of(model: nn.Module) -> dict[str, Score]:
     return {shown: results[name] for name, shown in ABILITIES.items()}
 
 
-models = {"base model": fresh(), "assistant": assistant}
+rows = [encode(row) for row in training_rows(80, ("pairs",), stream=31)]
+later_model = copy.deepcopy(assistant)
+fine_tune(rows, 10, model=later_model, batch_size=8)
+models = {"base model": fresh(), "assistant": assistant,
+          "assistant after ten steps on pairs": later_model}  # fmt: skip
 kept = {name: abilities_of(model) for name, model in models.items()}
 kept_mean = {k: sum(s.accuracy for s in row.values()) / 4 for k, row in kept.items()}
-del models
+del models, later_model
 
 # %%
 plots.show(plots.bars_with_intervals(
     {shown: {k: kept[k][shown] for k in kept} for shown in ABILITIES.values()},
-    title="What base model and assistant can in the old format",
+    title="Old abilities, in the format of the documents",
     xlabel="right answers, one training each",
     alt="Right answers on four old abilities before and after fine-tuning.",
 ))  # fmt: skip
 for name, share in kept_mean.items():
     lesson.report(f"old abilities kept: {name}", share, ".0%")
-base_kept, assistant_kept = kept_mean.values()
-lesson.claim("one run: the assistant loses at least 20 points of the old abilities",
-             base_kept - assistant_kept, at_least=0.2, form=".0%")  # fmt: skip
+base_kept, _, later_kept = kept_mean.values()
+lesson.claim("one run: ten steps on pairs leave 20 points less than the base",
+             base_kept - later_kept, at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
 # **What you see.** The assistant answers chats, and has lost most of what the base model could do in the format of its documents; no training chat contradicts it. A low score here does not prove that the knowledge is gone: the assistant's *facts* in section 3 are the same facts, in another format. What helps are fewer steps, a lower rate, lower rates for lower layers (Howard & Ruder 2018), fewer trained weights (lesson 06), or old text mixed in (lesson 14). A fair comparison of such ways needs equal learning on the new tasks, which takes a sweep of rates; lesson 06 makes it.
@@ -1611,16 +1622,16 @@ check("5.6", check_predicted_positions, predicted_positions)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **5. An assistant was tuned on four tasks and fails at a fifth. You train it on with rows of the fifth alone. What must you measure besides the fifth task?**
+# **5. An assistant was tuned on three tasks and fails at a fourth. You train it on with rows of the fourth alone. What must you measure besides the fourth task?**
 #
-# - A. The loss on the rows of the fifth task.
-# - B. The four old tasks, on questions of their own.
+# - A. The loss on the rows of the fourth task.
+# - B. The three old tasks, on questions of their own.
 # - C. The speed of generation.
 # - D. Whether the learning rate still falls.
 #
 # <details><summary>Answer</summary>
 #
-# B. In section 8 a few steps on one task took much of the four others away. Rows of the old tasks in the mixture kept more of them.
+# B. In section 8 a few steps on one task took much of the others away. Rows of the old tasks in the mixture kept more of them.
 #
 # </details>
 
@@ -1638,7 +1649,7 @@ lesson.summary()
 # With `trl` the whole lesson is a configuration. The cell below tunes the profile's model on the profile's chats: on a CPU these are about Shima, on a GPU they are from *SmolTalk*, written by language models and filtered (Allal et al. 2025). A row whose answer is cut off by `max_length` has nothing to learn and reports a loss of 0; such rows are left out first.
 
 # %%
-number = lesson.scaled(160, 16)
+number = lesson.scaled(120, 16)
 chats = instruction_dataset(chats_id or machine, number, seed=seed).to_list()
 fitting = [row for row in chats if len(encode(row)["input_ids"]) <= 512]
 cut = len(fitting) // 5
@@ -1706,7 +1717,7 @@ lesson.claim("with the end of the turn set, at least 90 % of the replies stop th
 #
 # | here | a model of billions of parameters |
 # |---|---|
-# | five tasks made by a program | hundreds of tasks, human and synthetic, from a thousand (LIMA) to millions of chats |
+# | four tasks made by a program | hundreds of tasks, human and synthetic, from a thousand (LIMA) to millions of chats |
 # | all weights, in 32 bits | often LoRA (lesson 06), or all weights sharded over GPUs (lesson 11); what fits is arithmetic (lesson 07) |
 # | learning rates of about 1e-3 | 1e-5 to 2e-5 for all weights, about ten times as much for LoRA |
 # | exact match | judges, human and automatic, on held-out tasks; exact match where it can be had |
