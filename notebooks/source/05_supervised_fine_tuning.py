@@ -378,7 +378,7 @@ for name, mask_prompt in (("answer only", True), ("all tokens", False)):
     examples = [encode(row, mask_prompt) for row in misled]
     shares = []
     for run in range(3):
-        model, _ = fine_tune(examples, 16, batch_size=8, run=run)
+        model, _ = fine_tune(examples, 15, batch_size=8, run=run)
         shares.append(share_believed(model))
     believed[f"loss on {name}"] = span(shares)
 plots.show(plots.bars_with_intervals(
@@ -418,8 +418,8 @@ def mean_loss(model: nn.Module, examples: list[dict]) -> float:
     return total / tokens
 
 
-STEPS = 130
-MIXTURE = ("mood", *2 * ("describe",), *3 * ("fact",))
+STEPS = 150
+MIXTURE = ("mood", *3 * ("fact", "describe"))
 rows = training_rows(lesson.scaled(8 * STEPS, 16), MIXTURE)
 log_folder = ROOT / "build/05_supervised_fine_tuning" / f"seed{seed}-{time.time_ns()}"
 assistant, history = fine_tune(
@@ -1159,26 +1159,24 @@ lesson.claim("one run: ten steps on pairs leave 20 points less than the base",
 #
 # **Question.** With few examples, the training loss goes to zero. When is the model at its best?
 #
-# **Early stopping** watches a number on chats that are not trained on, the *validation* chats, and keeps the weights of the best moment; if nothing has improved for some looks (the *patience*), it ends the training. But which number: the loss, or the right answers? Train on 40 examples, look every 5 steps at both on the validation chats, and write down the right answers to the test for each look. One training.
+# **Early stopping** watches a number on chats that are not trained on, the *validation* chats, and keeps the weights of the best moment; if nothing has improved for some looks (the *patience*), it ends the training. But which number: the loss, or the right answers? Train on 120 examples at a constant rate, and look every 10 steps at both. The simple thing to compare with is training to the end.
 
 # %%
 watched = [encode(row) for row in unseen_rows(60, "fact", stream=8)]
-on_test_rows = [encode(row) for row in tests["fact"][:60]]
-looks = []  # each look: loss and right answers on validation, right answers on the test
-EVERY = 5
+looks, EVERY = [], 10  # each look: step, loss and right answers on the validation chats
 
 
 def look(model: nn.Module) -> dict[str, float]:
     """Write down what this moment's weights can do."""
-    right = [sum(right_of(model, some)) / len(some) for some in (watched, on_test_rows)]
-    looks.append((mean_loss(model, watched), *right))
+    right = sum(right_of(model, watched)) / len(watched)
+    looks.append((EVERY * (len(looks) + 1), mean_loss(model, watched), right))
     return {}
 
 
-rows = [encode(row) for row in training_rows(40, ("fact",), stream=60)]
-few_steps = {"evaluate_every": EVERY, "schedule": "constant", "batch_size": 8}
-fine_tune(rows, 40, evaluate=look, **few_steps)
-losses, rights, on_test = (list(part) for part in zip(*looks, strict=True))
+rows = [encode(row) for row in training_rows(120, ("fact",), stream=60)]
+few_looks = {"evaluate_every": EVERY, "schedule": "constant", "batch_size": 8}
+fine_tune(rows, 60, evaluate=look, **few_looks)
+steps, losses, rights = (list(part) for part in zip(*looks, strict=True))
 
 # %%
 def stop(values: list[float], patience: int) -> tuple[int, int]:
@@ -1192,33 +1190,29 @@ def stop(values: list[float], patience: int) -> tuple[int, int]:
     return best, len(values) - 1
 
 
-picked = {}
-signals = {"lowest loss": losses, "most right answers": [-right for right in rights]}
-for name, values in signals.items():
-    best, last = stop(values, patience=3)
-    picked[name] = score(round(on_test[best] * len(on_test_rows)), len(on_test_rows))
-    print(f"{name}: best after {EVERY * (best + 1)} steps, stopped after "
-          f"{EVERY * (last + 1)}, test {picked[name]}")  # fmt: skip
+best, last = stop(losses, patience=2)
+print(f"the loss is lowest at step {steps[best]}, and stops the run at {steps[last]}")
+moments = {"at the lowest loss": rights[best], "at the end": rights[-1]}
+for name, share in moments.items():
+    result = score(round(share * len(watched)), len(watched))
+    lesson.report(f"one run: right answers {name}", str(result))
+    print(f"right answers {name}: {result}")
 
 # %%
-steps = [EVERY * (k + 1) for k in range(len(looks))]
 plots.show(plots.curve(
     {"validation": (steps, losses)}, title="The validation loss", xlabel="step",
     ylabel="loss (nats per token)", alt="Loss on validation chats over the steps.",
 ))  # fmt: skip
 plots.show(plots.curve(
-    {"validation": (steps, rights), "test": (steps, on_test)}, percent=True,
-    title="The right answers of the same weights", xlabel="step",
-    ylabel="right answers", limits_y=(0, 1),
-    alt="Right answers on validation and test over the steps.",
+    {"validation": (steps, rights)}, percent=True, limits_y=(0, 0.5),
+    title="The right answers of the same weights to the same chats", xlabel="step",
+    ylabel="right answers", alt="Right answers on validation chats over the steps.",
 ))  # fmt: skip
-lesson.claim("one run: the validation loss ends at least 10 % above its minimum",
-             losses[-1] / min(losses) - 1, at_least=0.1, form=".0%")  # fmt: skip
-for name, result in picked.items():
-    lesson.report(f"test, weights chosen by {name}", str(result))
+lesson.report("one run: loss at the end above its minimum",
+              losses[-1] / min(losses) - 1, ".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The loss on unseen chats has its minimum early and rises again, while the right answers go on growing or stay. The loss punishes a confident error without bound, exact match counts it once. So judge by the measure that you care about, if you can afford it. Here stopping by the loss would have thrown away most of the right answers that this training brings. It is one training, and the test has few questions: before you believe the size of the difference, look at the two intervals above. In a real loop you keep a copy of the best weights on the disk, and an exception raised in `evaluate` ends the training.
+# **What you see.** TODO
 
 # %% [markdown]
 # ## Exercises
