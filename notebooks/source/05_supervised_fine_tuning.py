@@ -621,7 +621,7 @@ print(tokenizer.decode(example["input_ids"]))
 print("learned:", repr(tokenizer.decode(said)))
 
 # %%
-right = {"asked first": [encode(row) for row in seconds], "asked second": second_turns}
+right = {"first": [encode(row) for row in seconds], "second": second_turns}
 right = {name: right_of(assistant, examples) for name, examples in right.items()}
 per_task = len(seconds) // len(TASKS)
 turns_scores = {}
@@ -634,7 +634,7 @@ plots.show(plots.bars_with_intervals(
     alt="Right answers of the assistant to a question asked first or second.",
 ))  # fmt: skip
 for name, goods in right.items():
-    lesson.report(f"right answers, {name}", str(score(sum(goods), len(goods))))
+    lesson.report(f"right answers, asked {name}", str(score(sum(goods), len(goods))))
 
 # %% [markdown]
 # **What you see.** The questions are the same, and each second one has a question of any of the three tasks, with its right answer, before it. The assistant, one training, is right less often when it is asked second; look at which tasks bear it and which do not. In training every question stood at the beginning of its text, and nothing stood before it. The remedy is data: chats of several turns, encoded by `two_turns`, whose answers all count. How much that brings is for you to measure; train the assistant on with 20 steps of them, and do not forget the control, as many steps on single chats.
@@ -966,7 +966,7 @@ lesson.claim("removing near copies takes at least 10 points of this lead",
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A leak makes the test easier without making the model better: the fresh questions of the same kind score about the same in both trainings. Looking for exact copies finds one form of three. MinHash finds nearly all of the polite ones as well, and after the cleaning both forms score like fresh questions. The other phrasing mostly escapes, and its questions go on being answered. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
+# **What you see.** A leak makes the test easier without making the model better: the planted questions gain much, and the fresh ones of the same kind a few points at most. Looking for exact copies finds one form of three. MinHash finds nearly all of the polite ones as well, and after the cleaning both forms score like fresh questions. The other phrasing mostly escapes, and its questions go on being answered. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Quality against quantity
@@ -1101,7 +1101,7 @@ lesson.claim("mixing old rows in keeps at least 10 points more of the old tasks"
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Read the replies: the assistant takes a question about pairs for one of its three tasks, and answers in the form of that one. It learned three forms, and not to follow instructions in general. Ten steps on the new task teach it, and take most of the old ones away, although no row of them contradicts the old. With old rows mixed in, the same number of steps keeps more of the old and has half as many rows for the new. So put the tasks that you need into the data, together and from the start. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones; a model of four million weights says nothing about theirs.
+# **What you see.** Read the replies: the assistant takes a question about pairs for one of its three tasks, and answers in the form of that one. It learned three forms, and not to follow instructions in general. Ten steps on the new task teach it, and take most or all of the old ones away, although no row of them contradicts the old. With old rows mixed in, the same number of steps keeps more of the old and has half as many rows for the new. So put the tasks that you need into the data, together and from the start. In FLAN (Wei et al. 2022) tuning on many tasks helped unseen ones only in large models, and hurt in small ones; a model of four million weights says nothing about theirs.
 
 # %% [markdown] tags=["further"]
 # ## 9 · What the assistant has forgotten
@@ -1130,7 +1130,7 @@ rows = [encode(row) for row in training_rows(80, ("pairs",), stream=31)]
 later_model = copy.deepcopy(assistant)
 fine_tune(rows, 10, model=later_model, batch_size=8)
 models = {"base model": fresh(), "assistant": assistant,
-          "assistant after ten steps on pairs": later_model}  # fmt: skip
+          "then ten steps on pairs": later_model}  # fmt: skip
 kept = {name: abilities_of(model) for name, model in models.items()}
 kept_mean = {k: sum(s.accuracy for s in row.values()) / 4 for k, row in kept.items()}
 del models, later_model
@@ -1149,7 +1149,7 @@ lesson.claim("one run: ten steps on pairs leave 20 points less than the base",
              base_kept - later_kept, at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The assistant answers chats, and has lost most of what the base model could do in the format of its documents; no training chat contradicts it. A low score here does not prove that the knowledge is gone: the assistant's *facts* in section 3 are the same facts, in another format. What helps are fewer steps, a lower rate, lower rates for lower layers (Howard & Ruder 2018), fewer trained weights (lesson 06), or old text mixed in (lesson 14). A fair comparison of such ways needs equal learning on the new tasks, which takes a sweep of rates; lesson 06 makes it.
+# **What you see.** The assistant has kept a good part of what the base model could do in the format of its documents, and not all of it; look at which ability suffered. After ten more steps on one task, at twice the rate, hardly anything is left. No training chat contradicts what is lost. The two trainings differ in rate, tasks and length, so this does not say which of these matters. What is known to help: fewer steps, a lower rate, lower rates for lower layers (Howard & Ruder 2018), fewer trained weights (lesson 06), or old text mixed in (lesson 14). A fair comparison of such ways needs equal learning on the new tasks, which takes a sweep of rates; lesson 06 makes it.
 
 # %% [markdown] tags=["further"]
 # ## 10 · When to stop
@@ -1211,7 +1211,7 @@ lesson.report("one run: loss at the end above its minimum",
               losses[-1] / min(losses) - 1, ".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** TODO
+# **What you see.** In this run the loss on unseen chats falls, reaches its minimum and rises again. The right answers do not fall with it: at the end they are no fewer than at the lowest loss, and stopping there would have gained nothing. (The two intervals overlap, so 60 questions do not prove that they went on growing.) The loss punishes a confident error without bound; exact match counts it once. So judge by the measure that you care about, if you can afford it, and compare with training to the end. In a real loop you keep a copy of the best weights on the disk, and an exception raised in `evaluate` ends the training.
 
 # %% [markdown]
 # ## Exercises
