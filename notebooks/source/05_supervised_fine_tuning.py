@@ -206,17 +206,9 @@ del untuned
 base_right = sum(result.accuracy for result in base_scores.values()) / len(base_scores)
 lesson.report("base model, right answers, mean of four tasks", base_right, ".0%")
 
-# %%
-guesses = {}
-for task, rows in tests.items():
-    answers = Counter(row["answer"] for row in training_rows(200, (task,)))
-    guess = answers.most_common(1)[0][0]
-    right = [row["answer"] for row in rows]
-    guesses[task] = exact_match([guess] * len(rows), right)
-    print(f"{task:>9}: {guesses[task]} by always saying {guess[:40]!r}")
 
 # %% [markdown]
-# **What you see.** At the mark where the assistant should speak, the base model ends the text at once. Its answers are empty, so this 0 % says nothing about what it knows: it has never seen a text that goes on here. The second list is what you get without a model, by always giving the answer that is most frequent in the training rows.
+# **What you see.** At the mark where the assistant should speak, the base model ends the text at once. Its answers are empty, so this 0 % says nothing about what it knows: it has never seen a text that goes on here.
 
 # %% [markdown] tags=["core"]
 # ## 2 · The loss that counts the assistant's tokens
@@ -400,7 +392,7 @@ lesson.claim("without the mask 20 points more of the false claims are believed",
 #
 # **Question.** How much training turns the base model into an assistant?
 #
-# Three tasks in one mixture, the harder ones with the larger shares, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats.
+# Three tasks in one mixture, the harder ones with the larger shares, all weights, the loss on the answers; one run. While it trains, the loop writes its numbers to a log for TensorBoard, and every 40 steps it measures the loss on unseen chats. The simple thing to beat is to give always the same answer, the commonest of the training rows.
 
 # %%
 validation = [encode(row) for task in TASKS for row in unseen_rows(10, task, 1)]
@@ -430,6 +422,12 @@ assistant, history = fine_tune(
 print(f"{sum(history.tokens):,} tokens in {sum(history.seconds):.0f} s")
 
 # %%
+guesses = {}
+for task in TASKS:
+    answers = Counter(row["answer"] for row in training_rows(200, (task,)))
+    guess, right = answers.most_common(1)[0][0], [r["answer"] for r in tests[task]]
+    guesses[task] = exact_match([guess] * len(right), right)
+    print(f"{task:>9}: {guesses[task]} by always saying {guess[:40]!r}")
 assistant_scores = {task: accuracy(assistant, tests[task]) for task in TASKS}
 parties = {"base": base_scores, "commonest answer": guesses,
            "assistant": assistant_scores}  # fmt: skip
@@ -1021,15 +1019,13 @@ def quality_run(kind: str, size: int, run: int) -> tuple[float, float]:
     return accuracy(model, asked).accuracy, followed
 
 
-# %%
+# %% tags=["headline"]
 quality = {}
 for name, point in POINTS.items():
     results = [quality_run(*point, run) for run in range(3)]
     quality[name], by_rule = (span(list(x)) for x in zip(*results, strict=True))
     print(f"{name}: right {ends(quality[name])}")
 print(f"{name}: first colour {ends(by_rule)}")
-
-# %% tags=["headline"]
 plots.show(plots.bars_with_intervals(
     quality, title="Ten right answers against eighty careless ones",
     xlabel="right answers, three trainings of 10 steps",
@@ -1061,11 +1057,10 @@ replies = answers_of(assistant, pairs_asked)
 colours = [row["answer"].split()[-1] for row in pairs_asked]
 named = sum(c in text.lower() for c, text in zip(colours, replies, strict=True))
 print(" | ".join(text[:45] for text in replies[:6]))
-untaught = accuracy(assistant, pairs_asked)
-print(f"right answers: {untaught}")
-print(f"the right colour anywhere: {score(named, len(replies))}")
+untaught, named = accuracy(assistant, pairs_asked), score(named, len(replies))
+print(f"right answers: {untaught}; the right colour anywhere: {named}")
 
-# %%
+
 def taught_later(mixed: bool, run: int) -> tuple[float, float]:
     """Train the assistant on; right answers to pairs, and to the three old tasks."""
     rows = training_rows(80, ("pairs",), stream=31 + run)
@@ -1077,6 +1072,7 @@ def taught_later(mixed: bool, run: int) -> tuple[float, float]:
     return tuple(accuracy(model, rows).accuracy for rows in (pairs_asked, old))
 
 
+# %%
 old = [row for task in TASKS for row in tests[task][:25]]
 later = {"assistant": {"pairs": untaught, "old tasks": accuracy(assistant, old)}}
 for name, mixed in (("80 rows of pairs", False), ("40 of pairs, 40 old", True)):
@@ -1084,8 +1080,6 @@ for name, mixed in (("80 rows of pairs", False), ("40 of pairs, 40 old", True)):
     both = (span(list(part)) for part in zip(*results, strict=True))
     later[name] = dict(zip(("pairs", "old tasks"), both, strict=True))
     print(f"{name}: " + ", ".join(f"{k} {ends(s)}" for k, s in later[name].items()))
-
-# %%
 plots.show(plots.bars_with_intervals(
     later, title="A fourth task, taught alone or mixed with the old ones",
     xlabel="right answers; three trainings of 10 steps",
@@ -1692,7 +1686,7 @@ few = tests["fact"][: lesson.scaled(10, 2)]
 asked = [prompt_text(row["instruction"]) for row in few]
 kept_eos = tokenizer.eos_token, assistant.generation_config.eos_token_id
 without_eos = stopped(asked)
-tokenizer.eos_token = END.strip()
+tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_id)
 assistant.generation_config.eos_token_id = [end_id, base.config.eos_token_id]
 with_eos = stopped(asked)
 tokenizer.eos_token, assistant.generation_config.eos_token_id = kept_eos
