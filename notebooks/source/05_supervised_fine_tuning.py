@@ -464,7 +464,7 @@ off = 1 - agree / total
 lesson.equal("one forward pass agrees with generating: 98 %", off, within=0.02)
 
 # %% [markdown]
-# **What you see.** A few minutes of training turn empty answers into whole ones, in three forms. The tasks differ: look at the bars one by one, not only at their mean. A description counts only if all its five sentences are right, so it scores lower than its sentences do. Two seeds of this lesson can differ by tens of points on this task alone.
+# **What you see.** A short training turns empty answers into whole ones, in three forms. The tasks differ: look at the bars one by one, not only at their mean. A description counts only if all its five sentences are right, so it scores lower than its sentences do. Two seeds of this lesson can differ by tens of points on this task alone.
 #
 # **TensorBoard** shows such logs in a browser while the training runs: `tensorboard --logdir build`, or `%load_ext tensorboard` in a notebook. The log is a plain file of numbers. Read it back and draw it. Look for a moment from which only the training batches go on falling: from there the model learns what is particular to them.
 
@@ -481,8 +481,8 @@ for tag in log.Tags()["scalars"]:
         points = log.Scalars(tag)
         curves[name] = ([p.step for p in points], [p.value for p in points])
 plots.show(plots.curve(
-    curves, title="Loss on training batches and on unseen chats", xlabel="step", log_y=True,
-    ylabel="loss (nats per token)",
+    curves, title="Loss on training batches and on unseen chats", log_y=True,
+    xlabel="step", ylabel="loss (nats per token)",
     alt="Loss on training batches and on unseen chats over the steps.",
 ))  # fmt: skip
 assert abs(curves["training batches"][1][-1] - history.losses[-1]) < 1e-4
