@@ -199,7 +199,8 @@ for task, rows in tests.items():
     rows = rows[: lesson.scaled(20, 4)]
     written = answers_of(untuned, rows)
     base_scores[task] = exact_match(written, [row["answer"] for row in rows])
-    print(f"{task:>9}: {base_scores[task]}")
+    empty = sum(not text.strip() for text in written)
+    print(f"{task:>9}: {base_scores[task]}, {empty} of the replies are empty")
     print(f"{'asked':>11}: {rows[0]['instruction'][-70:]!r}")
     print(f"{'right':>11}: {rows[0]['answer'][:70]!r}")
     print(f"{'base':>11}: {written[0][:70]!r}")
@@ -376,7 +377,7 @@ for name, mask_prompt in (("answer only", True), ("all tokens", False)):
     believed[f"loss on {name}"] = span(shares)
 plots.show(plots.bars_with_intervals(
     believed, title="With a loss on all tokens the model believes its users' errors",
-    xlabel="false claims that are believed, of 50",
+    xlabel="share of the 50 false claims that are believed",
     alt="False claims believed: few before, few with the mask, many without.",
 ))  # fmt: skip
 masked, unmasked = list(believed.values())[1:]
@@ -809,7 +810,7 @@ for row in template_rows(3, random.Random(seed)):
     print(row["instruction"], "->", row["answer"])
 
 # %% [markdown]
-# **The model itself** can write more, in other words and on other subjects. Self-instruct (Wang et al. 2023) shows a base model a few examples and lets it go on. Sample at temperature 1: a new question, and the model's own answer to it.
+# **The model itself** can write more, in other words. Self-instruct (Wang et al. 2023) shows a base model a few examples and lets it go on. Sample at temperature 1: a new question, and the model's own answer to it.
 
 # %%
 def shown(rows: list[Row]) -> str:
@@ -980,7 +981,7 @@ lesson.claim("removing near copies takes at least 10 points of this lead",
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A leak makes the test easier without making the model better: the planted questions gain much, and the fresh ones of the same kind far less. Looking for exact copies finds one form of three. MinHash finds nearly all of the polite ones as well, and after the cleaning neither form is ahead of the fresh questions. The other phrasing mostly escapes, and its questions go on being answered. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
+# **What you see.** A leak makes the test easier without making the model better: the planted questions score far above the fresh ones of the same kind. Looking for exact copies finds one form of three. MinHash finds nearly all of the polite ones as well, and after the cleaning neither form is ahead of the fresh questions. The other phrasing mostly escapes, and its questions go on being answered. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Quality against quantity
@@ -1528,6 +1529,9 @@ def check_predicted_positions(predicted_positions):
         off = found / counted - 1
         said = f"batch {batch_size}: predicted {found:.0f}, counted {counted:.0f}"
         expect_true(said, abs(off) <= 0.01)
+    for batch_size, exact in ((4, 40.0), (3, 24.75)):
+        found = predicted_positions([1, 2, 3, 10], batch_size)
+        expect_close(f"[1, 2, 3, 10] in batches of {batch_size}", found, exact, 1e-6)
 
 
 check("5.6", check_predicted_positions, predicted_positions)

@@ -137,6 +137,11 @@ def test_the_check_of_the_predicted_positions_finds_means_and_places_that_are_of
         exercise.stub.replace("raise NotImplementedError", "return batch_size * sum(lengths) / len(lengths)"),
         exercise.stub.replace("raise NotImplementedError", "return batch_size * max(lengths)"),
         planted(source, "return batch_size * longest", "return longest"),
+        planted(  # drawn with replacement
+            source,
+            "(math.comb(place, batch_size - 1) / ways)",
+            "(((place + 1) / len(lengths)) ** batch_size - (place / len(lengths)) ** batch_size)",
+        ),
         planted(source, "math.comb(place, batch_size - 1)", "math.comb(place, batch_size)"),
         planted(source, "sorted(lengths)", "sorted(lengths, reverse=True)"),
     ]
