@@ -1513,7 +1513,7 @@ def predicted_positions(lengths: list[int], batch_size: int) -> float:
 
     The batch is drawn at random, without replacement, from chats of these lengths (in
     tokens). Predict it from the lengths alone, without drawing: how likely is each chat
-    to be the longest of its batch? The check draws thousands of batches; within 1 % is
+    to be the longest of its batch? The check draws thousands of batches; within 2 % is
     right.
     """
     raise NotImplementedError
@@ -1528,7 +1528,7 @@ def check_predicted_positions(predicted_positions):
         found = predicted_positions(list(lengths), batch_size)
         off = found / counted - 1
         said = f"batch {batch_size}: predicted {found:.0f}, counted {counted:.0f}"
-        expect_true(said, abs(off) <= 0.01)
+        expect_true(said, abs(off) <= 0.02)
     for batch_size, exact in ((4, 40.0), (3, 24.75)):
         found = predicted_positions([1, 2, 3, 10], batch_size)
         expect_close(f"[1, 2, 3, 10] in batches of {batch_size}", found, exact, 1e-6)
