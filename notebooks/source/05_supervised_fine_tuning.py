@@ -1049,7 +1049,7 @@ lesson.claim("80 right examples beat 80 with errors by a rule by 10 points",
              many - systematic, at_least=0.1, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** All trainings had the same steps, so more examples means fewer repetitions, not more training. Half of the answers were given in haste, and about a third of all are wrong. This third costs much: eighty right examples are far ahead of eighty careless ones. Against ten right ones there is no clear winner. The line of the ten is the widest, since much depends on which ten they are; on another seed the order may change. So both count: right answers, and enough of them.
+# **What you see.** All trainings had the same steps, so more examples means fewer repetitions, not more training. Half of the answers were given in haste, and about a third of all are wrong. This third costs much: eighty right examples are far ahead of eighty careless ones. Against ten right ones there is no clear winner. The lines are wide, since much depends on which examples they are; on another seed the order may change. So both count: right answers, and enough of them.
 #
 # Do random errors do less harm than errors by a rule? One would think so, since they point in all directions, and in the long run the most frequent answer is the right one. These trainings do not show it: the lines of the two lower bars touch or overlap. Whether longer trainings would take over the rule is another question. Zhou et al. (2023) tuned a 65 B model on 1,000 chosen chats (*LIMA*) and made the case for quality.
 
