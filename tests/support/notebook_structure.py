@@ -33,7 +33,6 @@ QUIZ = re.compile(
 )
 # Lessons that were written before there were core sections and a quiz. A revised lesson leaves this list.
 WITHOUT_CORE_AND_QUIZ = (
-    "05_supervised_fine_tuning",
     "08_rlhf",
     "09_dpo",
     "10_compression",
