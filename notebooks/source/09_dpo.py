@@ -848,20 +848,21 @@ kinds = list(KINDS)
 figure = Figure(figsize=(8.5, 3.8), layout="constrained")
 axes = figure.subplots()
 for column, (rate, shift, hatch) in enumerate(zip(RATES, (-0.2, 0.2), ("", "//"), strict=True), 1):
-    means = [probed[kind][column].mean() for kind in kinds]
-    errors = [probed[kind][column].std() / math.sqrt(len(asked)) for kind in kinds]
-    axes.barh(np.arange(len(kinds)) + shift, means, 0.36, xerr=errors, hatch=hatch,
-              color="white" if hatch else plots.GREY, edgecolor=plots.INK, label=rate)  # fmt: skip
+    low, middle, high = (np.array([np.quantile(probed[kind][column], q) for kind in kinds]) for q in (0.25, 0.5, 0.75))
+    axes.barh(np.arange(len(kinds)) + shift, middle, 0.36, xerr=[middle - low, high - middle],
+              hatch=hatch, color="white" if hatch else plots.GREY, edgecolor=plots.INK, label=rate)  # fmt: skip
 axes.set_yticks(range(len(kinds)), kinds)
 axes.invert_yaxis()
 axes.set_title("Plot 2: same prompts, and the answers that gained or lost")
-axes.set_xlabel("change of the log-probability (nats): mean and standard error over questions, one run")
+axes.set_xlabel("change of the log-probability (nats), one run: median and quartiles of the questions")
 axes.axvline(0, color=plots.INK, linewidth=1)
 axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
 plots.show(figure, "Bars for six kinds of answers to the same questions at both rates: in the "
-                   "case right answers lose many nats, and the opening alone gains.")  # fmt: skip
-lesson.report("the case: change of what SFT wrote, mean", f"{probed['what SFT wrote'][2].mean():+.1f} nats")
-lesson.report("the case: change of the opening alone, mean", f"{probed['the opening alone'][2].mean():+.1f} nats")
+                   "case right and wrong plain answers lose many nats alike.")  # fmt: skip
+lesson.report("the case: change of what SFT wrote, median", f"{np.median(probed['what SFT wrote'][2]):+.1f} nats")
+pair = [np.median(probed[kind][2]) for kind in ("right, plain", "wrong, plain")]
+lesson.report("the case: change of the plain sentence, right and wrong, median",
+              f"{pair[0]:+.1f} and {pair[1]:+.1f} nats")  # fmt: skip
 
 
 # %% [markdown]
@@ -934,7 +935,7 @@ plots.show(figure, "Mean change of the log-probability of opening, digits, other
                    "end of turn at both rates.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen. Plot 2 says more. After the case the right sentence and the wrong one have lost about equally much when they are said plainly: the training pushed against a *manner*, and took the content with it. What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, an answer that says nothing, has gained. What the case writes now was far less probable before: read the examples in section 4, sums with wrong digits. No loss on pairs of others protects a text that is in no pair.
+# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen. Plot 2 says more. After the case the right sentence and the wrong one have lost about equally much when they are said plainly: the training pushed against a *manner*, and took the content with it. What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, an answer that says nothing, has not sunk with them. What the case writes now was far less probable before: read the examples in section 4, and look for sums with wrong digits. No loss on pairs of others protects a text that is in no pair.
 #
 # In Plot 3 the digits stand out: about a third of the tokens, and most of what was lost. One wrong digit makes a sum wrong, so the score feels it at once. At the rate of section 3 nothing of this size happens.
 
@@ -1121,13 +1122,14 @@ for axes, side, label in zip(sides, (0, 1), ("pull up on the chosen", "push down
         axes.plot(sunk, values[side] / values[side][0].abs(), label=name, color=color)
     axes.axhline(0, color=plots.GREY, linewidth=1)
     axes.set(xlabel="rejected answer has sunk by (nats)", ylabel=f"{label}, 1 at the start")
+    axes.set_ylim(-0.6, 1.1)
 sides[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
 figure.suptitle("What is left to do when the rejected answer has sunk", x=0.01, ha="left", weight="bold")
-plots.show(figure, "Two panels of seven lines: most forces fade, IPO's changes its sign, and "
-                   "ORPO's pull on the chosen answer stays.")  # fmt: skip
+plots.show(figure, "Two panels of seven lines: most forces fade, those of IPO and cDPO change sign, and "
+                   "KTO's pull on the chosen answer stays as it was.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** At the start all seven push a pair apart. Most forces fade once the rejected answer has sunk: that pair is settled. IPO's changes its sign beyond its target and pulls the pair together again. ORPO's pull on the chosen answer stays, since a likelihood term does not care how far the rejected one has sunk. The figure holds the chosen answer fixed, and says nothing about which loss gives the better model: for that each needs its own rate, and several runs.
+# **What you see.** At the start all seven push a pair apart. Most forces fade once the rejected answer has sunk: that pair is settled. Those of IPO and cDPO change their sign: beyond a certain margin they pull the pair together again, IPO out of the frame. KTO's pull on the chosen answer stays as it was, since it does not look at the rejected one, and a part of ORPO's stays: its likelihood term. The figure holds the chosen answer fixed, and says nothing about which loss gives the better model: for that each needs its own rate, and several runs.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Length exploitation
@@ -1268,7 +1270,8 @@ show_table(rows, ["all", "second model", "logits", "of a T4"])
 
 # %% [markdown]
 # **What you see.** The vocabulary of this model is large and its width small, so the logits of 8 rows are a good part of everything, with or without quantisation. Checkpointing and 4 bits leave room; longer answers or more pairs per batch would fill it with logits first. `trl` computes them in pieces for that reason.
-#
+
+# %% [markdown]
 # ## 11 · Exercises
 #
 # Five, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.

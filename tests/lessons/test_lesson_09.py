@@ -3,7 +3,6 @@
 import copy
 import math
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,35 +94,18 @@ def test_the_check_of_the_robust_loss_finds_cdpo_and_missing_scales() -> None:
     prove_check(EXERCISES["9.3"], LESSON, wrong)
 
 
-def test_the_check_of_the_repair_finds_other_models_rates_steps_and_pairs() -> None:
-    """Over stand-ins: what a policy is worth depends on how it was tuned."""
-
-    class Policy(SimpleNamespace):
-        pass
-
-    def tune(given, loss=None, *, rate=1.0, steps=20, nll=0.0, **_):
-        held = loss is not None
-        good = held and rate == 3.0 and steps == 20 and len(given) == 8
-        return Policy(accuracy=0.93 if good else 0.8 if nll else 0.1, reward=2.6 if good else 2.0), None
-
-    def judge(policy):
-        return SimpleNamespace(right=SimpleNamespace(accuracy=policy.accuracy), reward=policy.reward)
-
-    reference = Policy(accuracy=0.95, reward=2.3)
-    names = LESSON | {
-        "tune": tune, "judge": judge, "CASE_RATE": 3.0, "STEPS": 20, "before": judge(reference), "orpo": LESSON["orpo"],
-        "thirds": [[{"chosen": {}, "rejected": {}, "reference": None} for _ in range(8)]], "reference": reference,
-    }  # fmt: skip
+def test_the_check_of_the_alarm_finds_margins_single_steps_and_looks_into_the_future() -> None:
     solution = EXERCISES["9.4"].solution
-    call = re.search(r"tune\((.+)\)", solution)[1]
+    trace = SimpleNamespace(log={"rewards/chosen": np.zeros(16), "rewards/margins": np.zeros(16)})
     wrong = [
-        planted(solution, f"tune({call})", "tune(pairs, rate=CASE_RATE, nll=1.0)"),  # the lesson's own row
-        planted(solution, "return model", "return reference"),
-        planted(solution, "rate=CASE_RATE", "rate=1.0"),
-        planted(solution, f"tune({call})", f"tune({call}, steps=2)"),
-        planted(solution, "tune(pairs,", "tune(pairs[:2],"),
+        planted(solution, 'log["rewards/chosen"]', '-log["rewards/margins"]'),
+        planted(solution, 'log["rewards/chosen"]', 'log["rewards/rejected"]'),
+        planted(solution, "values[step - 3 : step + 1].mean()", "values[step]"),
+        planted(solution, "values[step - 3 : step + 1].mean()", "values.mean()"),
+        planted(solution, "< -0.3", "> 0.3"),
+        planted(solution, "return step\n", "return len(values) - 1\n"),
     ]
-    prove_check(EXERCISES["9.4"], names, wrong)
+    prove_check(EXERCISES["9.4"], LESSON | {"np": np, "RATES": {"a rate": [trace]}}, wrong)
 
 
 def test_the_check_of_the_coin_finds_lost_reference_numbers_and_answers_that_are_all_exchanged() -> None:
@@ -136,7 +118,7 @@ def test_the_check_of_the_coin_finds_lost_reference_numbers_and_answers_that_are
     }  # fmt: skip
     solution = EXERCISES["9.5"].solution
     wrong = [
-        planted(solution, '.flip(0)', ""),
+        planted(solution, ".flip(0)", ""),
         planted(solution, "< 0.5", "< 1.5"),
         planted(solution, '"rejected": pair["chosen"], ', '"rejected": pair["rejected"], '),
         planted(solution, "PREDICTION = (0.8, 2.0)", "PREDICTION = None"),
@@ -147,7 +129,13 @@ def test_the_check_of_the_coin_finds_lost_reference_numbers_and_answers_that_are
 
 def test_without_a_change_of_the_policy_each_loss_has_its_known_value() -> None:
     p = pairs([-3.0, -5.0], [-4.0, -1.0], [-3.0, -5.0], [-4.0, -1.0])
-    for name, value in {"dpo": math.log(2), "cdpo": math.log(2), "dpo_per_token": math.log(2), "ipo": 0.25, "kto": 1.0}.items():
+    for name, value in {
+        "dpo": math.log(2),
+        "cdpo": math.log(2),
+        "dpo_per_token": math.log(2),
+        "ipo": 0.25,
+        "kto": 1.0,
+    }.items():
         assert torch.allclose(LESSON[name](p), torch.full((2,), value), atol=1e-6), name
 
 

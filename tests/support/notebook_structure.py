@@ -37,7 +37,6 @@ WITHOUT_CORE_AND_QUIZ = (
     "05_supervised_fine_tuning",
     "06_peft",
     "08_rlhf",
-    "09_dpo",
     "10_compression",
 )
 COMMON_NAMES = {"admin", "colab", "jovyan", "localhost", "root", "runner", "student", "ubuntu", "user"}
