@@ -770,7 +770,7 @@ for rate, hs in zip(RATES, (good_h, case_h), strict=True):
     lesson.report(f"held-out pairs, {rate}", f"margin {0.1 * margin:.2f}, accuracy {right:.0%}")
 
 # %% [markdown]
-# **What you see.** Here is the alarm: the chosen answers themselves. At the rate of section 3 those of the log end near where they began. In the case they have sunk by several nats; the margin is wide because the rejected ones sank further still. The columns `rewards/chosen` and `logps/chosen` said so all the time.
+# **What you see.** Here is the alarm: the chosen answers themselves. At the rate of section 3 those of the log end near where they began. In the case they have sunk by several nats; the margin is wide because the rejected ones sank further still. The columns `rewards/chosen` and `logps/chosen` said so.
 #
 # Then compare the margin of the log with that on held-out pairs. Most of what the case gained in its log is missing there. Reading every pair twice lets a model rank *these* pairs, and that is not the same as knowing what the annotator likes. So: watch the chosen answers, hold some pairs out, and let the model write at every evaluation.
 #
