@@ -691,7 +691,7 @@ del sft_models
 # %% [markdown]
 # **What you see.** DPO raises the reward in the mean of its runs: the answers have become polite, and most of them stay right. So does the rival, which is simpler and never saw a rejected answer. Compare the dots and not only the bars: with three runs of each kind you cannot say which of the two is better here. And the runs of one kind differ, although they had the same number of pairs and steps.
 #
-# Now the last lines. DPO was told that people prefer the chosen answers, and on new questions such answers became *less* probable. Fine-tuning on the same answers made them more probable, as you would expect. The loss of DPO contains only the difference $h_w - h_l$. It is met as well if both answers sink and the rejected one sinks faster. Pal et al. (2024) and Razin et al. (2024) call this *likelihood displacement*. It need not hurt. In these runs the answers that the model writes are good, so the probability must have gone to other good answers. Section 5 looks for them.
+# Now the last lines. DPO was told that people prefer the chosen answers, and on new questions such answers became *less* probable. A part of that has nothing to do with DPO: look at the lines of the rival, which was trained on chosen answers alone. Some chosen answers are plain, idle or wrong, and a model that becomes polite leaves them. But DPO's lines stand lower. Its loss contains only the difference $h_w - h_l$. It is met as well if both answers sink and the rejected one sinks faster. Pal et al. (2024) and Razin et al. (2024) call this *likelihood displacement*. It need not hurt. In these runs the answers that the model writes are good, so the probability must have gone to other good answers. Section 5 looks for them.
 
 # %% [markdown] tags=["core"]
 # ## 4 · SFT was good, DPO lowered the score
@@ -1191,7 +1191,7 @@ for name, answers in lengths.items():
                   f"{tokens:.0f} tokens, {answers.idle:.2f} idle sentences, reward {answers.reward:.2f}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Compare the idle sentences and the reward of the four rows. The annotator's taste is in the choices, although each choice looks reasonable. The two losses that know the length need a constant of their own, $\alpha$ or a larger $\beta$, and the three rows are one run each: do not rank them by this. In practice nobody hands you the true reward. Compare the lengths of chosen and rejected answers before you train, and those of the answers before and after.
+# **What you see.** DPO's answers have become long: compare the idle sentences and the reward of the four rows. The annotator's taste is in the choices, although each choice looks reasonable. The two losses that know the length need a constant of their own, $\alpha$ or a larger $\beta$, and the three rows are one run each: do not rank them by this. In practice nobody hands you the true reward. Compare the lengths of chosen and rejected answers before you train, and those of the answers before and after.
 
 # %% [markdown] tags=["further"]
 # ## 9 · Pairs of others, pairs of one's own
@@ -1241,7 +1241,7 @@ for name, runs in both_kinds.items():
     lesson.report(f"{name}: score, reward", f"{mean_of(runs):.0%}, {mean_of(runs, 'reward'):.2f}")
 
 # %% [markdown]
-# **What you see.** Both kinds of pairs raise the reward, and with three runs each their dots overlap: here you cannot say which is better. Its own pairs cost the sampling and need no author. Tajwar et al. (2024) find on-policy pairs important where the good answers are far from what the model says; at the lower rate of these runs the pairs of others are not far.
+# **What you see.** Both kinds of pairs raise the reward, and with three runs each their dots overlap: here you cannot say which is better. Its own pairs cost the sampling and need no author. Tajwar et al. (2024) find on-policy pairs important where the good answers are far from what the model says. Here they are not far: see the two log-probabilities printed above.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A T4 is enough
