@@ -68,7 +68,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
-import peft
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -203,6 +202,9 @@ def settled(steps: int, rate: float) -> TrainConfig:
 
 
 # %%
+import peft
+
+
 def fine_tuned(steps: int) -> nn.Module:
     """The SFT policy: the assistant after training, all weights or a merged adapter."""
     rows = [encode_chat(tokenizer, *row) for row in demonstrations(16 * steps)]
@@ -590,6 +592,9 @@ def tune(
     batches = similar_length([len(p["chosen"]["input_ids"]) for p in pairs], BATCH, f"{seed}")
     stream = (tensors_of([pairs[i] for i in batch], torch.device("cpu")) for batch in batches)
     train(model, stream, settled(lesson.scaled(steps), RATE * rate), loss_fn=loss_fn)
+    if probe_every:
+        at.append(len(entries))
+        probed.append((without_gradient(model, probes) - start).mean(0).tolist())
     log = {name: np.array([entry[name] for entry in entries]) for name in entries[0]}
     return model.eval(), Trace(log, at, np.array(probed))
 
@@ -682,10 +687,9 @@ sft_h = [held_out(model) for model in sft_models]
 for name, hs in (("SFT on the chosen", sft_h), ("DPO", good_h)):
     for run, (up, down) in enumerate(torch.stack([h.mean(0) for h in hs]).tolist(), 1):
         print(f"{name}, run {run}: held-out chosen answers {up:+.1f} nats, rejected {down:+.1f}")
-sunk = [np.mean([h[:, 0].mean().item() for h in hs]) for hs in (good_h, sft_h)]
-lesson.claim("after DPO held-out chosen answers have lost at least 0.3 nats", sunk[0],
-             at_most=-0.3, control=sunk[1], form=".2f")  # fmt: skip
-lesson.report("the same after SFT on the chosen", f"{sunk[1]:+.2f} nats")
+    sunk = [h[:, 0].mean().item() for h in hs]
+    lesson.report(f"held-out chosen answers after {name}, three runs",
+                  ", ".join(f"{nats:+.1f}" for nats in sunk) + " nats")  # fmt: skip
 del sft_models
 
 # %% [markdown]
@@ -939,7 +943,7 @@ plots.show(figure, "Mean change of the log-probability of opening, digits, other
                    "end of turn at both rates.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen. Plot 2 says more. After the case the right sentence and the wrong one have lost about equally much when they are said plainly: the training pushed against a *manner*, and took the content with it. What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, an answer that says nothing, has not sunk with them. What the case writes now was far less probable before: read the examples in section 4, and look for sums with wrong digits. No loss on pairs of others protects a text that is in no pair.
+# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen. Plot 2 says more. After the case the right sentence and the wrong one have lost about equally much when they are said plainly: what this training did to them does not tell right from wrong. Polite sentences lost less, by the median; their long bar belongs to the sums. What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, an answer that says nothing, has not sunk with them. What the case writes now was far less probable before: read the examples in section 4, and look for sums with wrong digits. No loss on pairs of others protects a text that is in no pair.
 #
 # In Plot 3 the digits stand out: about a third of the tokens, and most of what was lost. One wrong digit makes a sum wrong, so the score feels it at once. At the rate of section 3 nothing of this size happens.
 
