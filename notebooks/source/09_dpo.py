@@ -534,7 +534,6 @@ gradients = zip(model.parameters(), trainer.model.parameters(), strict=True)
 gradient_gap = max((a.grad - b.grad).abs().max().item() for a, b in gradients)
 print(f"same tokens: {torch.equal(trl_batch['input_ids'], batch['input_ids'])}")
 lesson.equal("so are the gradients of all weights", gradient_gap, within=1e-5)
-del model
 
 
 # %% [markdown] tags=["core"]
@@ -690,7 +689,6 @@ for name, hs in (("SFT on the chosen", sft_h), ("DPO", good_h)):
     sunk = [h[:, 0].mean().item() for h in hs]
     lesson.report(f"held-out chosen answers after {name}, three runs",
                   ", ".join(f"{nats:+.1f}" for nats in sunk) + " nats")  # fmt: skip
-del sft_models
 
 # %% [markdown]
 # **What you see.** DPO raises the reward in the mean of its runs: the answers have become polite, and most of them stay right. So does the rival, which is simpler and never saw a rejected answer. Compare the dots and not only the bars: with three runs of each kind you cannot say which of the two is better here. And the runs of one kind differ, although they had the same number of pairs and steps.
@@ -943,7 +941,7 @@ plots.show(figure, "Mean change of the log-probability of opening, digits, other
                    "end of turn at both rates.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen. Plot 2 says more. After the case the right sentence and the wrong one have lost about equally much when they are said plainly: what this training did to them does not tell right from wrong. Polite sentences lost less, by the median; their long bar belongs to the sums. What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, an answer that says nothing, has not sunk with them. What the case writes now was far less probable before: read the examples in section 4, and look for sums with wrong digits. No loss on pairs of others protects a text that is in no pair.
+# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen. Plot 2 says more. After the case the right sentence and the wrong one have lost about equally much when they are said plainly: what this training did to them does not tell right from wrong. Polite sentences lost less by the median, with a wide spread. What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, an answer that says nothing, has not sunk with them. What the case writes now was far less probable before: read the examples in section 4, and look for sums with wrong digits. No loss on pairs of others protects a text that is in no pair.
 #
 # In Plot 3 the digits stand out: about a third of the tokens, and most of what was lost. One wrong digit makes a sum wrong, so the score feels it at once. At the rate of section 3 nothing of this size happens.
 
@@ -1108,7 +1106,6 @@ for name, other in in_trl.items():
     gaps[name] = abs(own - other) / max(1.0, abs(own))
     print(f"{name:>13}: ours {own:.6f}, trl {other:.6f}, difference {gaps[name]:.1e}")
 lesson.equal("all seven losses are those of trl", max(gaps.values()), within=1e-3)
-del kto_trainer, noisy
 
 # %% [markdown]
 # **What each loss pulls.** The derivative of a loss by the two log-probabilities needs no training. Take a pair of 20 tokens each, both 5 nats from certain at the start. Leave the chosen answer where it is, and let the rejected one sink: how strongly does each loss still pull the chosen one up, and push the rejected one down?
