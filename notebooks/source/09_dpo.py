@@ -1157,12 +1157,6 @@ def rdpo(p: LogProbs, beta: float = 0.1, alpha: float = 0.05) -> Tensor:
     return -F.logsigmoid(beta * (p.h_chosen - p.h_rejected) + by_length)
 
 
-def exchanged(pair: dict) -> dict:
-    """The pair with its answers, and their reference numbers, the other way round."""
-    sides = {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-    return sides | {"reference": pair["reference"].flip(0)}
-
-
 def by_length_lover(number: int) -> list[tuple[str, str, str]]:
     """Pairs, chosen by who adds 1.5 to the true reward for each idle sentence."""
     generator, rows = random.Random(f"length/{seed}"), []
