@@ -251,28 +251,36 @@ class Judged:
 
     texts: list[str]
     right: Score  # the score
+    facts: float  # score of each task alone
+    sums: float
     reward: float  # mean true reward
     polite: float  # share of answers
     idle: float  # idle sentences per answer
+    cut: float  # share of answers that needed more room
 
     def __str__(self) -> str:
-        manners = f"polite {self.polite:.0%}, {self.idle:.2f} idle sentences"
-        return f"score {self.right}, reward {self.reward:.2f}, {manners}"
+        by_task = f"facts {self.facts:.0%}, sums {self.sums:.0%}"
+        manners = f"polite {self.polite:.0%}, {self.idle:.2f} idle, cut off {self.cut:.0%}"
+        return f"score {self.right}: {by_task}; reward {self.reward:.2f}; {manners}"
 
 
-def judge(model: nn.Module, room: int = 60) -> Judged:
+# %%
+def judge(model: nn.Module, room: int = 72) -> Judged:
     """Let the model answer the held-out questions in at most `room` tokens each."""
     prompts = [question.prompt for question in test_questions]
     with lesson.autocast(not CPU):
         texts = answer_instructions(model, tokenizer, prompts, room, seed=seed, batch_size=128)
     both = list(zip(test_questions, texts, strict=True))
-    right = score(sum(bare(text) == question.answer for question, text in both), len(both))
+    right = [bare(text) == question.answer for question, text in both]
+    facts, sums = float(np.mean(right[::2])), float(np.mean(right[1::2]))  # asked in turn
     reward = float(np.mean([true_reward(question, text) for question, text in both]))
     polite = float(np.mean([text.startswith(POLITE) for text in texts]))
-    return Judged(texts, right, reward, polite, float(np.mean([idle(text) for text in texts])))
+    sizes = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    cut = float(np.mean([size >= room - 1 for size in sizes]))
+    idle_ones = float(np.mean([idle(text) for text in texts]))
+    return Judged(texts, score(sum(right), len(right)), facts, sums, reward, polite, idle_ones, cut)
 
 
-# %%
 before = judge(reference)
 print(before)
 for question, text in list(zip(test_questions, before.texts, strict=True))[:4]:
@@ -333,7 +341,7 @@ def minus_rl(log_p: Tensor) -> Tensor:
 
 
 def dpo_of_all_pairs(log_p: Tensor) -> Tensor:
-    """DPO's loss over all 36 pairs, each with the probability of its choice."""
+    """DPO's loss over all ordered pairs, each with the probability of its choice."""
     h = log_p - log_ref
     chosen = (rewards[:, None] - rewards).sigmoid()  # (winner, loser): Bradley-Terry
     return -(chosen * F.logsigmoid(BETA_TOY * (h[:, None] - h))).sum()
@@ -603,16 +611,22 @@ def tune(
 
 # %%
 thirds = [train_pairs[run::RUNS] for run in range(RUNS)]
+for run in range(RUNS):
+    part = train_prefs[run::RUNS]
+    wrong_way = sum(pref.chosen_reward < pref.rejected_reward for pref in part)
+    polite = [sum(getattr(p, s).startswith(POLITE) for p in part) for s in ("chosen", "rejected")]
+    print(f"pairs of run {run + 1}: {len(part)}, the worse answer chosen in {wrong_way}; "
+          f"polite are {polite[0]} chosen and {polite[1]} rejected answers")  # fmt: skip
 
 
-def more_sft(pairs: list[dict]) -> nn.Module:
+def more_sft(pairs: list[dict], rate: float = 1.0) -> nn.Module:
     """Plain fine-tuning on the chosen answers: same pairs, order, steps and rate."""
     model, lengths = fresh(), [len(pair["chosen"]["input_ids"]) for pair in pairs]
     stream = (
         collate([pairs[i]["chosen"] for i in batch], tokenizer.pad_token_id)
         for batch in similar_length(lengths, BATCH, f"{seed}")
     )
-    train(model, stream, settled(lesson.scaled(STEPS), RATE))
+    train(model, stream, settled(lesson.scaled(STEPS), RATE * rate))
     return model.eval()
 
 
@@ -639,13 +653,14 @@ for name, runs in arms.items():
 
 # %%
 def dots(panels: dict[str, dict[str, list[float]]], title: str, alt: str) -> None:
-    """A panel for each measure; a row for each arm: a dot a run, a bar at their mean."""
+    """A panel for each measure, a row for each arm: dots for runs, a bar for their mean."""
     arms_ = list(next(iter(panels.values())))
     figure = Figure(figsize=(9, 1.4 + 0.34 * len(arms_)), layout="constrained")
     sides = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (label, rows) in zip(sides, panels.items(), strict=True):
         for place, values in enumerate(rows.values()):
-            axes.plot(values, [place] * len(values), "o", color=plots.INK, alpha=0.6)
+            faces = ["white"] + [plots.GREY] * (len(values) - 1)  # run 1 is the open circle
+            axes.scatter(values, [place] * len(values), c=faces, edgecolors=plots.INK, zorder=3)
             axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color=plots.INK)
         axes.set_yticks(range(len(arms_)), arms_)
         axes.set_ylim(len(arms_) - 0.5, -0.5)
@@ -653,6 +668,8 @@ def dots(panels: dict[str, dict[str, list[float]]], title: str, alt: str) -> Non
         if "score" in label:
             axes.set_xlim(-0.03, 1.03)
             axes.xaxis.set_major_formatter(plots.PERCENT)
+        else:
+            axes.set_xlim(min(1.2, *map(min, rows.values())) - 0.1, 3.1)  # 3 is the best answer
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     plots.show(figure, alt)
 
@@ -691,9 +708,9 @@ for name, hs in (("SFT on the chosen", sft_h), ("DPO", good_h)):
                   ", ".join(f"{nats:+.1f}" for nats in sunk) + " nats")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** DPO raises the reward in the mean of its runs: the answers have become polite, and most of them stay right. So does the rival, which is simpler and never saw a rejected answer. Compare the dots and not only the bars: with three runs of each kind you cannot say which of the two is better here. And the runs of one kind differ, although they had the same number of pairs and steps.
+# **What you see.** DPO raises the reward in the mean of its runs: more answers are polite, and the score is about what it was or a little lower. What these runs learned is mainly an opening. The rival, which is simpler and never saw a rejected answer, gains as well. Compare the dots and not only the bars: with three runs of each you cannot say which is better here. Run 1 is the open circle, and the lines above the table say what its pairs were like. The runs differ in their pairs; start and order are the same.
 #
-# Now the last lines. DPO was told that people prefer the chosen answers, and on new questions such answers became *less* probable. A part of that has nothing to do with DPO: look at the lines of the rival, which was trained on chosen answers alone. Some chosen answers are plain, idle or wrong, and a model that becomes polite leaves them. But DPO's lines stand lower. Its loss contains only the difference $h_w - h_l$. It is met as well if both answers sink and the rejected one sinks faster. Pal et al. (2024) and Razin et al. (2024) call this *likelihood displacement*. It need not hurt. In these runs the answers that the model writes are good, so the probability must have gone to other good answers. Section 5 looks for them.
+# Now the last lines. DPO was told that people prefer the chosen answers, and on new questions such answers became *less* probable. A part of that has nothing to do with DPO: look at the lines of the rival, which was trained on chosen answers alone. Some chosen answers are plain, idle or wrong, and a model that becomes polite leaves them. Nor do the rejected answers sink much further: what was learnt about the pairs did not carry over to new ones. The answers that the model writes are still good. Section 5 looks where the probability went.
 
 # %% [markdown] tags=["core"]
 # ## 4 · SFT was good, DPO lowered the score
@@ -728,23 +745,27 @@ losses = [end_of_log(traces, "loss") for traces in RATES.values()]
 lesson.report("loss at the end of the log, good rate and case", f"{losses[0]:.2f}, {losses[1]:.2f}")
 
 # %% [markdown]
-# **By the implicit reward the case wins.** The margin of the pairs in its log is wider. Which run would you ship? Now let both write.
+# **By the implicit reward the case wins.** The margin of the pairs in its log is about twice as wide. Which run would you ship? Now let both write. Is it DPO, or would any training at this rate do the same? Let the rival of section 3 run at three times the rate, too.
 
 # %%
 arms["the case"] = [judge(model) for model in case_models]
-for name in ("SFT", "DPO", "the case"):
-    for run in arms[name]:
-        print(f"{name:>8}: {run}")
+arms["rival, same rate"] = [judge(more_sft(third, CASE_RATE)) for third in thirds]
+shown = {name: arms[name] for name in ("SFT", "DPO", "the case", "rival, same rate")}
+for name, runs in shown.items():
+    for run in runs:
+        print(f"{name:>16}: {run}")
 for question, text in list(zip(test_questions, arms["the case"][0].texts, strict=True))[:6]:
     print(f"  {question.prompt} -> {text!r}")
-shown = {name: arms[name] for name in ("SFT", "DPO", "the case")}
+
 dots(measures(shown),
      title="At three times the rate, DPO lowers the score",
-     alt="Score and true reward of SFT, DPO and the case; the case is far lower in both.")  # fmt: skip
+     alt="Score and true reward of SFT, DPO, the case, and fine-tuning on the chosen answers at the "
+         "rate of the case; the case is far lower than the others in both.")  # fmt: skip
 lost = before.right.accuracy - mean_of(arms["the case"])
 lesson.report("score before, after DPO, after the case (mean of three runs)", ", ".join(
     f"{mean_of(arms[name]):.0%}" for name in ("SFT", "DPO", "the case")))  # fmt: skip
-lesson.claim("the case lowers the score by at least 20 points", lost, at_least=0.2, form=".0%")
+lesson.claim("the case lowers the score by at least 20 points", lost, at_least=0.2, form=".0%",
+             control=before.right.accuracy - mean_of(arms["rival, same rate"]))  # fmt: skip
 
 # %% [markdown]
 # **The rest of the log.** `trl` writes down more than these three columns. `rewards/chosen` is $\beta h_w$, and `logps/chosen` is the log-probability of the chosen answers: the terms themselves and not their difference. And nobody forbids you to compute the margin on pairs that were held out.
@@ -757,6 +778,8 @@ alarm = end_of_log(good_traces, "logps/chosen") - end_of_log(case_traces, "logps
 lesson.claim("in the log of the case the chosen answers end at least 5 nats lower", alarm,
              at_least=5, form=".1f")  # fmt: skip
 
+
+# %%
 case_h = [held_out(model) for model in case_models]
 
 
@@ -765,16 +788,21 @@ def ranked(h: Tensor) -> float:
     return ((h[:, 0] > h[:, 1]).float() + 0.5 * (h[:, 0] == h[:, 1])).mean().item()
 
 
+held = {"log-probability under SFT": ["", f"{ranked(known):.0%}"]}
 for rate, hs in zip(RATES, (good_h, case_h), strict=True):
     margin = np.mean([(h[:, 0] - h[:, 1]).mean().item() for h in hs])
-    right = np.mean([ranked(h) for h in hs])
-    print(f"{rate}, held-out pairs: margin {0.1 * margin:.2f}, accuracy {right:.0%}")
-    lesson.report(f"held-out pairs, {rate}", f"margin {0.1 * margin:.2f}, accuracy {right:.0%}")
+    held[rate] = [f"{0.1 * margin:.2f}", f"{np.mean([ranked(h) for h in hs]):.0%}"]
+    lesson.report(f"held-out pairs, {rate}", f"margin {held[rate][0]}, accuracy {held[rate][1]}")
+by_truth = torch.tensor([[pref.chosen_reward, pref.rejected_reward] for pref in test_prefs])
+held["true reward"] = ["", f"{ranked(by_truth):.0%}"]
+show_table(held, ["held-out margin", "ranked as the annotator did"])
 
 # %% [markdown]
-# **What you see.** Here is the alarm: the chosen answers themselves. At the rate of section 3 those of the log end near where they began. In the case they have sunk by several nats; the margin is wide because the rejected ones sank further still. The columns `rewards/chosen` and `logps/chosen` said so.
+# **What you see.** Here is the alarm: the chosen answers themselves. The loss contains only the difference $h_w - h_l$. It is met as well if both answers sink and the rejected one sinks faster, and that is what happened in the log of the case. Pal et al. (2024) and Razin et al. (2024) call this *likelihood displacement*. At the rate of section 3 the chosen answers of the log end near where they began. The columns `rewards/chosen` and `logps/chosen` tell the two runs apart; loss and margin praise the wrong one.
 #
-# Then compare the margins of the log with those on held-out pairs: of both runs little or nothing is left. Some thirty pairs, read twice, teach a model to rank *these* pairs, at either rate. So a wide margin in the log is not knowledge of what the annotator likes, and here held-out accuracy does not tell the good run from the bad one either. Two things do: the columns of the chosen answers, and the answers that the model writes.
+# Compare the score of facts and of sums, too: the case lost the sums above all. The rival at the same rate keeps far more of the score, so the rate alone is not the reason; it is this loss at this rate.
+#
+# On held-out pairs little or nothing is left of the margin, at *either* rate, and the log-probability of the SFT policy ranks them better than both policies do. Some thirty pairs, read twice, teach a model to rank *these* pairs. A wide margin in the log is not knowledge of what the annotator likes, and here held-out accuracy gives no alarm either. Two things do: the columns of the chosen answers, and the answers that the model writes.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Where did the probability go?
@@ -931,21 +959,20 @@ plots.show(figure, "Mean change of the log-probability of opening, digits, other
                    "end of turn at both rates.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen, and the chosen answers fall about as far as the rejected ones: what the case learned to tell apart in its log, it does not tell apart here. In Plot 2 look at facts and sums separately. A sum has many digits, each of which has to be right, and right sums have lost much in both manners. What the SFT policy wrote has lost as well, and nobody had rejected it. The last bar shows where probability went: texts that were improbable before. Read them in section 4, and look for sums with wrong digits. No loss on pairs of others protects a text that is in no pair, or holds one down.
+# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen, and the chosen answers fall about as far as the rejected ones: the order that the log shows was learnt for its own pairs only. In Plot 2 look at facts and sums separately. Right sums have lost many nats in both manners; facts have lost less, and most in the plain manner. What the SFT policy wrote has lost as well, and nobody had rejected it. The last bar shows where probability went: to texts that were improbable before. Read some in section 4. The loss looks at the pairs only; what happens to other texts is a side effect of the shared weights.
 #
-# Plot 3 counts every token. The first tokens carry the change of manner: an answer that begins with a name or a digit is plain. Among the tokens after that, the digits have lost far more than the others; a single wrong digit makes a sum wrong, so the score feels it at once. At the rate of section 3 nothing of this size happens.
+# Plot 3 counts every token. The first tokens carry the change of manner: an answer that begins with a name or a digit is plain. Among the tokens after that, the digits have lost far more than the others. In the examples of section 4 the sums go wrong early: often the numbers of the question are not even copied. At the rate of section 3 nothing of this size happens.
 
 # %% [markdown] tags=["core"]
 # ## 6 · Repairs
 #
 # **Question.** What brings the score back?
 #
-# Each repair changes one thing of the case, on the same pairs; three runs of each but the third:
+# You know one already, the lower rate. Three others leave the rate as it is and change one thing, on the same pairs:
 #
-# 1. **A lower rate**: that is section 3, already measured.
-# 2. **Fewer steps** at the high rate: 6 instead of 16. It is the rival that costs nothing.
-# 3. **A larger $\beta$**: 0.5 instead of 0.1. It is the price for moving, so it is what many try first. One run.
-# 4. **An NLL term** (Pang et al. 2024; in `trl` the loss type `sft` with a weight): add $-\log \pi_\theta(y_w) / |y_w|$, a force that holds the chosen answers up.
+# 1. **Fewer steps**: 6 instead of 16, three runs. It is the rival that costs nothing.
+# 2. **A larger $\beta$**: 0.5 instead of 0.1, one run. It is the price for moving, so it is what many try first.
+# 3. **An NLL term** (Pang et al. 2024; in `trl` the loss type `sft` with a weight): add $-\log \pi_\theta(y_w) / |y_w|$, a force that holds the chosen answers up. Three runs.
 
 # %%
 arms["fewer steps"] = three_runs(rate=CASE_RATE, steps=6)
@@ -960,7 +987,6 @@ dots(measures({name: arms[name] for name in ("SFT", "the case", *REPAIRS)}),
      title="The score, lost and brought back",
      alt="Score and true reward of SFT, the case and four repairs; a dot for each run.")  # fmt: skip
 
-# %%
 for name in REPAIRS[1:]:
     runs = arms[name]
     reward = np.mean([run.reward for run in runs])
@@ -972,7 +998,7 @@ for name in REPAIRS[1:]:
     lesson.report(f"repair of the case: {name}", f"{told} ({len(runs)} run{'s' * (len(runs) > 1)})")
 
 # %% [markdown]
-# **What you see.** The row "lower rate" is section 3 again; no repair comes up to it. Stopping early and the NLL term bring back a part of the score at the high rate, and their dots lie far apart. The larger $\beta$ has one run: compare it with the first run of the case, on the same pairs. All this is said of runs of sixteen steps. Pang et al. (2024) use the NLL term in long training at a good rate, which is another question. When DPO lowers your score, look at the log-probability of the chosen answers, lower the rate, and only then try other losses.
+# **What you see.** The row "lower rate" is section 3 again; no repair comes up to it. Stopping early and the NLL term bring back a part of the score at the high rate, and their dots lie far apart. The larger $\beta$ has one run: compare it with the first run of the case, on the same pairs, the open circle. Why it did so little, this run does not say. All this is said of runs of sixteen steps. Pang et al. (2024) use the NLL term in long training at a good rate, which is another question. When DPO lowers your score, look at the log-probability of the chosen answers, lower the rate, and only then try other losses.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Relatives in one frame: cDPO, IPO, KTO, ORPO, SimPO, and DPO per token
@@ -1099,7 +1125,7 @@ for name, other in in_trl.items():
 lesson.equal("all seven losses are those of trl", max(gaps.values()), within=1e-3)
 
 # %% [markdown]
-# **What each loss pulls.** The derivative of a loss by the two log-probabilities needs no training. Take a pair of 20 tokens each, both 5 nats from certain at the start. Leave the chosen answer where it is, and let the rejected one sink: how strongly does each loss still pull the chosen one up, and push the rejected one down?
+# **What each loss pulls.** The derivative of a loss by the two log-probabilities needs no training. Take a pair of 20 tokens each, both 5 nats from certain at the start. Leave the chosen answer where it is, and let the rejected one sink: what share of its first force does each loss keep, pulling the chosen one up and pushing the rejected one down?
 
 # %%
 deeper = torch.linspace(0, 40, 81)  # how far the rejected answer has sunk (nats)
@@ -1113,11 +1139,11 @@ for name, (loss, beta) in FAMILY.items():
     pulls[name] = [-gradients[0], gradients[1]]  # up for the chosen, down for the rejected
 figure = Figure(figsize=(9, 3.6), layout="constrained")
 sides = figure.subplots(1, 2)
-for axes, side, label in zip(sides, (0, 1), ("pull up on the chosen", "push down on the rejected"), strict=True):
+for axes, side, label in zip(sides, (0, 1), ("pull on the chosen", "push on the rejected"), strict=True):
     for (name, values), color in zip(pulls.items(), plots.COLORS, strict=True):
         axes.plot(deeper, values[side] / values[side][0].abs(), label=name, color=color)
     axes.axhline(0, color=plots.GREY, linewidth=1)
-    axes.set(xlabel="rejected answer has sunk by (nats)", ylabel=f"{label}, 1 at the start")
+    axes.set(xlabel="rejected answer has sunk by (nats)", ylabel=f"{label} (share of the first)")
     axes.set_ylim(-0.6, 1.1)
 sides[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1))
 figure.suptitle("What is left to do when the rejected answer has sunk", x=0.01, ha="left", weight="bold")
@@ -1148,13 +1174,13 @@ def rdpo(p: LogProbs, beta: float = 0.1, alpha: float = 0.05) -> Tensor:
     return -F.logsigmoid(beta * (p.h_chosen - p.h_rejected) + by_length)
 
 
-def by_length_lover(number: int) -> list[tuple[str, str, str]]:
-    """Pairs, chosen by who adds 1.5 to the true reward for each idle sentence."""
+def by_length_lover(number: int, love: float = 1.5) -> list[tuple[str, str, str]]:
+    """Pairs, chosen by who adds `love` to the true reward for each idle sentence."""
     generator, rows = random.Random(f"length/{seed}"), []
     for _ in range(number):
         pref = world.preference(generator)
         gap = pref.chosen_reward - pref.rejected_reward
-        gap += 1.5 * (idle(pref.chosen) - idle(pref.rejected))
+        gap += love * (idle(pref.chosen) - idle(pref.rejected))
         answers = (pref.chosen, pref.rejected)
         keep = generator.random() < 1 / (1 + math.exp(-gap))
         rows.append((pref.question.prompt, *(answers if keep else answers[::-1])))
@@ -1162,25 +1188,25 @@ def by_length_lover(number: int) -> list[tuple[str, str, str]]:
 
 
 # %%
-long_pairs = encode_pairs(by_length_lover(lesson.scaled(32, 8)))
-longer = [len(p["chosen"]["input_ids"]) - len(p["rejected"]["input_ids"]) for p in long_pairs]
-print(f"the chosen answer is {np.mean(longer):+.1f} tokens longer in the mean")
-lengths, ROOM = {"SFT": before}, 110  # room for long answers, in tokens
+number = lesson.scaled(32, 8)
+for name, love in (("does not like length", 0.0), ("likes length", 1.5)):
+    pairs = encode_pairs(by_length_lover(number, love))
+    longer = [len(p["chosen"]["input_ids"]) - len(p["rejected"]["input_ids"]) for p in pairs]
+    print(f"annotator who {name}: the chosen answer is {np.mean(longer):+.1f} tokens longer")
+long_pairs, lengths, rows = pairs, {"SFT": before}, {}
 for name, loss, beta in (
     ("DPO", dpo, 0.1), ("R-DPO", rdpo, 0.1), ("DPO per token", dpo_per_token, 5.0)
 ):  # fmt: skip
-    lengths[name] = judge(tune(long_pairs, loss, beta=beta)[0], room=ROOM)
-rows = {}
+    lengths[name] = judge(tune(long_pairs, loss, beta=beta, steps=12)[0], room=110)
 for name, answers in lengths.items():
-    sizes = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers.texts]
-    cut = np.mean([size >= (60 if name == "SFT" else ROOM) - 2 for size in sizes])
-    rows[name] = [f"{np.mean(sizes):.0f}", f"{answers.idle:.2f}", f"{cut:.0%}", f"{answers.reward:.2f}"]
-    lesson.report(f"annotator who likes length, {name}",
+    tokens = np.mean([len(tokenizer(text)["input_ids"]) for text in answers.texts])
+    rows[name] = [f"{tokens:.0f}", f"{answers.idle:.2f}", f"{answers.cut:.0%}", f"{answers.reward:.2f}"]
+    lesson.report(f"annotator who likes length, {name} (one run)",
                   f"{rows[name][0]} tokens, {rows[name][1]} idle sentences, reward {rows[name][3]}")  # fmt: skip
 show_table(rows, ["tokens", "idle sentences", "cut off", "true reward"])
 
 # %% [markdown]
-# **What you see.** DPO's answers have become long: compare the idle sentences and the reward of the four rows. An answer that is cut off counts as wrong, so a part of the lost reward is the room. The annotator's taste is in the choices, although each choice looks reasonable. The two losses that know the length need a constant of their own, $\alpha$ or a larger $\beta$, and the three rows are one run each: do not rank them by this. In practice nobody hands you the true reward. Compare the lengths of chosen and rejected answers before you train, and those of the answers before and after.
+# **What you see.** DPO's answers have become long: compare the idle sentences and the reward of the four rows. An answer that is cut off counts as wrong, so a part of the lost reward is the room. The chosen answers of this annotator were longer, as the first two lines say, and the policy learnt that. The two losses that know the length need a constant of their own, $\alpha$ or a larger $\beta$, and the three rows are one run each: do not rank them by this. In practice nobody hands you the true reward. Compare the lengths of chosen and rejected answers before you train, and those of the answers before and after.
 
 # %% [markdown] tags=["further"]
 # ## 9 · Pairs of others, pairs of one's own
@@ -1230,7 +1256,7 @@ for name, runs in both_kinds.items():
     lesson.report(f"{name}: score, reward", f"{mean_of(runs):.0%}, {mean_of(runs, 'reward'):.2f}")
 
 # %% [markdown]
-# **What you see.** Both kinds of pairs raise the reward, and with three runs each their dots overlap: here you cannot say which is better. Its own pairs cost the sampling and need no author. Tajwar et al. (2024) find on-policy pairs important where the good answers are far from what the model says. Here they are not far: see the two log-probabilities printed above.
+# **What you see.** Both kinds of pairs raise the reward, and with three runs each their dots overlap: here you cannot say which is better. Its own pairs cost the sampling and need no author. Tajwar et al. (2024) find on-policy pairs important where the good answers are far from what the model says. Here both kinds are about as probable under the SFT policy: see the two lines above.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A T4 is enough
@@ -1249,6 +1275,7 @@ qlora = {"method": "qlora", "lora_rank": 16, "optimizer": "paged_adamw_8bit"}
 plans = {
     "all weights in fp32, fp16 steps": ({"method": "full", "precision": "fp16-mixed"}, second),
     "LoRA": ({"method": "lora", "lora_rank": 16}, 0),
+    "LoRA, checkpointing": ({"method": "lora", "lora_rank": 16, "gradient_checkpointing": True}, 0),
     "QLoRA": (qlora, 0),
     "QLoRA, checkpointing": (qlora | {"gradient_checkpointing": True}, 0),
 }
@@ -1262,7 +1289,7 @@ for name, (changes, extra) in plans.items():
 show_table(rows, ["all", "second model", "logits", "of a T4"])
 
 # %% [markdown]
-# **What you see.** The vocabulary of this model is large and its width small, so the logits of 8 rows are a good part of everything, with or without quantisation. Checkpointing and 4 bits leave room; longer answers or more pairs per batch would fill it with logits first. `trl` computes them in pieces for that reason.
+# **What you see.** The vocabulary of this model is large and its width small, so the logits of 8 rows are a good part of everything, with or without quantisation. Checkpointing makes the room; the 4 bits save little of a model this small, and more of a large one. Longer answers or more pairs per batch would fill it with logits first. `trl` computes them in pieces for that reason.
 
 # %% [markdown]
 # ## 11 · Exercises
@@ -1423,7 +1450,7 @@ check("9.3", check_robust, robust)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 9.4, open: an alarm that rings during training.
+# Exercise 9.4, hard: an alarm that rings during training.
 def alarm_at(log: dict[str, np.ndarray]) -> int | None:
     """The first step, counted from 0, at which you would stop a run; None to let it go on.
 
@@ -1452,7 +1479,7 @@ def check_alarm(alarm_at):
     expect_true("it is silent where they rise, however wide the margin", alarm_at(wide) is None)
     expect_true("it is silent where nothing moves", alarm_at(made_up_log(0.0, 0.0)) is None)
     jump = made_up_log(0.0, 0.5)
-    jump["rewards/chosen"][10] = -0.8
+    jump["rewards/chosen"][10] = -1.1
     expect_true("it is silent after one bad batch", alarm_at(jump) is None)
     early = {name: values[: step + 1] for name, values in sinking.items()}
     expect_true("it uses nothing from later steps", alarm_at(early) == step)
@@ -1485,12 +1512,12 @@ check("9.4", check_alarm, alarm_at)
 #     return None
 # ```
 #
-# Try it on the traces of section 6 as well, and count false alarms before you trust a threshold.
+# Count the false alarms on runs that went well before you trust a threshold.
 #
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 9.5, easy: predict, then measure. What does DPO do if the annotator throws a coin?
+# Exercise 9.5, open: predict, then measure. What does DPO do if the annotator throws a coin?
 PREDICTION = None  # your guess before you run anything: (score, mean true reward) of the policy
 
 
@@ -1520,7 +1547,7 @@ def check_by_coin(by_coin, prediction):
         expect_true("answers and reference numbers move together", moved and numbers)
     unchanged = all(a[name] is b[name] for a, b in zip(given, train_pairs, strict=True) for name in a)
     expect_true("the given pairs are as they were", unchanged)
-    answers = judge(tune(found[: len(thirds[0])])[0])
+    answers = judge(tune(found[::RUNS])[0])
     print(f"you predicted score {prediction[0]:.0%} and reward {prediction[1]:.2f}; measured: {answers}")
 
 
@@ -1560,8 +1587,8 @@ check("9.5", check_by_coin, by_coin, PREDICTION)
 # %% [markdown] tags=["quiz"]
 # **1. In the derivation $Z(x)$ disappears. Why may it?**
 #
-# - A. It is 1 for a trained model.
-# - B. Both answers of a pair belong to the same prompt, and only the difference of their rewards counts.
+# - A. It is 1 for any model that was trained by maximum likelihood, since probabilities sum to 1.
+# - B. Both answers of a pair have the same prompt, and only a difference counts.
 # - C. It is so small that it does not matter.
 # - D. The reference is frozen, so its gradient is 0.
 #
@@ -1589,8 +1616,8 @@ check("9.5", check_by_coin, by_coin, PREDICTION)
 # **3. A trainer's log shows a margin that is twice that of yesterday's run. What do you know?**
 #
 # - A. The new policy is better.
-# - B. The pairs of the log are ranked with more distance; how good the written answers are is open.
-# - C. The chosen answers have become more probable.
+# - B. The pairs of the log are ranked with more distance.
+# - C. The chosen answers have become more probable than they were under the reference.
 # - D. $\beta$ was too small yesterday.
 #
 # <details><summary>Answer</summary>
@@ -1603,27 +1630,27 @@ check("9.5", check_by_coin, by_coin, PREDICTION)
 # **4. In Plot 2 the bar of "what the case writes" is selected: these texts were chosen because they are probable now. Which question can it answer all the same?**
 #
 # - A. whether probability has left the right answers
-# - B. whether the annotator would like these texts
-# - C. how far below these texts stood under the SFT policy, and what kind of text they are
+# - B. whether the annotator of section 1 would like these texts better
+# - C. how much less probable these texts were under SFT
 # - D. whether the learning rate is the cause
 #
 # <details><summary>Answer</summary>
 #
-# C. That they gained follows from the selection; by how much, and what they say, does not. A is answered by the other bars, D by the two rates side by side.
+# C. That they gained follows from the selection; by how much does not. A is answered by the other bars, D by the two rates side by side.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
 # **5. Your DPO run has lowered the score of a benchmark. What do you try first?**
 #
-# - A. a learning rate several times smaller, with a look at the log-probability of the chosen answers
+# - A. a learning rate several times smaller
 # - B. a reward model
-# - C. more epochs on the same pairs
+# - C. more epochs on the same pairs, until the margin is wide
 # - D. a larger model
 #
 # <details><summary>Answer</summary>
 #
-# A. It costs one run, and in section 6 it was enough. C goes further in the direction that did the damage.
+# A. It costs one run; look at the log-probability of the chosen answers in both. C goes further in the direction that did the damage.
 #
 # </details>
 
@@ -1638,14 +1665,14 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# With `trl` and `peft` DPO with QLoRA is a configuration: the base in 4 bits, a LoRA configuration, no reference model. `DPOTrainer` takes the reference's log-probabilities from the same model with the adapter disabled. The cell below runs it on the fine-tuned model, with an NLL term (`loss_type` and `loss_weights`), and checks by hand that the disabled adapter is the reference. Watch `logps/chosen` in the log, not only `rewards/accuracies`. For DPO per token write `loss_type="sigmoid_norm"`.
+# With `trl` and `peft` DPO with QLoRA is a configuration: the base in 4 bits, a LoRA configuration, no reference model. `DPOTrainer` takes the reference's log-probabilities from the same model with the adapter disabled. The cell below runs it on the fine-tuned model, with an NLL term (`loss_type` and `loss_weights`), and checks by hand that the disabled adapter is the reference. A few steps of four pairs show that it runs, no more; the loss contains 0.2 times the NLL, and so does not start at 0.693. Watch `logps/chosen` in the log, not only `rewards/accuracies`. For DPO per token write `loss_type="sigmoid_norm"`.
 
 # %%
 practice_rows = rows_of(train_prefs[: lesson.scaled(48, 8)])
 arguments = DPOConfig(
     **PLAIN | {"fp16": lesson.precision == "fp16-mixed", "bf16": not CPU and lesson.precision == "bf16-mixed",
                "gradient_checkpointing": not CPU},
-    beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], max_steps=lesson.scaled(6),
+    beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], max_steps=lesson.scaled(4),
     logging_steps=2, learning_rate=10 * RATE if CPU else RATE, lr_scheduler_type="cosine",
     optim="adamw_torch" if CPU else "paged_adamw_8bit",
 )  # fmt: skip
