@@ -100,7 +100,8 @@ def test_the_check_of_the_alarm_finds_margins_single_steps_and_looks_into_the_fu
     wrong = [
         planted(solution, 'log["rewards/chosen"]', '-log["rewards/margins"]'),
         planted(solution, 'log["rewards/chosen"]', 'log["rewards/rejected"]'),
-        planted(solution, "values[step - 3 : step + 1].mean()", "values[step]"),
+        planted(solution, "values[step - 3 : step + 1].mean() < -0.3", "values[step] < -0.9"),
+        planted(solution, "values[step - 3 : step + 1].mean() < -0.3", "values[step - 1 : step + 1].mean() < -0.5"),
         planted(solution, "values[step - 3 : step + 1].mean()", "values.mean()"),
         planted(solution, "< -0.3", "> 0.3"),
         planted(solution, "return step\n", "return len(values) - 1\n"),
@@ -111,7 +112,7 @@ def test_the_check_of_the_alarm_finds_margins_single_steps_and_looks_into_the_fu
 def test_the_check_of_the_coin_finds_lost_reference_numbers_and_answers_that_are_all_exchanged() -> None:
     names = LESSON | {
         "random": random, "np": np, "tune": lambda pairs: (None, None),
-        "judge": lambda model: "score 50 %", "thirds": [range(4)],
+        "judge": lambda model: "score 50 %", "RUNS": 3,
         "train_pairs": [
             {"chosen": {"n": i}, "rejected": {"n": -i}, "reference": torch.tensor([-1.0 - i, -2.0])} for i in range(240)
         ],
