@@ -10,9 +10,9 @@
 # **You will**
 #
 # 1. derive the DPO loss from the objective of RLHF, and find your loss, implicit rewards and gradients equal to those of `trl.DPOTrainer`;
-# 2. raise the true reward with it in three runs, and compare with plain fine-tuning on the chosen answers;
+# 2. raise the mean true reward of three runs with it, and compare with plain fine-tuning on the chosen answers;
 # 3. find a learning rate that wins on the implicit reward and loses on the score, and read the alarm in the log;
-# 4. see which texts gained the probability that the answers lost, and which tokens lost it; then repair the run;
+# 4. see which texts gained the probability that the answers lost, and which tokens lost it; then try three repairs;
 # 5. compare seven losses on pairs, among them DPO with length normalisation, and two kinds of pairs.
 #
 # **Prerequisites:** lesson 05. Lesson 08 shows the other way to learn from preferences; you do not need it here.
@@ -800,7 +800,7 @@ show_table(held, ["held-out margin", "ranked as the annotator did"])
 #
 # How much of the damage is DPO? Look at the last row of the figure. Plain fine-tuning on the chosen answers, at the same rate, lost a good part of the score as well; the case lost more, on the same pairs. So a part belongs to the rate alone, and a part to this loss at this rate. Compare the scores of facts and of sums, too: both methods lost the sums above all.
 #
-# On held-out pairs little or nothing is left of the margin, at *either* rate, and the log-probability of the SFT policy ranks them better than both policies do. Some thirty pairs, read twice, teach a model to rank *these* pairs. A wide margin in the log is not knowledge of what the annotator likes, and here held-out accuracy gives no alarm either. Two things do: the columns of the chosen answers, and the answers that the model writes.
+# On held-out pairs little or nothing is left of the margin, at *either* rate, and here the bare log-probability of the SFT policy ranks them better than both implicit rewards do. Some thirty pairs, read twice, teach a model to rank *these* pairs. A wide margin in the log is not knowledge of what the annotator likes, and here held-out accuracy gives no alarm either. Two things do: the columns of the chosen answers, and the answers that the model writes.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Where did the probability go?
