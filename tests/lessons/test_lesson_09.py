@@ -2,11 +2,13 @@
 
 import copy
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from tests.support.lesson_run import run_lesson
 
 NOTEBOOK = ROOT / "notebooks" / "09_dpo.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
-CELLS = {cell.id: cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells}
+SOURCES = [cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells if cell.cell_type == "code"]
 NAMES = {"math": math, "torch": torch, "nn": nn, "F": F, "Tensor": Tensor, "dataclass": dataclass}
 NAMES |= {"Callable": Callable, "Sequence": Sequence}
 CHATML = (
@@ -28,11 +30,17 @@ CHATML = (
 )
 
 
+def cell_that_defines(name: str) -> str:
+    """The source of the one cell that defines a function of this name."""
+    (found,) = [source for source in SOURCES if f"def {name}(" in source]
+    return found
+
+
 def lesson_names() -> dict:
     """The names that the cells with the losses define."""
     names = dict(NAMES)
-    for cell in ("loss", "family"):
-        exec(CELLS[cell], names)
+    for name in ("dpo", "cdpo", "orpo"):
+        exec(cell_that_defines(name), names)
     return names
 
 
@@ -45,8 +53,8 @@ def pairs(*sides: Sequence[float], tokens: float = 1.0) -> object:
     return LESSON["LogProbs"](*tensors, *2 * [torch.full_like(tensors[0], tokens)])
 
 
-def test_there_are_four_exercises() -> None:
-    assert list(EXERCISES) == ["9.1", "9.2", "9.3", "9.4"]
+def test_there_are_five_exercises() -> None:
+    assert list(EXERCISES) == ["9.1", "9.2", "9.3", "9.4", "9.5"]
 
 
 def test_the_check_of_the_pull_finds_wrong_signs_missing_factors_and_gradients() -> None:
@@ -86,42 +94,56 @@ def test_the_check_of_the_robust_loss_finds_cdpo_and_missing_scales() -> None:
     prove_check(EXERCISES["9.3"], LESSON, wrong)
 
 
-def test_the_check_of_the_repair_finds_the_bad_run_other_rates_and_other_pairs() -> None:
-    """Over stand-ins: what a policy is worth depends on how it was tuned."""
-
-    def tune(given, loss=None, *, rate=1.0, steps=40, nll=0.0, **_):
-        return (rate, nll), {}
-
-    def judge(policy):
-        rate, nll = policy
-        good = rate <= 1 or nll >= 1
-        return SimpleNamespace(right=SimpleNamespace(accuracy=0.9 if good else 0.1), reward=2.8 if good else 0.4)
-
-    names = LESSON | {
-        "tune": tune, "judge": judge, "BAD_RATE": 3.0, "scaled": lambda number, least=3: number,
-        "before": SimpleNamespace(right=SimpleNamespace(accuracy=0.95), reward=2.3),
-        "few_pairs": [{"chosen": {}, "rejected": {}, "reference": None} for _ in range(48)],
-    }  # fmt: skip
+def test_the_check_of_the_alarm_finds_margins_single_steps_and_looks_into_the_future() -> None:
     solution = EXERCISES["9.4"].solution
+    trace = SimpleNamespace(log={"rewards/chosen": np.zeros(16), "rewards/margins": np.zeros(16)})
     wrong = [
-        planted(solution, ", nll=5.0", ""),
-        planted(solution, "rate=BAD_RATE", "rate=1.0"),
-        planted(solution, "steps=40", "steps=1"),
-        planted(solution, "tune(pairs,", "tune([{'chosen': {}}],"),
+        planted(solution, 'log["rewards/chosen"]', '-log["rewards/margins"]'),
+        planted(solution, 'log["rewards/chosen"]', 'log["rewards/rejected"]'),
+        planted(solution, "values[step - 3 : step + 1].mean() < -0.3", "values[step] < -0.9"),
+        planted(solution, "values[step - 3 : step + 1].mean() < -0.3", "values[step - 1 : step + 1].mean() < -0.5"),
+        planted(solution, "values[step - 3 : step + 1].mean()", "values.mean()"),
+        planted(solution, "< -0.3", "> 0.3"),
+        planted(solution, "return step\n", "return len(values) - 1\n"),
     ]
-    prove_check(EXERCISES["9.4"], names, wrong)
+    prove_check(EXERCISES["9.4"], LESSON | {"np": np, "RATES": {"a rate": [trace]}}, wrong)
+
+
+def test_the_check_of_the_coin_finds_lost_reference_numbers_and_answers_that_are_all_exchanged() -> None:
+    names = LESSON | {
+        "random": random, "np": np, "tune": lambda pairs: (None, None),
+        "judge": lambda model: "score 50 %", "RUNS": 3,
+        "train_pairs": [
+            {"chosen": {"n": i}, "rejected": {"n": -i}, "reference": torch.tensor([-1.0 - i, -2.0])} for i in range(240)
+        ],
+    }  # fmt: skip
+    solution = EXERCISES["9.5"].solution
+    wrong = [
+        planted(solution, ".flip(0)", ""),
+        planted(solution, "< 0.5", "< 1.5"),
+        planted(solution, '"rejected": pair["chosen"], ', '"rejected": pair["rejected"], '),
+        planted(solution, "PREDICTION = (0.8, 2.0)", "PREDICTION = None"),
+        planted(solution, "        found.append(pair)", "            found.append(pair)"),
+    ]
+    prove_check(EXERCISES["9.5"], names, wrong)
 
 
 def test_without_a_change_of_the_policy_each_loss_has_its_known_value() -> None:
     p = pairs([-3.0, -5.0], [-4.0, -1.0], [-3.0, -5.0], [-4.0, -1.0])
-    for name, value in {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 0.25, "kto": 1.0}.items():
+    for name, value in {
+        "dpo": math.log(2),
+        "cdpo": math.log(2),
+        "dpo_per_token": math.log(2),
+        "ipo": 0.25,
+        "kto": 1.0,
+    }.items():
         assert torch.allclose(LESSON[name](p), torch.full((2,), value), atol=1e-6), name
 
 
 def test_only_the_losses_with_a_likelihood_term_tell_sinking_pairs_from_rising_ones() -> None:
     high = pairs([-2.0], [-4.0], [-3.0], [-3.0], tokens=10.0)
     low = pairs([-22.0], [-24.0], [-3.0], [-3.0], tokens=10.0)
-    for name in ("dpo", "cdpo", "ipo", "simpo"):
+    for name in ("dpo", "cdpo", "dpo_per_token", "ipo", "simpo"):
         assert torch.allclose(LESSON[name](high), LESSON[name](low)), name
     assert LESSON["orpo"](low) > LESSON["orpo"](high) + 1
 
@@ -136,7 +158,7 @@ def test_ipo_is_lowest_at_its_target_and_dpo_has_none() -> None:
 
 def test_the_length_term_of_rdpo_lowers_the_loss_of_longer_chosen_answers() -> None:
     names = copy.copy(LESSON)
-    exec(CELLS["length"].split("\n\n\n")[0], names)
+    exec(cell_that_defines("rdpo").split("\n\n\n")[0], names)
     p = pairs([-3.0], [-4.0], [-3.0], [-4.0])
     p.chosen_tokens, p.rejected_tokens = torch.tensor([9.0]), torch.tensor([4.0])
     assert torch.allclose(names["rdpo"](p, 0.1, 0.2), -F.logsigmoid(torch.tensor([1.0])))
@@ -162,9 +184,8 @@ def test_the_notebook_runs_with_a_model_from_the_hub(chat_model_folder: Path, tm
     parameters = {"profile": "t4", "model_id": str(chat_model_folder), "budget": 0.05}
     _, said = run_lesson(NOTEBOOK, tmp_path, parameters, cell_timeout=200, timeout=500)
     assert "profile t4: tiny-qwen2-instruct on cpu in float32" in said
-    assert "holds: losses and implicit rewards are those of DPOTrainer, within 0.001" in said
-    assert "holds: all six losses are those of trl, within 0.001" in said
+    assert "holds: losses and all that is logged are those of DPOTrainer" in said
+    assert "holds: all seven losses are those of trl" in said
     assert "DOES NOT HOLD: after fine-tuning the score is at least 75 %" in said  # it reports, and goes on
-    assert "holds: QLoRA DPO with checkpointing fits a T4" in said
-    assert "adapter disabled against a model loaded anew" in said
+    assert "holds: the model with its adapter disabled is the reference" in said
     assert said.count("not attempted yet") == len(EXERCISES)
