@@ -129,12 +129,6 @@ def test_the_check_of_no_positions_finds_turning_vectors_and_a_missing_predictio
 
 
 @pytest.mark.slow
-def test_the_core_path_runs_alone(tmp_path):
-    _, said = run_lesson(NOTEBOOK, tmp_path, {"profile": "cpu", "budget": 0.05}, core=True)
-    assert said.count("not attempted yet") == len(EXERCISES)
-
-
-@pytest.mark.slow
 def test_the_lesson_runs_on_a_model_and_a_text_in_the_hubs_formats(tiny_model_folder, text_file, tmp_path):
     parameters = {"profile": "t4", "model_id": str(tiny_model_folder), "text_id": str(text_file), "budget": 0.005}
     _, said = run_lesson(NOTEBOOK, tmp_path, parameters)
