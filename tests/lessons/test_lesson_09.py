@@ -184,7 +184,7 @@ def test_the_notebook_runs_with_a_model_from_the_hub(chat_model_folder: Path, tm
     parameters = {"profile": "t4", "model_id": str(chat_model_folder), "budget": 0.05}
     _, said = run_lesson(NOTEBOOK, tmp_path, parameters, cell_timeout=200, timeout=500)
     assert "profile t4: tiny-qwen2-instruct on cpu in float32" in said
-    assert "holds: losses and all that is logged are those of DPOTrainer" in said
+    assert "holds: losses, rewards and log-probabilities are those of DPOTrainer" in said
     assert "holds: all seven losses are those of trl" in said
     assert "DOES NOT HOLD: after fine-tuning the score is at least 75 %" in said  # it reports, and goes on
     assert "holds: the model with its adapter disabled is the reference" in said
