@@ -4,21 +4,14 @@ import ast
 
 import pytest
 
-from course import notebooks
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_cells import cell_with, code_cells
 from tests.support.lesson_run import run_lesson
 
 NOTEBOOK = ROOT / "notebooks" / "05_supervised_fine_tuning.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
-CELLS = [cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells if cell.cell_type == "code"]
-CELLS = [source for source in CELLS if not source.startswith("# Finds the course's files")]
-
-
-def cell_with(text: str) -> str:
-    """The one cell that holds the text."""
-    (found,) = [source for source in CELLS if text in source]
-    return found
+CELLS = [source for source in code_cells(NOTEBOOK) if not source.startswith("# Finds the course's files")]
 
 
 def definitions(source: str) -> str:
@@ -31,16 +24,16 @@ def lesson() -> dict:
     """The names that the exercises use, made by the lesson's own cells."""
     names: dict = {"profile": "cpu", "model_id": "", "chats_id": "", "seed": 0, "budget": 0.5}
     for source in (
-        cell_with("import copy"),
-        cell_with("lesson = Lesson("),
-        cell_with("world = World()"),
-        cell_with("CHAT_TEMPLATE = ("),
-        cell_with("def prompt_text("),
+        cell_with(CELLS, "import copy"),
+        cell_with(CELLS, "lesson = Lesson("),
+        cell_with(CELLS, "world = World()"),
+        cell_with(CELLS, "CHAT_TEMPLATE = ("),
+        cell_with(CELLS, "def prompt_text("),
         'tests = {task: unseen_rows(100, task) for task in ("fact", "sum", "mood", "pairs")}',
-        definitions(cell_with("def encode(")),
-        cell_with("def fine_tune("),
-        cell_with("def right_of("),
-        definitions(cell_with("def careless(")),
+        definitions(cell_with(CELLS, "def encode(")),
+        cell_with(CELLS, "def fine_tune("),
+        cell_with(CELLS, "def right_of("),
+        definitions(cell_with(CELLS, "def careless(")),
     ):
         exec(source, names)
     return names

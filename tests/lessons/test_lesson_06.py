@@ -8,28 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from course import notebooks
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_cells import cell_with, code_cells
 from tests.support.lesson_run import run_lesson
 
 NOTEBOOK = ROOT / "notebooks" / "06_peft.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
-CODE = [cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells if cell.cell_type == "code"]
+CELLS = code_cells(NOTEBOOK)
 NAMES = {"math": math, "torch": torch, "nn": nn, "Tensor": Tensor, "Callable": Callable, "Sequence": Sequence}
-
-
-def cell_with(text: str) -> str:
-    """The one code cell that holds this text."""
-    (found,) = (source for source in CODE if text in source)
-    return found
 
 
 def defined(*starts: str) -> dict:
     """The names that some cells define, each found by a text in it; these cells run nothing."""
     names = NAMES | {"F": torch.nn.functional, "machine": type("Machine", (), {"device": "cpu"})}
     for start in starts:
-        exec(cell_with(start), names)
+        exec(cell_with(CELLS, start), names)
     return names
 
 

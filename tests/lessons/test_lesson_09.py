@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from course import notebooks
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_cells import cell_with, code_cells
 from tests.support.lesson_run import run_lesson
 
 NOTEBOOK = ROOT / "notebooks" / "09_dpo.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
-SOURCES = [cell.source for cell in notebooks.read_notebook(NOTEBOOK).cells if cell.cell_type == "code"]
+CELLS = code_cells(NOTEBOOK)
 NAMES = {"math": math, "torch": torch, "nn": nn, "F": F, "Tensor": Tensor, "dataclass": dataclass}
 NAMES |= {"Callable": Callable, "Sequence": Sequence}
 CHATML = (
@@ -30,17 +30,11 @@ CHATML = (
 )
 
 
-def cell_that_defines(name: str) -> str:
-    """The source of the one cell that defines a function of this name."""
-    (found,) = [source for source in SOURCES if f"def {name}(" in source]
-    return found
-
-
 def lesson_names() -> dict:
     """The names that the cells with the losses define."""
     names = dict(NAMES)
     for name in ("dpo", "cdpo", "orpo"):
-        exec(cell_that_defines(name), names)
+        exec(cell_with(CELLS, f"def {name}("), names)
     return names
 
 
@@ -158,7 +152,7 @@ def test_ipo_is_lowest_at_its_target_and_dpo_has_none() -> None:
 
 def test_the_length_term_of_rdpo_lowers_the_loss_of_longer_chosen_answers() -> None:
     names = copy.copy(LESSON)
-    exec(cell_that_defines("rdpo").split("\n\n\n")[0], names)
+    exec(cell_with(CELLS, "def rdpo(").split("\n\n\n")[0], names)
     p = pairs([-3.0], [-4.0], [-3.0], [-4.0])
     p.chosen_tokens, p.rejected_tokens = torch.tensor([9.0]), torch.tensor([4.0])
     assert torch.allclose(names["rdpo"](p, 0.1, 0.2), -F.logsigmoid(torch.tensor([1.0])))
