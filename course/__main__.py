@@ -22,6 +22,7 @@ COMMANDS = {  # name -> module, prefix of its two functions, what it does
     "competition": ("course.competition", "", "check, reproduce and rank what is handed in to the competition"),
     "slides": ("course.slides", "", "lecture slides and time plan from the notebooks"),
     "site": ("course.site", "", "build the book"),
+    "translate": ("course.translation", "", "bring the Japanese catalogues and README.ja.md in line"),
     "publish": ("course.publish", "", "put the models and Shima on the Hugging Face hub"),
     "links": ("course.links", "", "say where the course is published"),
     "new-lesson": ("course.new_lesson", "", "start a lesson that runs"),

@@ -1,6 +1,6 @@
 """Sphinx's settings for the book. `course.site` collects the sources and starts it; nothing is run or fetched."""
 
-from course.site import pages
+from course.site import japanese, pages
 from helpers.colab import REPOSITORY, TAG
 
 project = "LLM Workbook"
@@ -9,6 +9,7 @@ copyright = ""
 version = TAG.removeprefix("v")
 extensions = ["myst_nb", "sphinx_copybutton", "course.site.epub"]
 exclude_patterns = ["static"]
+templates_path = ["templates"]
 
 # The notebooks are shown as they are committed.
 nb_execution_mode = "off"
@@ -38,6 +39,7 @@ html_theme_options = {
     "use_download_button": False,  # each lesson has its own at the top, where a phone shows it too
     "use_repository_button": True,
     "use_fullscreen_button": False,
+    "article_header_end": ["language.html", "article-header-buttons.html"],
     "show_toc_level": 2,
     "home_page_in_toc": True,
     "show_navbar_depth": 1,
@@ -64,4 +66,5 @@ def setup(app):
     """Let `pages` change what Sphinx reads."""
     app.connect("source-read", pages.prepare_source)
     app.connect("doctree-read", pages.describe_images)
+    app.connect("html-page-context", japanese.offer_the_other_language)
     app.connect("build-finished", pages.copy_mathjax)

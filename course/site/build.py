@@ -15,10 +15,11 @@ from pathlib import Path
 from sphinx.cmd.build import build_main
 
 from course.notebooks import read_notebook, select_notebooks, tags
-from course.site import glossary, ledger, lesson_map
+from course.site import glossary, japanese, ledger, lesson_map
 from course.site.chromium import chromium
 from course.site.pdf import print_book
 from course.slides.sections import figures
+from course.translation import LANGUAGE
 from helpers.errors import CourseError
 from helpers.files import replacing_folder
 from helpers.memory import CONTEXT, FRAGMENTATION, GPUS, ModelShape, bundled_shapes
@@ -56,6 +57,10 @@ def command(options: argparse.Namespace) -> None:
         sources.mkdir()
         collect(sources, files)
         build(sources, made, "html", static=sources / "static")
+        translation = Path(name) / LANGUAGE / "sources"
+        translation.mkdir(parents=True)
+        japanese.collect(translation, sources, headline_figures(select_notebooks()))
+        build(translation, made / LANGUAGE, "html", static=translation / "static", language=LANGUAGE)
         (made / "llms.txt").write_text(outline(select_notebooks()), encoding="utf-8")
         if files:
             build(sources, reading, "epub", static=SITE / "reading")
@@ -69,9 +74,10 @@ def command(options: argparse.Namespace) -> None:
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
-def build(sources: Path, out: Path, builder: str, static: Path) -> None:
+def build(sources: Path, out: Path, builder: str, static: Path, language: str = "en") -> None:
     """Have Sphinx build the sources into the folder; CourseError if it complains."""
     flags = ["--quiet", "--fail-on-warning", "--define", f"html_static_path={static}", "--builder", builder]
+    flags += ["--define", f"language={language}"]
     folders = ["--conf-dir", str(SITE), "--doctree-dir", str(sources.parent / "read"), str(sources), str(out)]
     if build_main([*flags, *folders]):
         raise CourseError("The book was not built: mend what Sphinx says above, and run make site again.")

@@ -5,15 +5,17 @@ from pathlib import Path
 
 from course.notebooks import read_notebook
 from course.runner.refresh import lessons
+from course.site.lesson_map import short
+from course.translation import Say
 
 ROW = re.compile(r"^\| (\$.+?) \| (.+?) \|$", re.MULTILINE)
 
 
-def symbols(notebooks: list[Path]) -> str:
-    """Markdown: symbol, meaning, and a link to the lesson."""
+def symbols(notebooks: list[Path], say: Say = str) -> str:
+    """Markdown: symbol, meaning, and a link to the lesson, whose title `say` says."""
     lines = ["| symbol | meaning | lesson |", "|---|---|---|"]
     for path, (number, title, *_) in zip(notebooks, lessons(notebooks), strict=True):
         head = "\n".join(cell.source for cell in read_notebook(path).cells[:2] if cell.cell_type == "markdown")
-        link = f"[{number} · {title.partition(':')[0]}](notebooks/{path.name})"
+        link = f"[{number} · {short(say(title))}](notebooks/{path.name})"
         lines += [f"| {symbol} | {meaning} | {link} |" for symbol, meaning in ROW.findall(head)]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from course.notebooks import read_notebook
 from course.runner.refresh import lessons
+from course.translation import Say, block
 
 BOX_WIDTH, BOX_HEIGHT, COLUMN, ROW, MARGIN = 132, 62, 168, 76, 4
 
@@ -20,6 +21,11 @@ def table(notebooks: list[Path]) -> str:
         cells = [units.sub("\u00a0", value).replace(" | ", "; ") for value in measured]
         lines.append(f"| [{number} · {title}](notebooks/{path.name}) | {' | '.join(cells)} | {after} |")
     return "\n".join(lines)
+
+
+def short(title: str) -> str:
+    """A title without what stands after its colon."""
+    return re.split("[:：]", title, maxsplit=1)[0]
 
 
 def prerequisites(notebooks: list[Path]) -> dict[str, set[str]]:
@@ -45,8 +51,11 @@ def direct(needs: dict[str, set[str]]) -> dict[str, set[str]]:
     }
 
 
-def draw(notebooks: list[Path]) -> str:
-    """SVG in which lessons stand to the right of those that they need, and the same as a list for every reader."""
+def draw(notebooks: list[Path], say: Say = str) -> str:
+    """SVG in which lessons stand to the right of those that they need, and the same as a list for every reader.
+
+    `say` says the titles and the few other words.
+    """
     needs = direct(prerequisites(notebooks))
     level: dict[str, int] = {}
     for lesson in needs:  # in the order of the course, in which a prerequisite is always earlier
@@ -70,20 +79,22 @@ def draw(notebooks: list[Path]) -> str:
     rows = lessons(notebooks)
     for path, (number, title, minutes, memory, *_) in zip(notebooks, rows, strict=True):
         x, y = place[number]
-        lines_of_title = textwrap.wrap(title.partition(":")[0], width=16)
+        title, minutes, memory = say(title), block(minutes, say), block(memory, say)
+        name = short(title)
+        lines_of_title = textwrap.wrap(name, width=16 if name.isascii() else 8)
         text = "".join(f'<tspan x="{x + 10}" dy="17">{escape(line)}</tspan>' for line in lines_of_title)
         boxes.append(
             f'<a href="notebooks/{path.stem}.html"><title>{escape(title)}</title>'
             f'<rect x="{x}" y="{y:g}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6"/>'
             f'<text x="{x + 10}" y="{y + 19:g}"><tspan class="number">{number}</tspan>{text}</text></a>'
         )
-        after = f"after {', '.join(sorted(needs[number]))}" if needs[number] else "the start"
+        after = say("after {}").format(", ".join(sorted(needs[number]))) if needs[number] else say("the start")
         items.append(f"- [{number} · {title}](notebooks/{path.name}): {after}; {minutes}, {memory}")
     drawing = (
-        f'<div class="lesson-map" tabindex="0" role="region" aria-label="Map of the lessons">'
+        f'<div class="lesson-map" tabindex="0" role="region" aria-label="{say("Map of the lessons")}">'
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'xmlns="http://www.w3.org/2000/svg"><defs><marker id="arrow" viewBox="0 0 8 8" refX="6" refY="4" '
         'markerWidth="7" markerHeight="7" orient="auto"><path d="M0,0 L8,4 L0,8 z"/></marker></defs>'
         f'<g class="arrows" marker-end="url(#arrow)">{"".join(lines)}</g>{"".join(boxes)}</svg></div>'
     )
-    return "\n".join([drawing, "", "## The same as a list", "", *items])
+    return "\n".join([drawing, "", f"## {say('The same as a list')}", "", *items])
