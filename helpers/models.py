@@ -31,6 +31,7 @@ from helpers.profiles import ROOT, Profile
 
 MODEL_FOLDERS = {name: ROOT / "data" / name for name in ("shima-4m", "shima-4m-assistant")}
 BASE_MODEL_VERSION = 1  # "workbook_version" in the base model's config.json; raise it when old weights no longer fit
+THINKING_OFF = "{%- set enable_thinking = false %}"  # a hub model's answer is what follows an empty thought
 _REBUILD = {"shima-4m": "make base", "shima-4m-assistant": "python -m recipes.assistant build"}
 
 
@@ -119,7 +120,7 @@ def _find_folder(model_id: str, revision: str | None, with_weights: bool) -> Pat
     else:
         raise CourseError(
             f"There is no model {model_id!r}: use {', '.join(MODEL_FOLDERS)}, a folder in hub format, "
-            "or a hub id such as Qwen/Qwen2.5-0.5B."
+            "or a hub id such as Qwen/Qwen3-0.6B-Base."
         )
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
@@ -187,6 +188,8 @@ def _read_tokenizer(model_id: str, folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if "enable_thinking" in (tokenizer.chat_template or ""):  # Qwen3 would first write out its thoughts
+        tokenizer.chat_template = THINKING_OFF + tokenizer.chat_template
     return tokenizer
 
 

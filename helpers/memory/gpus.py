@@ -17,7 +17,7 @@ class GPU:
     memory: int  # bytes that CUDA offers a process where that is known, otherwise those of the board
     board: int  # bytes of the board, as the driver reports them
     bandwidth: float  # GB/s
-    tflops: dict[str, float | None]  # "fp32", "fp16", "bf16", "int8", "fp8"
+    tflops: dict[str, float | None]  # "fp32", "fp16", "bf16", "int8", "fp8", "fp4"
     power: int  # watts
     compute_capability: tuple[int, int] | None
     year: int

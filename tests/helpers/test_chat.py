@@ -1,11 +1,14 @@
 """The chat format: its parts fit together, and only what the assistant says has a label."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl.data_utils import apply_chat_template
 
 from helpers.chat import chat_prompt, chat_text, encode_chat, end_of_turn
 from helpers.data import collate
@@ -14,6 +17,7 @@ from helpers.models import load_model, load_tokenizer
 from helpers.profiles import get_profile
 from helpers.training import causal_lm_loss
 
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"  # those of hub models, as trl ships them
 CHATML = (  # as Qwen2 writes it, without its default system message; {% generation %} is left out there as well
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
     "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -68,6 +72,21 @@ def test_a_chatml_tokenizer_is_written_in_its_own_marks(chatml):
     example = encode_chat(chatml, "Ada is a baker.", "Bela is a smith.")
     assert chatml.decode(example["input_ids"]) == chat_text(chatml, "Ada is a baker.", "Bela is a smith.")
     assert chatml.decode(learned_tokens(example)) == "Bela is a smith.<|im_end|>\n"
+
+
+def test_a_model_that_can_think_answers_at_once(tiny_tokenizer, tmp_path):
+    """Qwen3's own template: the empty thought is part of the prompt, for trl as for the course."""
+    with_template(tiny_tokenizer, (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    begun = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert chat_prompt(tokenizer, "Hi") == begun
+    assert tokenizer.decode(learned_tokens(encode_chat(tokenizer, "Hi", "Ho."))) == "Ho.<|im_end|>\n"
+    asked = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho."}]}
+    assert apply_chat_template(asked, tokenizer) == {"prompt": begun, "completion": "Ho.<|im_end|>\n"}
+    tokenizer.save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "config.json").write_text('{"model_type": "llama"}')
+    assert chat_prompt(load_tokenizer(str(tmp_path / "again")), "Hi") == begun
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="<|>"), min_size=1, max_size=40).map(

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from helpers.errors import CourseError
+from helpers.memory import bundled_shapes
 from helpers.profiles import PROFILES, ROOT, Hardware, get_profile, has_code_for, profile_name_for
 
 NO_GPU = Hardware()
@@ -78,7 +79,18 @@ def test_a_folder_with_an_at_sign_in_its_name_is_a_folder(tmp_path):
 
 
 def test_every_hub_model_is_pinned_to_a_commit():
-    assert all(len(profile.revision) == 40 for profile in PROFILES.values() if "/" in profile.model_id)
+    for profile in (profile for profile in PROFILES.values() if "/" in profile.model_id):
+        assert len(profile.revision) == len(profile.assistant_revision) == 40
+
+
+def test_a_hub_model_names_its_licence_and_a_model_of_ones_own_has_none():
+    assert {name for name, profile in PROFILES.items() if profile.licence == "Apache-2.0"} == {"t4", "large"}
+    assert get_profile("t4", model_id="owner/model", hardware=T4).licence is None
+
+
+@pytest.mark.parametrize("name", ["t4", "large"])
+def test_the_shapes_of_a_profiles_models_are_known(name):
+    assert {PROFILES[name].model_id, PROFILES[name].assistant_id} <= set(bundled_shapes())
 
 
 def test_a_gpu_profile_without_a_gpu_says_what_to_do():
