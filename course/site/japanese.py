@@ -1,7 +1,7 @@
 """The sources of the book's part in Japanese, from the English ones and the catalogues.
 
-Its pages have the addresses of the English ones below `ja/`, so that a page finds itself in the other language. Links to
-pages that are in English alone lead there.
+Its pages have the addresses of the English ones below `ja/`, so that a page finds itself in the other language. Links
+to pages that are in English alone lead there.
 """
 
 import posixpath

@@ -53,7 +53,7 @@ def edition(path: Path) -> NotebookNode:
     if path.stem not in WHOLE:
         first = notebook.cells[0]
         first.source = summary(first.source)
-        quiz = [cell for cell in notebook.cells if "quiz" in tags(cell) or cell.source == "## Quiz"]
+        quiz = [cell for cell in notebook.cells if "quiz" in tags(cell) or cell.source.startswith("## Quiz\n")]
         notebook.cells = [first, *quiz]
     return notebook
 

@@ -83,7 +83,8 @@ def block(text: str, say: Say) -> str:
         return text
     plain = words.replace("\u00a0", " ")
     if (template := NUMBER.sub("{}", plain)) in MEASURED:
-        return prefix + say(template).format(*NUMBER.findall(plain))
+        measured = say(template).format(*NUMBER.findall(plain))
+        return prefix + (measured if plain == words else measured.replace(" ", "\u00a0"))
     return prefix + say(words)
 
 

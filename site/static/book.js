@@ -12,8 +12,9 @@ function letScrollableHaveFocus() {
 
 // The theme's button that unfolds the parts of a page in the contents has an icon and no name.
 document.addEventListener("DOMContentLoaded", () => {
+  const label = document.documentElement.lang === "ja" ? "下位のページを表示" : "Show the parts";
   for (const button of document.querySelectorAll("nav.bd-links summary")) {
-    button.setAttribute("aria-label", "Show the parts");
+    button.setAttribute("aria-label", label);
   }
 });
 

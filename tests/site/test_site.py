@@ -1,6 +1,7 @@
 """The book as a reader meets it: built once, its HTML read as text, then every page opened in a browser."""
 
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -196,6 +197,37 @@ def test_the_ledger_has_a_table_for_each_lesson_that_is_in_it(pages):
     assert [len(table.select("tbody tr")) for table in tables] == [len(lesson.claims) for lesson in ledger.values()]
 
 
+# The Japanese part
+
+
+def test_each_lesson_has_a_japanese_page_with_its_quiz_folded(pages):
+    for path in NOTEBOOKS:
+        page = pages[f"ja/notebooks/{path.stem}.html"]
+        quiz = [cell for cell in notebooks.read_notebook(path).cells if "quiz" in notebooks.tags(cell)]
+        folded = content(page).find_all("details")
+        assert [box.summary.get_text() for box in folded] == ["答え"] * len(quiz), path.stem
+        assert not any(box.has_attr("open") for box in folded)
+
+
+def test_a_page_leads_to_itself_in_the_other_language_or_to_its_start_page(pages):
+    for name, page in pages.items():
+        own, link = page.html["lang"], page.select_one("a.language")
+        there = posixpath.normpath(posixpath.join(posixpath.dirname(name), link["href"]))
+        assert own == ("ja" if name.startswith("ja/") else "en")
+        assert pages[there].html["lang"] == link["lang"] != own
+        assert there in (name.removeprefix("ja/"), f"ja/{name}", "ja/index.html")
+        assert (there == "ja/index.html") <= (name == "index.html" or f"ja/{name}" not in pages or "genindex" in name)
+
+
+def test_no_english_sentence_is_left_on_a_japanese_page(pages):
+    for name in (name for name in pages if name.startswith("ja/") and "search" not in name):
+        text = BeautifulSoup(str(content(pages[name])), "html.parser")
+        for tag in text.select("code, .math, script, svg"):
+            tag.replace_with("x")
+        words = re.sub("「[^」]*」", "", text.get_text())  # a figure's title is quoted as it stands in the lesson
+        assert not re.search(r"[A-Za-z]+(?: [a-z]+){4}", words), name
+
+
 # In a browser
 
 
@@ -278,7 +310,10 @@ def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site,
 
     axe = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
     wrong = []
-    for name in pages:
+    alike = [
+        f"ja/notebooks/{path.stem}.html" for path in NOTEBOOKS[1:]
+    ]  # short pages of one kind, of which one is shown
+    for name in (name for name in pages if name not in alike):
         page.set_viewport_size({"width": 390, "height": 900})
         show(page, site, name)
         errors = page.locator("mjx-merror, [data-mjx-error]").count()
