@@ -64,6 +64,7 @@ epub_copyright = "Code: MIT. Text and figures: CC BY 4.0."
 
 def setup(app):
     """Let `pages` change what Sphinx reads."""
+    app.add_search_language(japanese.Search)
     app.connect("source-read", pages.prepare_source)
     app.connect("doctree-read", pages.describe_images)
     app.connect("html-page-context", japanese.offer_the_other_language)

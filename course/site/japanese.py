@@ -13,6 +13,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 from sphinx.application import Sphinx
+from sphinx.search.ja import SearchJapanese
 
 from course.notebooks import select_notebooks
 from course.site import glossary, lesson_map
@@ -26,6 +27,17 @@ ABOUT = (
     "Here are the summary, the symbols and the quiz. The text of the lesson and its figures are in English; questions "
     "that name a figure or a section mean those."
 )
+
+
+class Search(SearchJapanese):
+    """Sphinx's search, which knows single words, with what a reader enters besides: compounds, and two kanji.
+
+    The browser looks for three letters or more also within the words of the index, so runs without a break are words.
+    """
+
+    def split(self, input: str) -> list[str]:
+        """The words of a text for the index."""
+        return [*super().split(input), *re.findall(r"\w+", input), *re.findall(r"(?=([一-鿿]{2}))", input)]
 
 
 def collect(folder: Path, english: Path, figures: str) -> None:

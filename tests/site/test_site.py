@@ -354,11 +354,20 @@ def test_a_line_of_88_columns_fits_beside_both_sidebars(site, page):
     assert page.locator(".bd-sidebar-primary").is_visible() and page.locator(".bd-sidebar-secondary").is_visible()
 
 
-def test_search_finds_the_lesson_about_quantisation(site, page):
-    page.goto((site / "search.html").as_uri() + "?q=quantised")
+@pytest.mark.parametrize(
+    ("start", "word", "lesson"),
+    [
+        ("search.html", "quantised", "10_compression"),
+        ("ja/search.html", "量子化", "10_compression"),
+        ("ja/search.html", "蒸留", "10_compression"),
+        ("ja/search.html", "報酬モデル", "08_rlhf"),
+    ],
+)
+def test_search_finds_the_lesson_about_a_word(site, page, start, word, lesson):
+    page.goto(f"{(site / start).as_uri()}?q={word}")
     page.wait_for_selector("#search-results li a")
     found = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.getAttribute('href'))")
-    assert any("10_compression" in address for address in found)
+    assert any(lesson in address for address in found)
 
 
 def test_the_browser_answers_as_the_table_says(site, page):
