@@ -22,9 +22,11 @@ from course.notebooks import (
 )
 from course.runner.report import Row
 from course.study_time import study_time
+from course.translation import write_readme
 from helpers.colab import badge
 from helpers.errors import CourseError
 from helpers.files import write_atomically
+from helpers.profiles import ROOT
 
 
 def write_back(path: Path, out: Path, row: Row, alone: bool) -> None:
@@ -120,7 +122,10 @@ def gallery(notebooks: list[Path]) -> str:
 
 
 def update_readme(folder: Path) -> None:
-    """Write the table and the figures of the lessons in `folder` into the README.md beside it, between its markers."""
+    """Write the table and the figures of the lessons in `folder` into the README.md beside it, between its markers.
+
+    That of the course has a translation, which follows.
+    """
     readme = folder.parent / "README.md"
     if not readme.exists():
         return
@@ -132,3 +137,5 @@ def update_readme(folder: Path) -> None:
         if begin and end:
             text = f"{before}{begin}{content}\n{end}{after}"
     write_atomically(readme, text)
+    if folder.parent == ROOT:
+        write_readme()

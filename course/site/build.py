@@ -60,7 +60,7 @@ def command(options: argparse.Namespace) -> None:
         translation = Path(name) / LANGUAGE / "sources"
         translation.mkdir(parents=True)
         japanese.collect(translation, sources, headline_figures(select_notebooks()))
-        build(translation, made / LANGUAGE, "html", static=translation / "static", language=LANGUAGE)
+        build(translation, made / LANGUAGE, "html", static=sources / "static", language=LANGUAGE)
         (made / "llms.txt").write_text(outline(select_notebooks()), encoding="utf-8")
         if files:
             build(sources, reading, "epub", static=SITE / "reading")

@@ -43,7 +43,6 @@ class Search(SearchJapanese):
 def collect(folder: Path, english: Path, figures: str) -> None:
     """Write the sources into the folder; `english` has the English ones, `figures` is the gallery of the start page."""
     say, lessons = speaker(), select_notebooks()
-    shutil.copytree(english / "static", folder / "static")
     if (english / "figures").exists():
         shutil.copytree(english / "figures", folder / "figures")
     (folder / "notebooks").mkdir()

@@ -29,10 +29,15 @@ __all__ = [
     "block",
     "edition",
     "name_figures",
-    "readme",
     "speaker",
     "translated",
+    "write_readme",
 ]
+
+
+def write_readme() -> None:
+    """Write README.ja.md from README.md and the catalogues."""
+    write_atomically(ROOT / TRANSLATED_README, readme())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     """Update the catalogues and README.ja.md, and say what is to be translated; exit status 1 if something is."""
     changed = update()
-    write_atomically(ROOT / TRANSLATED_README, readme())
+    write_readme()
     for path in changed:
         print(f"changed {path.relative_to(ROOT)}")
     open_ones = list(problems())
