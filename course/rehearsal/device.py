@@ -298,8 +298,10 @@ def _index(device: Device, func, args, kwargs):
         if index is not None and index.dtype in (torch.bool, torch.uint8):
             numbers = device.numbers.read(index.meta) if type(index) is DeviceTensor else index
             found += map(device.take, numbers.nonzero().unbind(1))
-        else:
-            found.append(index if index is None or type(index) is DeviceTensor else device.take(index))
+        elif index is None or type(index) is DeviceTensor:
+            found.append(index)
+        else:  # on `meta` is what PyTorch made of a Python list: its numbers are lost
+            found.append(device.place(index) if index.is_meta else device.take(index))
     arguments = (source, found, *rest)
     device._check(func.overloadpacket, tensors_of([source, *rest]), [], kwargs)
     here = [tensor for tensor in tensors_of(arguments) if type(tensor) is DeviceTensor]
