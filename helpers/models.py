@@ -120,7 +120,7 @@ def _find_folder(model_id: str, revision: str | None, with_weights: bool) -> Pat
     else:
         raise CourseError(
             f"There is no model {model_id!r}: use {', '.join(MODEL_FOLDERS)}, a folder in hub format, "
-            "or a hub id such as Qwen/Qwen3-0.6B-Base."
+            "or a hub id such as Qwen/Qwen2.5-0.5B."
         )
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():

@@ -42,28 +42,28 @@ CPU = Profile(
 )
 T4 = Profile(
     "t4",
-    "Qwen/Qwen3-0.6B-Base",
-    "da87bfb608c14b7cf20ba1ce41287e8de496c0cd",
+    "Qwen/Qwen2.5-0.5B",
+    "060db6499f32faf8b98477b0a26969ef7d8b9987",
     "float16",
     "sdpa",
     "cuda",
     memory_gib=14,
     minutes_per_lesson=15,
-    assistant_id="Qwen/Qwen3-0.6B",
-    assistant_revision="c1899de289a04d12100db370d81485cdf75e47ca",
+    assistant_id="Qwen/Qwen2.5-0.5B-Instruct",
+    assistant_revision="7ae557604adf67be50417f59c2c2f167def9a775",
     licence="Apache-2.0",
 )
 LARGE = Profile(
     "large",
-    "Qwen/Qwen3-1.7B-Base",
-    "ea980cb0a6c2ae4b936e82123acc929f1cec04c1",
+    "Qwen/Qwen2.5-1.5B",
+    "8faed761d45a263340a0528343f099c05c9a4323",
     "bfloat16",
     "sdpa",
     "cuda",
     memory_gib=38,
     minutes_per_lesson=15,
-    assistant_id="Qwen/Qwen3-1.7B",
-    assistant_revision="70d244cc86ccca08cf5af4e1e306ecf908b1ad5e",
+    assistant_id="Qwen/Qwen2.5-1.5B-Instruct",
+    assistant_revision="989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
     licence="Apache-2.0",
 )
 PROFILES = {profile.name: profile for profile in (CPU, T4, LARGE)}

@@ -1,28 +1,30 @@
-"""What PyTorch's caching allocator would hold on a GPU: the same requests, rounded, split and kept as it does.
+"""What PyTorch's caching allocator would hold on a GPU: the same requests, rounded, split, kept and given back.
 
-It hands out addresses and knows no tensors. Rules and constants are those of c10/cuda/CUDACachingAllocator.cpp with its
-default settings and one stream: a request is rounded up to 512 bytes and served from the smallest free block that
-holds it, in a pool of small or of large blocks; where none does, a whole segment is taken from the device.
+It hands out addresses and knows no tensors. Rules and constants are those of c10/cuda/CUDACachingAllocator.cpp with one
+stream and with expandable segments, which `helpers` asks for: a request is rounded up to 512 bytes and served from the
+smallest free block that holds it, in a pool of small or of large blocks; without one the pool grows by whole pages.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 MIB = 2**20
 ROUNDING = 512
 SMALL = MIB  # the largest request of the pool of small blocks
-SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
-OWN_SEGMENT, OWN_ROUNDING = 10 * MIB, 2 * MIB  # from this size on a request gets a segment of its own
+PAGES = {True: 2 * MIB, False: 20 * MIB}  # by which a pool of small, or of large, blocks grows
+SPACE = PAGES[False] << 20  # bytes of addresses of a pool; they cost nothing until memory is mapped to them
 
 
 @dataclass(eq=False)
 class Block:
-    """A part of a segment, in use or free; its neighbours are those of the same segment."""
+    """A part of a pool's addresses: in use, free, or without memory behind it."""
 
     address: int
     size: int
     small: bool
-    free: bool = False
+    mapped: bool = True
+    free: bool = True
     asked: int = 0  # bytes of the request that it serves
     before: "Block | None" = None
     after: "Block | None" = None
@@ -31,8 +33,8 @@ class Block:
 class Allocator:
     """Bytes in use and bytes taken from the device, with the peaks of both since `reset_peaks`.
 
-    Beyond `capacity` it first gives unused segments back, as the real one does; a request that does not fit even then
-    is counted in `refused`, and served all the same, so that a rehearsal goes on and tells how much was needed.
+    Beyond `capacity` it first gives unused pages back, as the real one does; a request that does not fit even then is
+    counted in `refused`, and served all the same, so that a rehearsal goes on and tells how much was needed.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -43,21 +45,17 @@ class Allocator:
         self.peak_allocated = self.peak_reserved = 0  # since reset_peaks, for the rehearsal
         self.lesson_peak = 0  # of what is allocated, since the lesson itself reset it
         self._blocks: dict[int, Block] = {}  # in use, by address
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # sorted, by pool
-        self._top = 2 * MIB  # the address of the next segment
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # by pool: size, address, block
+        places = {True: SPACE, False: 2 * SPACE}  # no address is 0
+        self._first = {small: Block(place, SPACE, small, mapped=False) for small, place in places.items()}
 
     def allocate(self, size: int) -> int:
         """Address of a block for so many bytes."""
         asked, size = size, -(-size // ROUNDING) * ROUNDING
-        block = self._best_fit(size) or self._new_segment(size)
-        rest = block.size - size
-        if rest >= ROUNDING if block.small else rest > SMALL:
-            other = Block(block.address + size, rest, block.small, True, before=block, after=block.after)
-            if block.after:
-                block.after.before = other
-            block.size, block.after = size, other
-            self._keep(other)
+        block = self._best_fit(size) or self._grow(size)
         block.free, block.asked = False, asked
+        if block.size > size:
+            self._keep(self._split(block, size))
         self._blocks[block.address] = block
         self.requested += asked
         self.allocated += block.size
@@ -71,23 +69,27 @@ class Allocator:
         block = self._blocks.pop(address)
         self.requested -= block.asked
         self.allocated -= block.size
-        for other in (block.before, block.after):
-            if other and other.free:
-                self._take(other)
-                first, second = (other, block) if other is block.before else (block, other)
-                first.size, first.after = first.size + second.size, second.after
-                if first.after:
-                    first.after.before = first
-                block = first
+        block.free = True
         self._keep(block)
 
     def release_cached(self) -> None:
-        """Give segments of which nothing is in use back to the device, as `torch.cuda.empty_cache` does."""
-        for pool in self._free.values():
-            unused = [block for *_, block in pool if block.before is None and block.after is None]
-            for block in unused:
+        """Give pages of which nothing is in use back to the device, as `torch.cuda.empty_cache` does."""
+        for small, page in PAGES.items():
+            for _, _, block in [*self._free[small]]:
+                start, end = -(-block.address // page) * page, (block.address + block.size) // page * page
+                if start >= end:
+                    continue
                 self._take(block)
+                parts = [] if block.address == start else [block]
+                if parts:
+                    block = self._split(block, start - block.address)
+                if block.size > end - start:
+                    parts.append(self._split(block, end - start))
+                block.mapped = False
                 self.reserved -= block.size
+                self._join(block)
+                for part in parts:
+                    self._keep(part)
 
     def reset_peaks(self) -> None:
         """Count peaks from what is there now."""
@@ -101,31 +103,94 @@ class Allocator:
     def _best_fit(self, size: int) -> Block | None:
         pool = self._free[size <= SMALL]
         place = bisect_left(pool, (size, 0))
-        if place == len(pool):
-            return None
-        return pool.pop(place)[2]
+        return pool.pop(place)[2] if place < len(pool) else None
 
-    def _new_segment(self, size: int) -> Block:
-        if size <= SMALL:
-            segment = SMALL_SEGMENT
-        elif size < OWN_SEGMENT:
-            segment = LARGE_SEGMENT
-        else:
-            segment = -(-size // OWN_ROUNDING) * OWN_ROUNDING
-        if self.reserved + segment > self.capacity:
+    def _grow(self, size: int) -> Block:
+        """A block of at least this size, made of free ones and of new pages."""
+        small = size <= SMALL
+        run = self._run(small, size)
+        if self.reserved + _new_bytes(run, size) > self.capacity:
             self.release_cached()
-            if self.reserved + segment > self.capacity:
+            run = self._run(small, size)
+            if self.reserved + _new_bytes(run, size) > self.capacity:
                 self.refused += 1
-        block = Block(self._top, segment, size <= SMALL)
-        self._top += segment
-        self.reserved += segment
+        block, *others = run
+        self._provide(block, size)
+        for other in others:
+            self._provide(other, size - block.size)
+            self._merge(block, other)
+        return block
+
+    def _run(self, small: bool, size: int) -> list[Block]:
+        """Neighbours that are not in use and together large enough, at the lowest address with pages to be had."""
+        run: list[Block] = []
+        for block in _chain(self._first[small]):
+            if not block.free:
+                run = []
+                continue
+            run.append(block)
+            if sum(part.size for part in run) >= size and not all(part.mapped for part in run):
+                break
+        return run
+
+    def _provide(self, block: Block, size: int) -> None:
+        """Take a free block out of its pool; one without memory gets as many pages as this size needs."""
+        if block.mapped:
+            self._take(block)
+            return
+        page = PAGES[block.small]
+        if block.size > (size := -(-size // page) * page):
+            self._split(block, size)
+        block.mapped = True
+        self.reserved += block.size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def _split(self, block: Block, size: int) -> Block:
+        """Cut a block after so many bytes; return the rest."""
+        rest = Block(block.address + size, block.size - size, block.small, block.mapped, True, 0, block, block.after)
+        if block.after:
+            block.after.before = rest
+        block.size, block.after = size, rest
+        return rest
+
+    def _merge(self, block: Block, other: Block) -> None:
+        """Append the block that follows; `self._first` stays first, since it is never the later one."""
+        block.size, block.after = block.size + other.size, other.after
+        if block.after:
+            block.after.before = block
+
+    def _join(self, block: Block) -> Block:
+        """Merge with free neighbours of its kind, mapped or not."""
+        for other in (block.before, block.after):
+            if other and other.free and other.mapped == block.mapped:
+                if other.mapped:
+                    self._take(other)
+                first, second = (other, block) if other is block.before else (block, other)
+                self._merge(first, second)
+                block = first
         return block
 
     def _keep(self, block: Block) -> None:
-        block.free = True
+        block = self._join(block)
         insort(self._free[block.small], (block.size, block.address, block))
 
     def _take(self, block: Block) -> None:
         pool = self._free[block.small]
         del pool[bisect_left(pool, (block.size, block.address))]
+
+
+def _chain(block: Block | None) -> Iterator[Block]:
+    while block:
+        yield block
+        block = block.after
+
+
+def _new_bytes(run: list[Block], size: int) -> int:
+    """Bytes of pages that have to be mapped for so many bytes in these blocks."""
+    new = 0
+    for block in run:
+        if not block.mapped:
+            page = PAGES[block.small]
+            new += min(block.size, -(-size // page) * page)
+        size -= block.size
+    return new

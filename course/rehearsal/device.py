@@ -199,7 +199,9 @@ class Device(TorchDispatchMode):
         packet = func.overloadpacket
         if (special := SPECIAL.get(packet)) is not None:
             return special(self, func, args, kwargs)
-        self._check(packet, tensors, here, kwargs)
+        self._check(packet, tensors, kwargs)
+        if packet in ONE_FORMAT:
+            self._check_formats(packet, args, here)
         if packet in IN_PLACE:
             return None
         return self.carry_out(func, args, kwargs, here)
@@ -220,22 +222,26 @@ class Device(TorchDispatchMode):
         self.numbers.follow(func, args, kwargs, here, tensors_of(result))
         return placed
 
-    def _check(self, packet, tensors: list[torch.Tensor], here: list[DeviceTensor], kwargs: dict[str, Any]) -> None:
-        """Refuse what a GPU refuses, in its words."""
+    def _check(self, packet, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
+        """Refuse another device, as a GPU does, in its words."""
         strangers = [t for t in tensors if type(t) is not DeviceTensor and t.dim() > 0 and t.device.type == "cpu"]
         if strangers and packet not in CPU_ALLOWED:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"(when carrying out {packet.__name__} with shapes {[tuple(t.shape) for t in tensors]})"
             )
-        if packet in ONE_FORMAT:
-            formats = {tensor.dtype for tensor in here if tensor.is_floating_point()}
-            if len(formats) > 1:
-                raise RuntimeError(
-                    f"expected all tensors of {packet.__name__} to have the same dtype, but found "
-                    f"{' and '.join(sorted(map(str, formats)))}"
-                )
         self._check_generator(kwargs, "cuda")
+
+    def _check_formats(self, packet, args: tuple, here: list[DeviceTensor]) -> None:
+        """Refuse two number formats; where the result's is asked for, only the factors must have the same."""
+        if any(isinstance(argument, torch.dtype) for argument in args):
+            here = tensors_of(args)[-2:]
+        formats = {tensor.dtype for tensor in here if tensor.is_floating_point()}
+        if len(formats) > 1:
+            raise RuntimeError(
+                f"expected all tensors of {packet.__name__} to have the same dtype, but found "
+                f"{' and '.join(sorted(map(str, formats)))}"
+            )
 
     def _check_generator(self, kwargs: dict[str, Any], device: str) -> None:
         if (generator := kwargs.get("generator")) is not None:
@@ -298,17 +304,19 @@ def _index(device: Device, func, args, kwargs):
         if index is not None and index.dtype in (torch.bool, torch.uint8):
             numbers = device.numbers.read(index.meta) if type(index) is DeviceTensor else index
             found += map(device.take, numbers.nonzero().unbind(1))
-        else:
-            found.append(index if index is None or type(index) is DeviceTensor else device.take(index))
+        elif index is None or type(index) is DeviceTensor:
+            found.append(index)
+        else:  # on `meta` is what PyTorch made of a Python list: its numbers are lost
+            found.append(device.place(index) if index.is_meta else device.take(index))
     arguments = (source, found, *rest)
-    device._check(func.overloadpacket, tensors_of([source, *rest]), [], kwargs)
+    device._check(func.overloadpacket, tensors_of([source, *rest]), kwargs)
     here = [tensor for tensor in tensors_of(arguments) if type(tensor) is DeviceTensor]
     return device.carry_out(func, arguments, kwargs, here)
 
 
 def _by_numbers(device: Device, func, args, kwargs):
     """Compute it from the numbers, and place the results on the device."""
-    device._check(func.overloadpacket, tensors_of(args), [], kwargs)
+    device._check(func.overloadpacket, tensors_of(args), kwargs)
 
     def fetch(tensor: torch.Tensor) -> torch.Tensor:
         return device.numbers.read(tensor.meta) if type(tensor) is DeviceTensor else tensor

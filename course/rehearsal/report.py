@@ -28,7 +28,7 @@ class Rehearsed:
     fits: bool  # every cell ran within the memory of the device, a share of it kept spare
     peak_gib: float  # of tensors, as torch.cuda.max_memory_allocated would say
     peak_cell: str  # number and first line of the cell with the peak
-    reserved_gib: float  # what PyTorch's allocator held, in whole segments
+    reserved_gib: float  # what PyTorch's allocator held, in whole pages
     device_gib: float  # with the context: what nvidia-smi would show
     seconds: float  # of the rehearsal, on the CPU
     statements: int

@@ -6,6 +6,7 @@ token of the vocabulary. The numbers belong to a storage, so that views share th
 """
 
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -71,11 +72,13 @@ class Values:
             old = {tensor.meta.untyped_storage()._cdata for tensor in here}
             fresh = [result.untyped_storage()._cdata not in old for result in results]
             if all(is_small(result) for result, new in zip(results, fresh, strict=True) if new):
-                if any(fresh) or written:
-                    self._compute(func, args, kwargs, results, fresh)
-                return
+                with suppress(NotImplementedError):  # some operations are the GPU's alone
+                    if any(fresh) or written:
+                        self._compute(func, args, kwargs, results, fresh)
+                    return
         for place in written:
-            for tensor in tensors_of(args[place]) if place < len(args) else ():
+            name = func._schema.arguments[place].name
+            for tensor in tensors_of(args[place] if place < len(args) else kwargs.get(name)):
                 self.known.pop(tensor.meta.untyped_storage(), None)
         packet = func.overloadpacket
         if packet in WHICH and is_small(results[-1]):

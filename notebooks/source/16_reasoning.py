@@ -410,7 +410,7 @@ print(f"one sample: {right.mean():.0%} right, {written:.1f} tokens; {len(routes)
       f"{share:.0%} of them right")  # fmt: skip
 
 # %% [markdown]
-# **Two kinds of input.** The first is what the policy itself knows: its last hidden state at the end of the route. The second is what the route says: which steps it takes, one column for each ordered pair of towns. For a whole answer the columns of its steps are summed.
+# **Two kinds of input.** The first is what the policy itself knows: its last hidden state at the end of the route. It is divided by 10, so that most of its numbers lie between -1 and 1, as the zeros and ones of the steps do: the penalty of a regression is the same for all inputs, so none should be much larger than the others. The second is what the route says: which steps it takes, one column for each ordered pair of towns. For a whole answer the columns of its steps are summed.
 
 
 # %%

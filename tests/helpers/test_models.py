@@ -206,8 +206,8 @@ def empty_hub_cache(tmp_path, monkeypatch):
 def test_a_hub_model_without_a_network_is_one_sentence_at_once(empty_hub_cache, monkeypatch, setting, value):
     monkeypatch.setattr(constants, setting, value)
     began = time.monotonic()
-    with pytest.raises(CourseError, match=r"Qwen/Qwen3-0\.6B-Base has to be fetched from the Hugging Face hub"):
-        load_tokenizer("Qwen/Qwen3-0.6B-Base")
+    with pytest.raises(CourseError, match=r"Qwen/Qwen2\.5-0\.5B has to be fetched from the Hugging Face hub"):
+        load_tokenizer("Qwen/Qwen2.5-0.5B")
     assert time.monotonic() - began < 10
 
 
@@ -243,7 +243,7 @@ def test_a_fetch_that_breaks_off_is_one_sentence(monkeypatch, error, message):
 def test_a_command_behind_an_unreachable_proxy_ends_with_one_sentence_and_status_2(tmp_path):
     proxy = dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9")
     result = subprocess.run(
-        [sys.executable, "-m", "recipes.base_model", "evaluate", "--model", "Qwen/Qwen3-0.6B-Base"],
+        [sys.executable, "-m", "recipes.base_model", "evaluate", "--model", "Qwen/Qwen2.5-0.5B"],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path), "HOME": str(tmp_path), **proxy},
         capture_output=True,
@@ -255,7 +255,7 @@ def test_a_command_behind_an_unreachable_proxy_ends_with_one_sentence_and_status
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(
-        "error: The model Qwen/Qwen3-0.6B-Base has to be fetched from the Hugging Face hub and"
+        "error: The model Qwen/Qwen2.5-0.5B has to be fetched from the Hugging Face hub and"
     )
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 

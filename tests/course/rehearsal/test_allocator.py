@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from course.rehearsal.allocator import MIB, ROUNDING, Allocator
 
 
-def test_small_requests_share_a_segment_of_2_mib_and_large_ones_one_of_20():
+def test_small_requests_share_pages_of_2_mib_and_large_ones_of_20():
     memory = Allocator(10**12)
     memory.allocate(100)
     assert (memory.allocated, memory.reserved) == (512, 2 * MIB)
@@ -15,9 +15,9 @@ def test_small_requests_share_a_segment_of_2_mib_and_large_ones_one_of_20():
     memory.allocate(3 * MIB)
     assert memory.reserved == 22 * MIB
     memory.allocate(15 * MIB)
-    assert memory.reserved == 22 * MIB  # the rest of the segment of 20 has room for it
+    assert memory.reserved == 22 * MIB  # the rest of the page has room for it
     memory.allocate(33 * MIB + 1)
-    assert memory.reserved == (22 + 34) * MIB
+    assert memory.reserved == 62 * MIB  # it begins in that page and needs two more
 
 
 def test_freed_neighbours_join_and_serve_a_request_that_neither_would():
@@ -29,28 +29,30 @@ def test_freed_neighbours_join_and_serve_a_request_that_neither_would():
     assert memory.reserved == 20 * MIB
 
 
-def test_pieces_that_nothing_fits_are_reserved_and_not_allocated():
-    memory = Allocator(10**12)
-    addresses = [memory.allocate(40 * MIB) for _ in range(10)]
-    for address in addresses[::2]:
-        memory.release(address)
-    memory.allocate(50 * MIB)
-    assert memory.allocated == 250 * MIB and memory.reserved == 450 * MIB
+def test_pieces_that_nothing_fits_stay_reserved_until_memory_is_short():
+    for capacity, reserved in ((10**12, 460), (400 * MIB, 260)):
+        memory = Allocator(capacity)
+        addresses = [memory.allocate(40 * MIB) for _ in range(10)]
+        for address in addresses[::2]:
+            memory.release(address)
+        memory.allocate(50 * MIB)
+        assert (memory.allocated, memory.reserved, memory.refused) == (250 * MIB, reserved * MIB, 0)
 
 
-def test_at_its_limit_it_gives_unused_segments_back_before_it_refuses():
+def test_at_its_limit_it_gives_unused_pages_back_before_it_refuses():
     memory = Allocator(100 * MIB)
-    address = memory.allocate(60 * MIB)
-    memory.release(address)
-    memory.allocate(90 * MIB)
-    assert (memory.reserved, memory.refused) == (90 * MIB, 0)
-    memory.allocate(20 * MIB)
+    first, second = memory.allocate(30 * MIB), memory.allocate(30 * MIB)
+    memory.release(first)
+    memory.allocate(60 * MIB)  # behind the second: the first's whole page is given back, the one that both share is not
+    assert (memory.reserved, memory.refused) == (100 * MIB, 0)
+    memory.release(second)
+    memory.allocate(50 * MIB)
     assert memory.refused == 1
 
 
 @given(st.lists(st.integers(1, 40 * MIB), max_size=60), st.randoms())
 def test_whatever_is_asked_for_blocks_do_not_overlap_and_all_is_given_back(sizes, random):
-    memory = Allocator(10**12)
+    memory = Allocator(300 * MIB)
     held = {}
     for size in sizes:
         address = memory.allocate(size)
@@ -60,7 +62,8 @@ def test_whatever_is_asked_for_blocks_do_not_overlap_and_all_is_given_back(sizes
             address = random.choice(list(held))
             memory.release(address)
             del held[address]
-    assert memory.allocated >= sum(-(-size // ROUNDING) * ROUNDING for size in held.values())
+        assert memory.allocated <= memory.reserved
+    assert memory.allocated == sum(-(-size // ROUNDING) * ROUNDING for size in held.values())
     for address in held:
         memory.release(address)
     memory.release_cached()

@@ -100,6 +100,10 @@ found["numbers"] = [ids.tolist(), (ids != -100).sum().item(), len(kept), ids.cla
 found["reads"] = device.reads
 token = layer(x).argmax(-1)
 found["made up"] = [0 <= number < 8 for number in token.tolist()] + [token.tolist() == token.tolist()]
+total = torch.zeros(4, 4, device="cuda")
+torch.addmm(total, x.half(), x.half().T, out_dtype=torch.float32, out=total)
+found["added in float32"] = str(total.dtype)
+found["a list picks rows"] = [tuple(x[[0, 2, 2]].shape), str(x[[0, 2, 2]].device)]
 found["there and back"] = torch.equal(torch.arange(5.0).cuda().cpu(), torch.arange(5.0))
 generator = torch.Generator("cuda").manual_seed(0)
 found["own generator"] = tuple(torch.rand(3, device="cuda", generator=generator).shape)
@@ -152,9 +156,14 @@ def test_autocast_takes_the_formats_of_cuda(found):
     assert found["formats"] == ["float16", "float32", "float32", "float32", "float16", "float16", "float16"]
 
 
+def test_a_product_of_fp16_may_be_added_in_fp32(found):
+    assert found["added in float32"] == "torch.float32"
+
+
 def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(found):
     assert found["numbers"] == [[[5, 7, -100], [3, -100, -100]], 3, 3, [12, 3]]
     assert found["reads"] == 3
+    assert found["a list picks rows"] == [[3, 8], "cuda:0"]
     assert found["there and back"]
 
 
