@@ -916,7 +916,7 @@ plots.show(figure, alt)
 # %% [markdown] tags=["core"]
 # ## 7 · Which model fits which GPU
 #
-# **Question.** What can be done with a V100 of 16 GB, a T4, an A100, an H100, an H200?
+# **Question.** What can be done with a V100 of 16 GB, a T4, an A100, an RTX PRO 6000 (Colab's G4), an H200? (An H100 has 80 GB as well, and holds what an A100 of 80 GB holds.)
 #
 # Everything is there to compute the table. Four things to do with a model:
 #
@@ -931,11 +931,11 @@ plots.show(figure, alt)
 from helpers.memory import GPUS
 
 MODELS = [
-    *("Qwen/Qwen2.5-0.5B", "llm-jp/llm-jp-3-980m", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-1.5B"),
+    *("Qwen/Qwen3-0.6B-Base", "llm-jp/llm-jp-3-980m", "meta-llama/Llama-3.2-1B", "Qwen/Qwen3-1.7B-Base"),
     *("meta-llama/Llama-3.2-3B", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
     *("meta-llama/Llama-2-13b-hf", "Qwen/Qwen2.5-32B", "meta-llama/Llama-2-70b-hf"),
 ]
-BOARDS = ["V100-16GB", "T4", "A10G", "A100-40GB", "A100-80GB", "H100-SXM", "H200"]
+BOARDS = ["V100-16GB", "T4", "A10G", "A100-40GB", "A100-80GB", "RTX PRO 6000", "H200"]
 TRAINING = {"batch_size": 1, "seq_len": 1024, "gradient_checkpointing": True}
 USES = {
     "I": lambda m: estimate_inference(m, precision="fp16", context_len=2048),
