@@ -86,13 +86,13 @@ def load_assistant(profile: Profile) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 
 def tiny_config(family: str = "llama", vocab_size: int = 512, **overrides) -> PretrainedConfig:
-    """Configuration of a model that trains in seconds, of the family "llama", "qwen2" or "mistral".
+    """Configuration of a model that trains in seconds, of the family "llama", "qwen2", "qwen3" or "mistral".
 
     Two layers, hidden size 64, four query heads that share two key-value heads, tied embeddings; about 0.1 M
     parameters. All sizes are multiples of 64, as 4-bit quantisation wants them. `overrides` replace any of it.
     """
-    if family not in ("llama", "qwen2", "mistral"):
-        raise CourseError(f"There is no tiny {family!r} model: use llama, qwen2 or mistral.")
+    if family not in ("llama", "qwen2", "qwen3", "mistral"):
+        raise CourseError(f"There is no tiny {family!r} model: use llama, qwen2, qwen3 or mistral.")
     sizes = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
@@ -106,6 +106,8 @@ def tiny_config(family: str = "llama", vocab_size: int = 512, **overrides) -> Pr
         "eos_token_id": 0,
         "pad_token_id": 0,
     }
+    if family == "qwen3":
+        sizes["head_dim"] = 32  # heads that are together wider than the model, as those of Qwen3-0.6B are
     return AutoConfig.for_model(family, **(sizes | overrides))
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from course.arguments import add_notebooks, natural
 from course.grading import sandbox
 from course.grading.grade import grade
+from course.grading.sample_class import LESSON, Expected, surprises, write_class
 from course.grading.session import Settings
+from course.notebooks import select_notebooks
 from helpers.errors import CourseError
 from helpers.profiles import ROOT
 
@@ -26,11 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk", type=natural(1), default=512, help="MiB that each may write")
     parser.add_argument("--processes", type=natural(16), default=256, help="and threads, for each")
     parser.add_argument("--fresh", action="store_true", help="grade again what has not changed")
+    parser.add_argument("--sample", action="store_true", help="first write a class of thirty there, to try the grader")
     parser.add_argument("--unsafe", action="store_true", help="without a sandbox: only in a container to throw away")
 
 
 def command(options: argparse.Namespace) -> int:
-    """Exit status 0 when everything was graded or rejected."""
+    """Exit status 0 when everything was graded or rejected; 1 if a sample class is not graded as it should be."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill stops the workers as Ctrl-C does
     settings = Settings(
         sandbox.Limits(options.memory, options.disk, options.processes),
@@ -41,6 +44,10 @@ def command(options: argparse.Namespace) -> int:
     )
     out = options.out.resolve()
     hidden = options.hidden and options.hidden.resolve()
+    expected: Expected = {}
+    if options.sample:
+        (lesson,) = select_notebooks(options.notebooks.resolve(), [LESSON])
+        expected = write_class(options.submissions.resolve(), lesson)
     try:
         rows = grade(
             options.submissions.resolve(),
@@ -56,4 +63,6 @@ def command(options: argparse.Namespace) -> int:
     counts = Counter(row.status for row in rows)
     print(", ".join(f"{number} {status}" for status, number in sorted(counts.items())) or "nothing was handed in")
     print(f"table: {out}; page: {out.with_suffix('.html')}")
-    return 0
+    if wrong := surprises(expected, rows):
+        print(f"graded otherwise than the sample class should be: {', '.join(wrong)}")
+    return int(bool(wrong))

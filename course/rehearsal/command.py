@@ -42,7 +42,9 @@ def command(options: argparse.Namespace) -> int:
     for path in notebooks:
         lessons[path.stem] = rehearse(path, options.profile, model, out, budget=options.budget, fresh=options.fresh)
         write_report(profiles, options.report)
-    print(f"{'lesson':<28}{'tensors':>9}{'device':>9}{'fits':>6}{'seconds':>9}{'errors':>8}{'unreached':>11}")
+    print(
+        f"{'lesson':<28}{'tensors':>9}{'device':>9}{'fits':>6}{'main':>9}{'seconds':>9}{'errors':>8}{'unreached':>11}"
+    )
     for path in notebooks:
         print(line(path.stem, lessons[path.stem]))
     found = [lessons[path.stem] for path in notebooks]
@@ -70,14 +72,15 @@ def rehearse(
         )
     except OSError as error:
         raise CourseError(f"Cannot write to {out} ({error.strerror}): make room, or use --out.") from None
-    return collect(out / profile / notebook.name, row, CONTEXT)
+    return collect(out / profile / notebook.name, row, CONTEXT, budget)
 
 
 def line(name: str, lesson: Rehearsed) -> str:
     """A lesson's line in the table, and below it what is wrong."""
     text = (
         f"{name:<28}{lesson.peak_gib:>5.1f} GiB{lesson.device_gib:>5.1f} GiB{'yes' if lesson.fits else 'NO':>6}"
-        f"{lesson.seconds:>9.0f}{len(lesson.errors):>8}{len(lesson.never_reached):>7}/{lesson.statements}"
+        f"{lesson.main_gib:>5.1f} GiB{lesson.seconds:>9.0f}{len(lesson.errors):>8}"
+        f"{len(lesson.never_reached):>7}/{lesson.statements}"
     )
     wrong = [f"does not fit: {cell}" for cell in lesson.too_large] + lesson.errors + lesson.emulated
     return "\n    ".join([text, *wrong])

@@ -30,7 +30,9 @@ class Rehearsed:
     peak_cell: str  # number and first line of the cell with the peak
     reserved_gib: float  # what PyTorch's allocator held, in whole pages
     device_gib: float  # with the context: what nvidia-smi would show
+    main_gib: float  # of main memory, the numbers that the rehearsal made up included
     seconds: float  # of the rehearsal, on the CPU
+    budget: float  # share of all steps and questions
     statements: int
     too_large: list[str] = field(default_factory=list)  # cells that do not fit, with what they need
     errors: list[str] = field(default_factory=list)  # cells that raised
@@ -39,7 +41,7 @@ class Rehearsed:
     never_reached: list[str] = field(default_factory=list)  # lines
 
 
-def collect(executed: Path, row: Row, context: int) -> Rehearsed:
+def collect(executed: Path, row: Row, context: int, budget: float = 1.0) -> Rehearsed:
     """What the records in an executed notebook say; `row` is the runner's, `context` what a process takes, in bytes."""
     cells = [(number, cell, _record(cell)) for number, cell in enumerate(code_cells(executed), start=1)]
     cells = [(f"cell {number} ({one_line(cell.source, 50)})", cell, record) for number, cell, record in cells if record]
@@ -57,7 +59,9 @@ def collect(executed: Path, row: Row, context: int) -> Rehearsed:
         peak_cell=name,
         reserved_gib=round(reserved / GIB, 2),
         device_gib=round((reserved + context) / GIB, 2),
+        main_gib=round(row.gib, 1),
         seconds=round(row.seconds),
+        budget=budget,
         statements=sum(len(record["lines"]) for *_, record in lesson),
         too_large=[
             f"{name}: {record['peak'] / GIB:.1f} GiB of tensors" for name, _, record in cells if record["refused"]

@@ -31,13 +31,14 @@ class ModelShape:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # Qwen3 normalises queries and keys
+    qk_norm: bool = False  # Qwen3 and Gemma 3 normalise queries and keys
+    norms_after: bool = False  # Gemma 3 also normalises what attention and feed-forward give
     num_experts: int = 0
     experts_per_token: int = 0
     dense_layers: tuple[int, ...] = ()  # layers of a mixture that have no experts
     dense_intermediate_size: int = 0
     sliding_window: int | None = None
-    num_sliding_layers: int = 0
+    full_layers: tuple[int, ...] = ()  # where there is a window, the layers that see further
     activation: str = "silu"
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -78,6 +79,8 @@ class ModelShape:
             weights["o_proj.bias"] = (h,)
         if self.qk_norm:
             weights |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+        if self.norms_after:
+            weights |= {"attended_norm": (h,), "fed_norm": (h,)}
         if self.has_experts(layer):
             i, experts = self.intermediate_size, self.num_experts
             return weights | {
@@ -111,6 +114,15 @@ class ModelShape:
         """Whether the feed-forward of this layer is a mixture of experts."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
+    def slides(self, layer: int) -> bool:
+        """Whether the attention of this layer sees only a window."""
+        return self.sliding_window is not None and layer not in self.full_layers
+
+    @property
+    def num_sliding_layers(self) -> int:
+        """Layers that keep only a window of keys and values."""
+        return sum(map(self.slides, range(self.num_layers)))
+
     @property
     def num_parameters(self) -> int:
         """Exactly what `model.num_parameters()` says in transformers."""
@@ -142,7 +154,17 @@ FAMILIES = {  # model_type -> what the family has, and transformers' default whe
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "qwen3_moe": {"qk_norm": True, "num_experts": 128, "experts_per_token": 8},
+    "smollm3": {"tied_embeddings": True, "num_kv_heads": 4},
     "gemma": {"family": "gemma", "activation": "gelu_pytorch_tanh", "tied_embeddings": True, "head_dim": 256},
+    "gemma3_text": {
+        "family": "gemma",
+        "activation": "gelu_pytorch_tanh",
+        "tied_embeddings": True,
+        "head_dim": 256,
+        "num_kv_heads": 4,
+        "qk_norm": True,
+        "norms_after": True,
+    },
     "phi3": {"family": "phi3"},
     "gpt2": {
         "family": "gpt2",
@@ -271,13 +293,13 @@ def _parse(config: dict, name: str) -> ModelShape:
     }
     if model_type == "phi3":
         optional["embedding_dropout"] = ()  # in the config, not in the code
-    if model_type == "gemma":
+    if values["family"] == "gemma":
         optional["activation"] = ()  # Gemma's checkpoints say "gelu"; the family's own default is the tanh form
     for field_name, aliases in optional.items():
         for alias in aliases:
             if config.get(alias) is not None and (not field_name.startswith("num_exp") or "num_experts" in values):
                 values[field_name] = config[alias]
-    if "attention_bias" in config and model_type in ("llama", "qwen3", "qwen3_moe", "gpt_neox", "gemma"):
+    if "attention_bias" in config and model_type not in ("qwen2", "mistral", "mixtral", "phi3", "gpt2"):
         values["qkv_bias"] = values["output_bias"] = bool(config["attention_bias"])
     if values["family"] == "gpt_neox":
         rope = config.get("rope_parameters") or {}
@@ -299,9 +321,18 @@ def _parse(config: dict, name: str) -> ModelShape:
     window = config.get("sliding_window")
     if window is not None:
         positive(sliding_window=window)
-    if window and config.get("use_sliding_window", True) and values["family"] in ("llama", "phi3"):
-        kinds = config.get("layer_types") or ["sliding_attention"] * values["num_layers"]
-        values |= {"sliding_window": window, "num_sliding_layers": kinds.count("sliding_attention")}
+    if (
+        window
+        and config.get("use_sliding_window", True)
+        and (values["family"] in ("llama", "phi3") or model_type == "gemma3_text")
+    ):
+        layers, kinds = range(values["num_layers"]), config.get("layer_types")
+        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        if kinds:
+            full = [i for i in layers if kinds[i] == "full_attention"]
+        else:
+            full = [i for i in layers if model_type == "gemma3_text" and not (i + 1) % pattern]
+        values |= {"sliding_window": window, "full_layers": tuple(full)}
     if values["family"] == "gpt2" and "activation_function" not in config:
         values["activation"] = "gelu_new"
     return ModelShape(**values)

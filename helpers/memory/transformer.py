@@ -23,13 +23,18 @@ class Model:
             for layer in range(shape.num_layers)
         ]
         frequencies = 0 if shape.family == "gpt2" else 4 * int(shape.head_dim * shape.rotary_fraction)
-        self.buffers = Storage(memory, frequencies, "parameters")  # of the rotary embedding, in fp32, twice
+        self.buffers = Storage(memory, self.rotations * frequencies, "parameters")  # in fp32, twice
         self.adapters: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self.layers]
         if self.settings.method in ("lora", "qlora"):
             for layer, adapters in enumerate(self.adapters):
                 for name, size in shape.layer_weights(layer).items():
                     if targeted(name, self.settings.lora_targets):
                         adapters[name] = self.adapter(name, size)
+
+    @property
+    def rotations(self) -> int:
+        """Rotary embeddings: layers of Gemma 3 that see everything turn more slowly than those with a window."""
+        return 2 if self.shape.norms_after and 0 < self.shape.num_sliding_layers < self.shape.num_layers else 1
 
     @property
     def head(self) -> Tensor:
@@ -185,14 +190,22 @@ class Model:
             del joint
         else:
             query, key, value = (self.linear(x, layer, name) for name in ("q_proj", "k_proj", "v_proj"))
-            if shape.qk_norm:
-                query, key = memory.rms_norm(query, weights["q_norm"]), memory.rms_norm(key, weights["k_norm"])
+            if shape.family != "gemma":
+                query, key = self.norm_heads(query, key, weights)
             query, key = memory.transpose(query), memory.transpose(key)
+            if shape.family == "gemma":
+                query, key = self.norm_heads(query, key, weights)
         if shape.family != "gpt2":
             query, key = (self.rotary(x, rotary_width) for x in (query, key))
         result = self.attend(query, key, value, mask)
         del query, key, value
         return self.linear(result, layer, "o_proj")
+
+    def norm_heads(self, query: Tensor, key: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normalised where the family does that."""
+        if not self.shape.qk_norm:
+            return query, key
+        return self.norm(query, weights, "q_norm"), self.norm(key, weights, "k_norm")
 
     def rotary(self, x: Tensor, width: float) -> Tensor:
         """Rotary embedding of queries or keys; GPT-NeoX and Phi-3 turn a part and put the rest beside it again."""
@@ -262,6 +275,8 @@ class Model:
         attended = memory.dropout(self.attention(normed, layer, mask, rotary_width), shape.residual_dropout)
         attention_weights, self.attention_weights = self.attention_weights, None  # noqa: F841 - alive to the end
         del normed
+        if shape.norms_after:
+            attended = self.norm(attended, weights, "attended_norm")
         if shape.parallel_residual:  # GPT-NeoX: both parts read the layer's input
             changed = memory.dropout(
                 self.feed_forward(self.norm(x, weights, "post_norm"), layer), shape.residual_dropout
@@ -272,6 +287,8 @@ class Model:
         if shape.family != "gpt2":  # whose variable for it lives to the end of the layer
             del attended
         changed = self.feed_forward(self.norm(residual, weights, "post_norm"), layer)
+        if shape.norms_after:
+            changed = self.norm(changed, weights, "fed_norm")
         return memory.add_(residual, memory.dropout(changed, shape.residual_dropout))
 
     def hidden_states(self) -> Tensor:
@@ -294,17 +311,22 @@ class Model:
         x = memory.dropout(x, shape.embedding_dropout)
         rotary_width, angles = x.width, None
         if shape.family != "gpt2":
-            angles = memory.new(2 * seq * int(shape.head_dim * shape.rotary_fraction), rotary_width)  # noqa: F841
-        mask = None
-        if settings.attention == "eager":
-            mask = memory.new(batch * seq * seq, x.width)  # 0 and -inf
-        elif settings.padded or (shape.sliding_window or seq) < seq:
-            mask = memory.new(batch * seq * seq, 1)
+            size = 2 * seq * int(shape.head_dim * shape.rotary_fraction)
+            angles = memory.new(self.rotations * size, rotary_width)  # noqa: F841
+        kinds = {shape.slides(layer) for layer in range(shape.num_layers)}
+        masks: dict[bool, Tensor | None] = {}  # one for layers with a window, one for those without
+        for slides in (False, True) if shape.norms_after else sorted(kinds):
+            masks[slides] = None
+            if settings.attention == "eager":
+                masks[slides] = memory.new(batch * seq * seq, x.width)  # 0 and -inf
+            elif settings.padded or (slides and shape.sliding_window < seq):
+                masks[slides] = memory.new(batch * seq * seq, 1)
         for layer in range(shape.num_layers):
+            mask = masks[shape.slides(layer)]
             if not (settings.gradient_checkpointing and memory.tape is not None):
                 x = self.layer(x, layer, mask, rotary_width)
                 continue
-            checkpoint = Checkpoint(lambda y, layer=layer: self.layer(y, layer, mask, rotary_width), x)
+            checkpoint = Checkpoint(lambda y, layer=layer, mask=mask: self.layer(y, layer, mask, rotary_width), x)
             tape, memory.tape = memory.tape, None
             result = self.layer(x, layer, mask, rotary_width)
             memory.tape = tape

@@ -124,7 +124,7 @@ clock = time.process_time if machine.device == "cpu" else time.perf_counter  # s
 #
 # $$P = \underbrace{(1 \text{ or } 2)\, V h}_{\text{embedding, output}} + L\,\big(\underbrace{2 h q + 2 h k}_{\text{attention}} + \underbrace{3 h i}_{\text{feed-forward}} + \underbrace{2h}_{\text{norms}}\big) + h$$
 #
-# Qwen2 has biases of $q + 2k$ numbers a layer besides. The cells after the next compare with the library: with the model of this profile, and with larger ones built on torch's *meta* device, where tensors have a shape but no memory.
+# Qwen2 has biases of $q + 2k$ numbers a layer besides. Qwen3 has none, but normalises each query and each key: two more norms, each as long as a head is wide. The cells after the next compare with the library: with the model of this profile, and with larger ones built on torch's *meta* device, where tensors have a shape but no memory.
 
 # %%
 from bitsandbytes.functional import quantize_4bit
@@ -169,10 +169,10 @@ def widths(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of a Llama or Qwen2."""
+    """Parameters of a Llama, Qwen2 or Qwen3."""
     h, (q, k) = config.hidden_size, widths(config)
-    bias = q + 2 * k if config.model_type == "qwen2" else 0
-    layer = 2 * h * q + 2 * h * k + 3 * h * config.intermediate_size + 2 * h + bias
+    extra = {"qwen2": q + 2 * k, "qwen3": 2 * (q // config.num_attention_heads)}.get(config.model_type, 0)
+    layer = 2 * h * q + 2 * h * k + 3 * h * config.intermediate_size + 2 * h + extra
     outside = config.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
     return outside + config.num_hidden_layers * layer
 
@@ -181,7 +181,7 @@ def count_parameters(config: PretrainedConfig) -> int:
 base, tokenizer = load_model(machine)
 name = machine.model_id.split("/")[-1]
 counted = {name: (base.config, base.num_parameters())}
-for other in ("Qwen/Qwen2.5-0.5B", "meta-llama/Meta-Llama-3-8B"):
+for other in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B-Base", "meta-llama/Meta-Llama-3-8B"):
     with torch.device("meta"):  # shapes only
         model = AutoModelForCausalLM.from_config(config_of(other))
     counted[other] = model.config, model.num_parameters()
@@ -344,7 +344,7 @@ del fake
 # The backward pass of an operation needs some of the numbers of its forward pass: a product needs its factors, since $\partial (xW) / \partial W$ contains $x$; a sum needs nothing. Autograd keeps those tensors from the forward pass until the backward pass has used them. Go through one layer of a Llama, line by line, and write down what each line keeps for each token:
 #
 # - **norm** (twice): in fp32, whatever the format of the model. It keeps its input in fp32 ($4h$ bytes; in 16 bit that is a copy), $1/\sqrt{\text{mean square}}$ (4), the normalised vector ($wh$), needed for the gradient of the norm's weight, and its product with that weight ($wh$), which is the input of the next matrix.
-# - **attention**: the rotated queries ($wq$), the keys and values ($2wk$), the result ($wq$), and for each head the logarithm of the softmax's denominator ($4a$). Fused attention (SDPA, FlashAttention: Dao et al. 2022) does not keep the $s \times s$ probabilities; it computes them again.
+# - **attention**: the rotated queries ($wq$), the keys and values ($2wk$), the result ($wq$), and for each head the logarithm of the softmax's denominator ($4a$). Fused attention (SDPA, FlashAttention: Dao et al. 2022) does not keep the $s \times s$ probabilities; it computes them again. Qwen3's norms of queries and keys keep $(4 + w)(q + k)$ besides, and 4 for each head.
 # - **feed-forward**: $\text{down}\big(\text{silu}(\text{gate}(x)) \cdot \text{up}(x)\big)$ keeps the output of gate for silu, the outputs of silu and of up for the product, and the product for down: $4wi$.
 # - **residual sums** keep nothing. The rotation needs cosines and sines only, which all layers share.
 #
@@ -360,8 +360,9 @@ def layer_bytes(config: PretrainedConfig, w: int, seq: int = 0, padded: bool = F
     """What a layer keeps for each token."""
     h, i, heads, (q, k) = config.hidden_size, config.intermediate_size, config.num_attention_heads, widths(config)
     norm = 4 * h + 4 + w * h + w * h  # input in fp32, inverse, normalised, times weight
+    of_heads = (4 + w) * (q + k) + 4 * (heads + config.num_key_value_heads)  # the product is turned, and not kept
     return {
-        "norms": 2 * norm,
+        "norms": 2 * norm + (of_heads if config.model_type == "qwen3" else 0),
         "queries, keys, values": w * (q + 2 * (q if padded else k)),
         "mask": w * seq if padded else 0,
         "result of attention": w * q + 4 * heads,
@@ -762,7 +763,7 @@ for cell in cells:
         pairs[other] += [(truth, value)] if value else []
     plain = {"batch_size", "seq_len", "gradient_checkpointing", "precision"} >= options.keys()
     config = config_of(cell["model"]) if plain and options.get("precision", "bf16") in DTYPES else None
-    if config is not None and config.model_type in ("llama", "qwen2"):
+    if config is not None and config.model_type in ("llama", "qwen2", "qwen3"):
         checkpointing = options.get("gradient_checkpointing", False)
         w = DTYPES[options.get("precision", "bf16")].itemsize
         phases = peak_bytes(config, w, options["batch_size"], options["seq_len"], checkpointing, padded=True)
@@ -915,7 +916,7 @@ plots.show(figure, alt)
 # %% [markdown] tags=["core"]
 # ## 7 · Which model fits which GPU
 #
-# **Question.** What can be done with a V100 of 16 GB, a T4, an A100, an H100, an H200?
+# **Question.** What can be done with a V100 of 16 GB, a T4, an A100, an RTX PRO 6000 (Colab's G4), an H200? (An H100 has 80 GB as well, and holds what an A100 of 80 GB holds.)
 #
 # Everything is there to compute the table. Four things to do with a model:
 #
@@ -930,11 +931,11 @@ plots.show(figure, alt)
 from helpers.memory import GPUS
 
 MODELS = [
-    *("Qwen/Qwen2.5-0.5B", "llm-jp/llm-jp-3-980m", "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-1.5B"),
+    *("Qwen/Qwen3-0.6B-Base", "llm-jp/llm-jp-3-980m", "meta-llama/Llama-3.2-1B", "Qwen/Qwen3-1.7B-Base"),
     *("meta-llama/Llama-3.2-3B", "meta-llama/Llama-2-7b-hf", "meta-llama/Meta-Llama-3-8B"),
     *("meta-llama/Llama-2-13b-hf", "Qwen/Qwen2.5-32B", "meta-llama/Llama-2-70b-hf"),
 ]
-BOARDS = ["V100-16GB", "T4", "A10G", "A100-40GB", "A100-80GB", "H100-SXM", "H200"]
+BOARDS = ["V100-16GB", "T4", "A10G", "A100-40GB", "A100-80GB", "RTX PRO 6000", "H200"]
 TRAINING = {"batch_size": 1, "seq_len": 1024, "gradient_checkpointing": True}
 USES = {
     "I": lambda m: estimate_inference(m, precision="fp16", context_len=2048),

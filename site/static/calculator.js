@@ -53,7 +53,6 @@
     if (shape.head_dim % 2 && shape.family !== "gpt2") {
       throw new RangeError("Size of a head: rotary embeddings turn pairs, enter an even number.");
     }
-    if (original.num_sliding_layers === original.num_layers) shape.num_sliding_layers = shape.num_layers;
     return shape;
   }
 

@@ -23,6 +23,14 @@ function hasExperts(shape, layer) {
   return shape.num_experts > 0 && !shape.dense_layers.includes(layer);
 }
 
+function slides(shape, layer) {
+  return shape.sliding_window !== null && !shape.full_layers.includes(layer);
+}
+
+function slidingLayers(shape) {
+  return Array.from({ length: shape.num_layers }, (_, layer) => slides(shape, layer)).filter(Boolean).length;
+}
+
 function layerWeights(shape, layer) {
   const h = shape.hidden_size;
   const q = shape.num_heads * shape.head_dim;
@@ -40,6 +48,7 @@ function layerWeights(shape, layer) {
   weights.o_proj = [h, q];
   if (shape.output_bias) weights["o_proj.bias"] = [h];
   if (shape.qk_norm) Object.assign(weights, { q_norm: [shape.head_dim], k_norm: [shape.head_dim] });
+  if (shape.norms_after) Object.assign(weights, { attended_norm: [h], fed_norm: [h] });
   if (hasExperts(shape, layer)) {
     const [i, experts] = [shape.intermediate_size, shape.num_experts];
     return Object.assign(weights, {
@@ -428,7 +437,7 @@ class Model {
     this.sizes = Array.from({ length: shape.num_layers }, (_, layer) => layerWeights(shape, layer));
     this.layers = this.sizes.map(allocate);
     const frequencies = shape.family === "gpt2" ? 0 : 4 * Math.trunc(shape.head_dim * shape.rotary_fraction);
-    this.buffers = new Storage(memory, frequencies, "parameters");
+    this.buffers = new Storage(memory, this.rotations() * frequencies, "parameters");
     this.adapters = this.sizes.map((sizes) => {
       if (!["lora", "qlora"].includes(this.settings.method)) return {};
       const names = Object.keys(sizes).filter(targeted);
@@ -438,6 +447,11 @@ class Model {
 
   get head() {
     return this.outer.lm_head ?? this.outer.embed_tokens;
+  }
+
+  rotations() {
+    const sliding = slidingLayers(this.shape);
+    return this.shape.norms_after && sliding > 0 && sliding < this.shape.num_layers ? 2 : 1;
   }
 
   shards() {
@@ -617,8 +631,11 @@ class Model {
       drop(joint);
     } else {
       [query, key, value] = ["q_proj", "k_proj", "v_proj"].map((name) => this.linear(x, layer, name));
-      if (shape.qk_norm) replace((states, name) => memory.rmsNorm(states, weights[name]));
+      const gemma = shape.family === "gemma";
+      const normHeads = () => shape.qk_norm && replace((states, name) => this.norm(states, weights, name));
+      if (!gemma) normHeads();
       replace((states) => memory.transpose(states));
+      if (gemma) normHeads();
     }
     if (shape.family !== "gpt2") replace((states) => this.rotary(states, rotaryWidth));
     const result = this.attend(query, key, value, mask);
@@ -723,11 +740,16 @@ class Model {
     const gpt2 = shape.family === "gpt2";
     const normed = this.norm(x, weights, "input_norm");
     const raw = this.attention(normed, layer, mask, rotaryWidth);
-    const attended = memory.dropout(raw, shape.residual_dropout);
+    let attended = memory.dropout(raw, shape.residual_dropout);
     drop(raw);
     const attentionWeights = this.attentionWeights; // alive to the end
     this.attentionWeights = null;
     drop(normed);
+    if (shape.norms_after) {
+      const given = attended;
+      attended = this.norm(given, weights, "attended_norm");
+      drop(given);
+    }
     let result;
     if (shape.parallel_residual) {
       const second = this.norm(x, weights, "post_norm");
@@ -743,8 +765,13 @@ class Model {
       drop(x);
       if (!gpt2) drop(attended);
       const second = this.norm(residual, weights, "post_norm");
-      const changed = this.feedForward(second, layer);
+      let changed = this.feedForward(second, layer);
       drop(second);
+      if (shape.norms_after) {
+        const given = changed;
+        changed = this.norm(given, weights, "fed_norm");
+        drop(given);
+      }
       const thinned = memory.dropout(changed, shape.residual_dropout);
       result = memory.sum(residual, thinned);
       drop(thinned, changed, residual);
@@ -780,12 +807,20 @@ class Model {
     const rotaryWidth = x.width;
     let angles = null;
     if (shape.family !== "gpt2") {
-      angles = memory.create(2 * seq * Math.trunc(shape.head_dim * shape.rotary_fraction), rotaryWidth);
+      const size = 2 * seq * Math.trunc(shape.head_dim * shape.rotary_fraction);
+      angles = memory.create(this.rotations() * size, rotaryWidth);
     }
-    let mask = null;
-    if (settings.attention === "eager") mask = memory.create(batch * seq * seq, x.width);
-    else if (settings.padded || (shape.sliding_window || seq) < seq) mask = memory.create(batch * seq * seq, 1);
+    const sliding = slidingLayers(shape);
+    const masks = new Map(); // one for layers with a window, one for those without
+    for (const windowed of [false, true]) {
+      if (!shape.norms_after && !(windowed ? sliding : shape.num_layers - sliding)) continue;
+      let made = null;
+      if (settings.attention === "eager") made = memory.create(batch * seq * seq, x.width);
+      else if (settings.padded || (windowed && shape.sliding_window < seq)) made = memory.create(batch * seq * seq, 1);
+      masks.set(windowed, made);
+    }
     for (let layer = 0; layer < shape.num_layers; layer++) {
+      const mask = masks.get(slides(shape, layer));
       const run = (states) => this.layer(states, layer, mask, rotaryWidth);
       if (!(settings.gradient_checkpointing && memory.tape)) {
         replace(run(keep(x)));
@@ -801,7 +836,7 @@ class Model {
       replace(result);
     }
     const normed = this.norm(x, this.outer, "norm");
-    drop(x, embedded, ids, place, angles, mask);
+    drop(x, embedded, ids, place, angles, ...masks.values());
     return normed;
   }
 
@@ -925,8 +960,9 @@ function estimateInference(shape, chosen) {
   const { precision, batch_size, context_len, quantization, attention } = asked;
   const bits = CACHE_BITS[asked.cache_precision || precision];
   const row = (2 * shape.num_kv_heads * shape.head_dim * batch_size * bits) / 8;
-  const sliding = shape.num_sliding_layers * Math.min(context_len, shape.sliding_window || context_len);
-  const cache = Math.ceil(row * ((shape.num_layers - shape.num_sliding_layers) * context_len + sliding));
+  const windowed = slidingLayers(shape);
+  const sliding = windowed * Math.min(context_len, shape.sliding_window || context_len);
+  const cache = Math.ceil(row * ((shape.num_layers - windowed) * context_len + sliding));
   const phases = {};
   for (const [phase, seq_len] of [["prefill", context_len], ["decode", 1]]) {
     const fixed = { method: "frozen", padded: false, weights: quantization };

@@ -96,11 +96,11 @@ def configs(draw):
         "tie_word_embeddings": draw(st.booleans()),
         "max_position_embeddings": draw(st.integers(8, 64)),
     }
-    if family in ("llama", "qwen3", "gemma", "gpt_neox", "qwen3_moe"):
+    if family in ("llama", "qwen3", "smollm3", "gemma", "gemma3_text", "gpt_neox", "qwen3_moe"):
         values["attention_bias"] = draw(st.booleans())
-    if family == "llama":
+    if family in ("llama", "smollm3"):
         values["mlp_bias"] = draw(st.booleans())
-    if family in ("llama", "qwen3", "mistral", "gemma", "qwen3_moe"):
+    if family in ("llama", "qwen3", "mistral", "gemma", "gemma3_text", "qwen3_moe"):
         values["head_dim"] = draw(st.sampled_from([4, 8, 16]))
     if family == "mixtral":
         values["num_local_experts"] = draw(st.integers(2, 4))
@@ -133,15 +133,42 @@ def test_the_number_of_parameters_is_that_of_the_real_model(config):
         ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552),
         ("EleutherAI/pythia-6.9b", 6_857_302_016),
         ("llm-jp/llm-jp-3-1.8b", 1_867_614_208),
+        ("Qwen/Qwen3-0.6B-Base", 596_049_920),
+        ("Qwen/Qwen3-1.7B-Base", 1_720_574_976),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("google/gemma-3-270m", 268_098_176),
+        ("google/gemma-3-1b-pt", 999_885_952),
+        ("google/gemma-3-4b-pt", 3_880_263_168),  # of the language model
     ],
 )
 def test_bundled_models_have_their_published_number_of_parameters(name, published):
     assert ModelShape.from_config(name).num_parameters == published
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("llm-jp/llm-jp-3-8x1.8b", 8_858_863_616), ("llm-jp/llm-jp-3-8x13b", 72_144_081_920)],
+)
+def test_the_mixtures_of_llm_jp_have_the_weights_their_card_counts_without_embeddings(name, published):
+    shape = ModelShape.from_config(name)
+    assert shape.num_parameters - 2 * shape.vocab_size * shape.hidden_size == published
+
+
+@pytest.mark.parametrize("name", sorted(bundled_shapes()))
+def test_every_bundled_model_has_the_weights_of_transformers_class(name):
+    fields = {key: value for key, value in bundled_shapes()[name].items() if key not in ("model_type", "source")}
+    config = AutoConfig.for_model(bundled_shapes()[name]["model_type"], **fields)
+    shape = ModelShape.from_config(name)
+    assert shape.num_parameters == meta_model(config).num_parameters()
+    kinds = getattr(config, "layer_types", None) or []
+    if shape.sliding_window is not None and kinds:
+        assert [shape.slides(layer) for layer in range(shape.num_layers)] == [kind[0] == "s" for kind in kinds]
+
+
 def test_every_bundled_model_can_be_estimated_and_names_its_source():
     bundled = bundled_shapes()
-    assert len(bundled) >= 30
+    assert len(bundled) >= 65
+    assert {"HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM3-3B-Base", "llm-jp/llm-jp-3.1-1.8b"} <= set(bundled)
     assert {f"llm-jp/llm-jp-3-{size}" for size in ("150m", "440m", "980m", "1.8b", "3.7b", "7.2b", "13b")} <= set(
         bundled
     )
@@ -187,6 +214,14 @@ def test_a_step_needs_what_the_estimate_says(family, cell):
         ("gemma", {"batch_size": 2, "seq_len": 128, "gradient_checkpointing": True}),
         ("gemma", {"batch_size": 2, "seq_len": 384, "method": "frozen", "attention": "eager"}),
         ("gemma", {"batch_size": 2, "seq_len": 256, "method": "lora", "gradient_checkpointing": True}),
+        ("gemma3_text", {"batch_size": 2, "seq_len": 128}),
+        ("gemma3_text", {"batch_size": 1, "seq_len": 512, "gradient_checkpointing": True}),
+        ("gemma3_text", {"batch_size": 2, "seq_len": 256, "precision": "fp16-mixed", "method": "lora"}),
+        ("gemma3_text", {"batch_size": 2, "seq_len": 384, "method": "frozen", "attention": "eager"}),
+        ("smollm3", {"batch_size": 2, "seq_len": 128}),
+        ("smollm3", {"batch_size": 2, "seq_len": 256, "method": "lora", "gradient_checkpointing": True}),
+        ("qwen3", {"batch_size": 2, "seq_len": 256, "precision": "fp16-mixed", "gradient_checkpointing": True}),
+        ("qwen3", {"batch_size": 2, "seq_len": 64, "attention": "eager"}),
         ("phi3", {"batch_size": 2, "seq_len": 128}),
         ("mixtral", {"batch_size": 2, "seq_len": 128}),
         ("mixtral", {"batch_size": 2, "seq_len": 128, "method": "lora"}),
@@ -195,6 +230,8 @@ def test_a_step_needs_what_the_estimate_says(family, cell):
 )
 def test_the_other_families_need_what_the_estimate_says(family, cell):
     changes = {"num_local_experts": 4} if family == "mixtral" else {}
+    if family == "gemma3_text":  # five layers with a window, one without, one with
+        changes = {"head_dim": 32, "sliding_window": 200, "num_hidden_layers": 7}
     if family == "qwen3_moe":
         changes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     config = config_of(family, **changes)
@@ -406,6 +443,15 @@ def test_the_kv_cache_of_llama_3_8b_at_8192_tokens_is_one_gib():
     assert estimate.kv_cache == GIB
     eight = estimate_inference("meta-llama/Meta-Llama-3-8B", context_len=8192, cache_precision="fp8")
     assert eight.kv_cache == GIB / 2
+
+
+def test_five_of_six_layers_of_gemma_3_keep_only_a_window():
+    gemma, context = ModelShape.from_config("google/gemma-3-1b-pt"), 8192
+    assert (gemma.num_layers, gemma.full_layers, gemma.sliding_window) == (26, (5, 11, 17, 23), 512)
+    row = 2 * gemma.num_kv_heads * gemma.head_dim * 2
+    assert estimate_inference(gemma, context_len=context).parts["kv_cache"] == row * (4 * context + 22 * 512)
+    older = ModelShape.from_config(SIZES | {"model_type": "gemma", "sliding_window": 512})
+    assert older.sliding_window is None and older.num_sliding_layers == 0
 
 
 def test_a_sliding_window_bounds_the_cache():

@@ -104,17 +104,18 @@ def test_loading_a_folder_opens_no_connection(profile, monkeypatch):
     load_model(profile)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_tiny_model_of_each_family_runs_and_shares_key_value_heads(family):
     config = tiny_config(family, vocab_size=300, num_hidden_layers=1)
     model = models.AutoModelForCausalLM.from_config(config)
     assert model(torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, 300)
-    assert model.model.layers[0].self_attn.k_proj.out_features == config.hidden_size // 2
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.out_features == 2 * attention.k_proj.out_features
     assert model.num_parameters() < 100_000
 
 
 def test_an_unknown_tiny_family_is_named():
-    with pytest.raises(CourseError, match="no tiny 'gpt5' model: use llama, qwen2 or mistral"):
+    with pytest.raises(CourseError, match="no tiny 'gpt5' model: use llama, qwen2, qwen3 or mistral"):
         tiny_config("gpt5")
 
 

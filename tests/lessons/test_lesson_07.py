@@ -38,14 +38,14 @@ def lesson() -> dict:
     return names
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_lessons_count_of_parameters_is_exact(lesson, family, tied):
     config = tiny_config(family, num_key_value_heads=1, tie_word_embeddings=tied, intermediate_size=192)
     assert lesson["count_parameters"](config) == AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_lessons_activations_are_what_autograd_keeps(lesson, family, precision):
     config = tiny_config(family, num_hidden_layers=3, intermediate_size=320)
@@ -58,8 +58,9 @@ def test_the_lessons_activations_are_what_autograd_keeps(lesson, family, precisi
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("batch", "seq"), [(1, 128), (4, 512)])
-def test_the_lessons_peak_is_that_of_a_model_that_it_does_not_show(lesson, checkpointing, batch, seq):
-    config = lesson["config_of"]("meta-llama/Llama-3.2-1B")
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "Qwen/Qwen3-0.6B-Base"])
+def test_the_lessons_peak_is_that_of_a_model_that_it_does_not_show(lesson, name, checkpointing, batch, seq):
+    config = lesson["config_of"](name)
     config.num_hidden_layers = 4
     tracked = lesson["fake_step"](config, batch, seq, checkpointing)
     ours = max(lesson["peak_bytes"](config, 2, batch, seq, checkpointing, padded=True).values())

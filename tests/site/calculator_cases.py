@@ -56,11 +56,8 @@ CHANGES = (  # sizes of models that do not exist, as the form lets one enter the
 
 
 def changed_shape(model: str, changes: dict[str, Any]) -> ModelShape:
-    """The bundled shape with other sizes; where all layers slide, all of the new number do."""
-    shape = ModelShape.from_config(model)
-    all_slide = shape.num_sliding_layers == shape.num_layers
-    shape = replace(shape, **changes)
-    return replace(shape, num_sliding_layers=shape.num_layers) if all_slide else shape
+    """The bundled shape with other sizes."""
+    return replace(ModelShape.from_config(model), **changes)
 
 
 def estimate(case: dict[str, Any]) -> Estimate:

@@ -374,9 +374,7 @@ def test_the_browser_answers_as_the_table_says(site, page):
     show(page, site, "memory_calculator.html")
     got = page.evaluate(
         """cases => cases.map(({model, purpose, changes, settings}) => {
-            const original = CALCULATOR.shapes[model];
-            const shape = {...original, ...changes};
-            if (original.num_sliding_layers === original.num_layers) shape.num_sliding_layers = shape.num_layers;
+            const shape = {...CALCULATOR.shapes[model], ...changes};
             return purpose === "training" ? estimateTraining(shape, settings) : estimateInference(shape, settings);
         })""",
         CASE_ROWS,

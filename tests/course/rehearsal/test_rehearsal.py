@@ -59,6 +59,7 @@ def test_an_extra_copy_of_a_model_does_not_fit_and_its_cell_is_named(rehearsed):
     assert not rehearsed.fits
     assert rehearsed.peak_cell.startswith("cell 5 (for number in range(2):")
     assert [cell.split(":")[0] for cell in rehearsed.too_large] == ["cell 5 (for number in range(2)"]
+    assert rehearsed.main_gib > 0.2 and rehearsed.budget == 1
     assert 17.5 < rehearsed.peak_gib < 24.1  # three matrices of 5.96 GiB, four for a moment
 
 
@@ -82,7 +83,7 @@ def test_its_line_says_what_is_wrong(rehearsed):
 
 def test_a_report_is_read_as_it_was_written_and_a_damaged_one_is_left_alone(tmp_path):
     path = tmp_path / "rehearsal.json"
-    lesson = Rehearsed("key", True, 1.0, "cell 1 (x)", 1.2, 1.7, 10, 20)
+    lesson = Rehearsed("key", True, 1.0, "cell 1 (x)", 1.2, 1.7, 3.1, 10, 0.2, 20)
     write_report({"t4": {"03_planted": lesson}}, path)
     assert read_report(path) == {"t4": {"03_planted": lesson}}
     assert read_report(tmp_path / "none.json") == {}
