@@ -30,14 +30,18 @@ ABOUT = (
 
 
 class Search(SearchJapanese):
-    """Sphinx's search, which knows single words, with what a reader enters besides: compounds, and two kanji.
+    """Sphinx's search, which knows single words, with what a reader enters besides: compounds, and parts of them.
 
-    The browser looks for three letters or more also within the words of the index, so runs without a break are words.
+    The browser looks within longer words only for what is no word of the index.
     """
 
     def split(self, input: str) -> list[str]:
         """The words of a text for the index."""
-        return [*super().split(input), *re.findall(r"\w+", input), *re.findall(r"(?=([一-鿿]{2}))", input)]
+        words = [*super().split(input), *re.findall(r"\w+", input)]
+        for run in re.findall("[一-鿿ァ-ヶー]+", input):  # kanji and katakana: 報酬モデル, 報酬, モデル
+            parts = re.findall("[一-鿿]|[ァ-ヶー]+", run)
+            words += ["".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+        return words
 
 
 def collect(folder: Path, english: Path, figures: str) -> None:
