@@ -14,6 +14,7 @@ from helpers.memory.gpus import CONTEXT
 from helpers.profiles import PROFILES, ROOT
 
 GPUS_OF = {"t4": "T4", "large": "A100-40GB"}  # the smallest device that a profile is for
+CELL_SECONDS = 3600  # some work that a GPU does at once takes a CPU long
 SPARE = 0.05  # share of the device's memory that a lesson leaves free
 STARTUP = (
     "import sys; sys.path.insert(0, {root!r}); from course.rehearsal import startup; startup.wait(**{settings!r});"
@@ -65,6 +66,7 @@ def rehearse(
             profile=profile,
             model_id=str(model),
             budget=budget,
+            timeout=CELL_SECONDS,
             fresh=fresh,
             environment={"HF_HUB_OFFLINE": "1", "LLM_WORKBOOK_REHEARSAL": hashlib.sha256(own).hexdigest()},
             startup=STARTUP.format(root=str(ROOT), settings=settings),

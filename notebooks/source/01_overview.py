@@ -1303,7 +1303,7 @@ def trainable_parameters(model, rank: int = 8, virtual_tokens: int = 16, bottlen
     """Number of parameters that each method trains."""
     config = model.config
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    shared = hidden * config.num_key_value_heads // config.num_attention_heads  # width of keys and of values
+    shared = model.model.layers[0].self_attn.k_proj.out_features  # width of keys and of values
     return {
         "prompt, RAG, decoding": 0,
         "prompt tuning": virtual_tokens * hidden,

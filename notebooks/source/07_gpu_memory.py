@@ -963,7 +963,8 @@ for row, model_name in enumerate(MODELS):
         axes.text(column, row, " ".join(fits[model_name][board]) or "none", ha="center", va="center")
 labels = [f"{m.split('/')[-1]} ({ModelShape.from_config(m).num_parameters / 1e9:.1f} B)" for m in MODELS]
 axes.set_yticks(range(len(MODELS)), labels)
-axes.set_xticks(range(len(BOARDS)), [f"{g}\n{GPUS[g].memory / GIB:.0f} GiB" for g in BOARDS], fontsize=8.5)
+names = [g.replace("RTX ", "RTX\n") + f"\n{GPUS[g].memory / GIB:.0f} GiB" for g in BOARDS]
+axes.set_xticks(range(len(BOARDS)), names, fontsize=8.5)
 axes.xaxis.tick_top()
 axes.tick_params(length=0)
 axes.grid(visible=False)

@@ -1475,7 +1475,7 @@ lesson.summary()
 # field = load_dataset("text", data_files="field/*.txt", split="train", sample_by="document")
 # old = load_dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train[:1%]").select_columns(["text"])
 # trainer = SFTTrainer(
-#     "Qwen/Qwen2.5-0.5B",
+#     "Qwen/Qwen3-0.6B-Base",
 #     SFTConfig("build/field", packing=True, packing_strategy="wrapped", max_length=2048, learning_rate=2e-4,
 #               warmup_steps=50, report_to="none"),
 #     train_dataset=concatenate_datasets([field, old]).shuffle(seed=0),
@@ -1485,7 +1485,7 @@ lesson.summary()
 # trainer.save_model()
 # ```
 #
-# Choose how much of `old` by tokens, not by documents. Measure before and after, with the same harness: `lm_eval --model hf --model_args pretrained=Qwen/Qwen2.5-0.5B,peft=build/field --tasks mmlu,gsm8k`, and your own exam beside it, whose wordings are in no training text. `--log_samples` keeps each answer, which the paired test needs.
+# Choose how much of `old` by tokens, not by documents. Measure before and after, with the same harness: `lm_eval --model hf --model_args pretrained=Qwen/Qwen3-0.6B-Base,peft=build/field --tasks mmlu,gsm8k`, and your own exam beside it, whose wordings are in no training text. `--log_samples` keeps each answer, which the paired test needs.
 #
 # | here | a real field |
 # |---|---|

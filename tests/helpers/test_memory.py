@@ -317,7 +317,9 @@ def test_the_grids_cells_can_be_measured_again():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-360M", "Qwen/Qwen2.5-0.5B", "EleutherAI/pythia-410m"])
+@pytest.mark.parametrize(
+    "name", ["HuggingFaceTB/SmolLM2-360M", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-0.6B-Base", "EleutherAI/pythia-410m"]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_gpu_allocates_what_the_estimate_says(name, checkpointing):
     fields = {key: value for key, value in bundled_shapes()[name].items() if key not in ("model_type", "source")}
@@ -566,6 +568,9 @@ def test_devices_have_plausible_figures_and_sources():
         assert 50 < gpu.power <= 1400
     assert GPUS["T4"].tflops["bf16"] is None
     assert GPUS["T4"].compute_capability == (7, 5)
+    assert {"RTX PRO 6000", "GB200", "B300", "MI355X"} <= set(GPUS)
+    assert all((gpu.tflops["fp4"] or 0) > 0 for name, gpu in GPUS.items() if name.startswith(("B200", "B300", "MI355")))
+    assert GPUS["H100-SXM"].tflops["fp4"] is None
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -16,6 +16,7 @@ L4 = Hardware((8, 9), 22.0)
 LAPTOP = Hardware((8, 6), 5.8)
 A100 = Hardware((8, 0), 39.4)
 H200 = Hardware((9, 0), 139.7)
+G4 = Hardware((12, 0), 94.9)  # Colab's name for an RTX PRO 6000
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,7 @@ def no_choice_in_the_environment(monkeypatch):
         (LAPTOP, "cpu"),
         (A100, "large"),
         (H200, "large"),
+        (G4, "large"),
     ],
 )
 def test_the_hardware_decides_by_compute_capability_and_memory(hardware, name):
