@@ -495,7 +495,7 @@ lesson.equal("our LSTM step is nn.LSTM's, after 50 steps", max(differences).item
 
 # %%
 class LSTM(nn.Module):
-    """Token ids (batch, seq) -> logits (batch, seq, vocab), with one matrix for input and output."""
+    """Token ids (batch, seq) -> logits (batch, seq, vocab), or of the last so many places; one matrix in and out."""
 
     def __init__(self, hidden_size: int, vocab: int):
         super().__init__()
@@ -503,15 +503,15 @@ class LSTM(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=0.05)
         self.lstm = nn.LSTM(hidden_size, hidden_size, batch_first=True)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.lstm(self.embed_tokens(input_ids))[0] @ self.embed_tokens.weight.T
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
+        return self.lstm(self.embed_tokens(input_ids))[0][:, -logits_to_keep:] @ self.embed_tokens.weight.T
 
 # %%
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class Transformer(nn.Module):
-    """Token ids (batch, seq) -> logits (batch, seq, vocab)."""
+    """Token ids (batch, seq) -> logits (batch, seq, vocab), or of the last so many places."""
 
     def __init__(self, hidden_size: int, layers: int, vocab: int):
         super().__init__()
@@ -522,8 +522,8 @@ class Transformer(nn.Module):
         )  # fmt: skip
         self.llama = LlamaForCausalLM(config)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.llama(input_ids=input_ids, use_cache=False).logits
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
+        return self.llama(input_ids=input_ids, use_cache=False, logits_to_keep=logits_to_keep).logits
 
 # %%
 lstm_width, transformer_width = settings["widths"]
@@ -1208,7 +1208,7 @@ windows, others = chosen.flatten(0, 1), chosen.roll(24, 0).flatten(0, 1)  # othe
 def surprise(model: nn.Module, context_length: int) -> float:
     """Mean of -ln p of the last token of the windows, given so many tokens before it."""
     short = windows[:, -context_length - 1 :]
-    parts = [(model(part[:, :-1])[:, -1], part[:, -1]) for part in short.split(128)]  # (128, vocab), (128,)
+    parts = [(model(part[:, :-1], 1)[:, -1], part[:, -1]) for part in short.split(128)]  # (128, vocab), (128,)
     return sum(F.cross_entropy(scores, targets, reduction="sum").item() for scores, targets in parts) / len(short)
 
 
@@ -1257,8 +1257,8 @@ lesson.claim(
 base_windows, base_surprise = base_test[:48].unfold(1, 97, 8).flatten(0, 1), {}
 for k in (16, 96):
     with torch.no_grad():
-        scores = base(base_windows[:, -k - 1 : -1], logits_to_keep=1).logits[:, -1].float()
-    base_surprise[k] = F.cross_entropy(scores, base_windows[:, -1]).item()
+        parts = [base(part[:, :-1], logits_to_keep=1).logits[:, -1] for part in base_windows[:, -k - 1 :].split(24)]
+    base_surprise[k] = F.cross_entropy(torch.cat(parts).float(), base_windows[:, -1]).item()
 gain = base_surprise[16] - base_surprise[96]
 print(f"{base_name}, which trained far longer, in nats per token of its own: {gain:.2f}")
 lesson.report("the same for the base model, per token of its own", f"{gain:.2f}")
