@@ -146,7 +146,7 @@ print(f"\n{questions[0].prompt}\n -> {questions[0].answer}")
 
 
 # %%
-LOSS, AWAY = 0, 1  # columns of a table of measurements
+LOSS, AWAY, AGREES = 0, 1, 2  # columns of a table of measurements; the last one counts tokens
 text_batches = text_test.split(settings["rows"] // 4)
 
 
@@ -161,21 +161,25 @@ base_logs = [log_softmax_of(base, ids) for ids in text_batches]
 
 
 def measure(model, new_cache=None) -> np.ndarray:
-    """One row a text: loss and KL(base || model), summed over tokens, and their number (texts, 3)."""
+    """One row a text, summed over its tokens (texts, 4).
+
+    Loss, KL(base || model), whether the best token is the base's, and the number of tokens.
+    """
     found = []
     for ids, p in zip(text_batches, base_logs, strict=True):
         q = log_softmax_of(model, ids, new_cache() if new_cache else None)
         loss = -q.gather(-1, ids[:, 1:, None])[..., 0]  # (batch, seq - 1)
         away = (p.exp() * (p - q)).sum(-1)  # (batch, seq - 1)
-        number = torch.full((len(ids),), float(loss.shape[1]))
-        found.append(torch.stack([loss.sum(1), away.sum(1), number], 1))
+        agrees = (q.argmax(-1) == p.argmax(-1)).float()  # (batch, seq - 1)
+        parts = [loss, away, agrees, torch.ones_like(loss)]
+        found.append(torch.stack([part.sum(1) for part in parts], 1))
     return torch.cat(found).numpy()
 
 
 # %%
 def mean(table: np.ndarray, column: int = LOSS) -> float:
-    """Nats per token."""
-    return float(table[:, column].sum() / table[:, 2].sum())
+    """Mean per token: nats, or a share."""
+    return float(table[:, column].sum() / table[:, -1].sum())
 
 
 def per_token(pairs: np.ndarray) -> float:
@@ -185,7 +189,7 @@ def per_token(pairs: np.ndarray) -> float:
 
 def lower(worse: np.ndarray, better: np.ndarray, column: int = LOSS) -> tuple[float, float, float]:
     """By how much the second is lower on the same texts, nats per token, and its 95 % interval."""
-    paired = np.stack([worse[:, column] - better[:, column], better[:, 2]], 1)
+    paired = np.stack([worse[:, column] - better[:, column], better[:, -1]], 1)
     low, high = bootstrap_interval(paired, per_token, seed)
     return per_token(paired), low, high
 
@@ -479,7 +483,7 @@ lesson.report("file in 16 bits and with 4-bit codes", f"{full_bytes / 1e6:.2f} a
 #
 # **Is it faster?** A layer that unpacks its weights and then multiplies does *more* work than before. Codes save time only with a *kernel* that reads the codes and computes with them directly. Generating one token at a time reads every weight once for two operations, so the time is the time of reading (lesson 07), and fewer bytes should mean less time.
 #
-# PyTorch has such kernels for CPUs, for 8 and for 4 bits. They want activations in bfloat16 and the codes in an order of their own. The 4-bit kernel computes $(c - 8)\, s + o$, so the offset is $o = (8 - z)\, s$.
+# PyTorch has such kernels for CPUs, for 8 and for 4 bits, and `bitsandbytes` has one for its NF4 (section 10) on CPUs that multiply bfloat16. Those of PyTorch want activations in bfloat16 and the codes in an order of their own. The 4-bit kernel computes $(c - 8)\, s + o$, so the offset is $o = (8 - z)\, s$.
 
 
 # %%
@@ -574,15 +578,19 @@ axes = figure.subplots()
 span = np.array([min(weights.values()), max(weights.values())]) / 1e6
 reading = timings["16 bits"][1] / weights["16 bits"] * 1e6  # ms per MB
 axes.plot(span, span * reading, color=plots.GREY, linestyle="--", zorder=1)
-axes.annotate("as fast as 16 bits are read", (span[0], span[0] * reading), (0, -14),
+axes.annotate("as fast as 16 bits are read", (4.1, 4.1 * reading), (-6, 8), ha="right",
               textcoords="offset points", color=plots.GREY, fontsize=9)  # fmt: skip
 for label, (low, middle, high) in timings.items():
-    color = plots.COLORS[1] if "unpacked" in label or "NF4" in label else plots.COLORS[0]
+    color = plots.COLORS[1] if "unpacked" in label else plots.COLORS[0]
     size = weights[label] / 1e6
     axes.errorbar(size, middle, [[middle - low], [high - middle]], fmt="o", color=color, capsize=3)
-    axes.annotate(label, (size, middle), (8, 3), textcoords="offset points", color=color, fontsize=9)
+    below = label not in ("4 bits, unpacked in PyTorch", "NF4, bitsandbytes")  # clear of the line
+    place, side = ((-9, -3), "right") if "NF4" in label else ((9, -10 if below else -3), "left")
+    axes.annotate(label, (size, middle), place, textcoords="offset points", color=color,
+                  fontsize=9, ha=side)  # fmt: skip
 axes.set(xscale="log", yscale="log", xlabel="weights of the layer (MB)", ylabel="time of one token (ms)")
-axes.set_xlim(span[0] * 0.8, span[1] * 2.2)
+axes.set_xlim(span[0] * 0.45, span[1] * 1.6)
+axes.set_xticks([2, 4, 8, 16])
 axes.set_title("With a kernel the time falls with the bytes", loc="left")
 for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -937,8 +945,8 @@ def with_layers(model, keep: list[int]):
 
 
 def text_stream(run: int, batch_size: int = 8, length: int = 64):
-    """Endless batches of rows of `length` tokens, in an order of the run's own."""
-    pieces = text_train.reshape(-1, length)
+    """Endless batches of rows of at most 64 tokens, in an order of the run's own."""
+    pieces = text_train.reshape(-1, 64)[:, :length]
     generator = torch.Generator().manual_seed(100 * seed + run)
     while True:
         for part in torch.randperm(len(pieces), generator=generator).split(batch_size):
@@ -1000,18 +1008,6 @@ SIGNALS |= {"logits and hidden states": hidden_loss}
 
 # %%
 RUNS, STEPS = 3, 16
-
-
-@torch.no_grad()
-def agreement(student) -> float:
-    """Share of the measured positions where the student's best token is the teacher's."""
-    found = []
-    for ids, p in zip(text_batches, base_logs, strict=True):
-        own = log_softmax_of(student, ids)
-        found.append((own.argmax(-1) == p.argmax(-1)).float().mean().item())
-    return float(np.mean(found))
-
-
 students, student_tables = {}, {}
 for label, loss_fn in SIGNALS.items():
     for run in range(RUNS):
@@ -1025,7 +1021,7 @@ print(f"{RUNS} students each of {len(half_of)} layers, {number:,} parameters, "
 perplexities, agrees, rows = {}, {}, {}
 for label in SIGNALS:
     perplexities[label] = [math.exp(mean(student_tables[label, run])) for run in range(RUNS)]
-    agrees[label] = [agreement(students[label, run]) for run in range(RUNS)]
+    agrees[label] = [mean(student_tables[label, run], AGREES) for run in range(RUNS)]
     rows[label] = [f"{value:.2f}" for value in perplexities[label]]
     rows[label] += [f"{value:.1%}" for value in agrees[label]]
 columns = [f"{name} {run + 1}" for name in ("perplexity", "best token") for run in range(RUNS)]
@@ -1041,9 +1037,10 @@ for axes, values, label in zip(
     for place, name in enumerate(SIGNALS):
         axes.plot(values[name], [place] * RUNS, "o", color=plots.COLORS[place], alpha=0.8)
     axes.set(xlabel=label, yticks=range(len(SIGNALS)), yticklabels=list(SIGNALS))
-figure.axes[0].invert_yaxis()
-figure.suptitle("The best teacher's signal depends on what you ask of the student", x=0.02, ha="left")
-figure.tight_layout()
+figure.axes[0].set_ylim(len(SIGNALS) - 0.5, -0.5)
+figure.axes[1].xaxis.set_major_formatter(plots.PERCENT)
+title = "The best teacher's signal depends on what you ask of the student"
+figure.suptitle(title, x=0.02, ha="left", weight="bold")
 plots.show(figure, alt)
 for label in ("logits", "logits and hidden states"):
     gains = [
@@ -1268,7 +1265,7 @@ def timed(function, *arguments) -> tuple[float, object]:
     return time.perf_counter() - started, result
 
 
-def rate(drafter, k: int, new: int = 32) -> dict[str, float | np.ndarray]:
+def rate(drafter, k: int, new: int = 24) -> dict[str, float | np.ndarray]:
     """Kept share of the tested drafts, tokens a pass, the formula's, and the speed-ups on each text."""
     speedups, counted = [], np.zeros(3)
     for start in starts:
@@ -1313,26 +1310,25 @@ alt = "Left: tokens a pass, measured and by the formula. Right: times as fast by
 figure = Figure(figsize=(9.5, 3.8))
 left, right = figure.subplots(1, 2)
 colors = dict(zip(dict.fromkeys(label for label, _ in tried), plots.COLORS, strict=False))
-for label, color in colors.items():
-    found = {k: values for (name, k), values in tried.items() if name == label}
-    left.plot(list(found), [f["formula"] for f in found.values()], "_", color=color, markersize=16)
+for number, (label, color) in enumerate(colors.items()):
+    found = {k + 0.1 * number: f for (name, k), f in tried.items() if name == label}  # side by side
+    left.plot(list(found), [f["formula"] for f in found.values()], "_", color=color, markersize=14)
     left.plot(list(found), [f["tokens"] for f in found.values()], "o", color=color, label=label)
     for k, values in found.items():
         low, middle, high = np.quantile(values["speedup"], [0.25, 0.5, 0.75])
         right.errorbar(k, middle, [[middle - low], [high - middle]], fmt="o", color=color, capsize=3)
 right.axhline(1, color=plots.GREY, linestyle="--")
-right.annotate("plain decoding", (6, 1), (0, 4), textcoords="offset points", color=plots.GREY, ha="right")
-left.set(ylabel="tokens a pass of the teacher", title="dot: measured, dash: formula")
-right.set(ylabel="times as fast as plain decoding", title="by the clock, quartiles of 8 texts")
+right.annotate("plain decoding", (6.4, 1), (0, -11), textcoords="offset points", color=plots.GREY, ha="right")
+left.set_ylabel("tokens a pass of the teacher (dash: formula)")
+right.set_ylabel("times as fast as plain decoding (quartiles)")
 for axes in (left, right):
     axes.set(xlabel="tokens drafted at a time, k", xticks=KS)
-left.legend(fontsize=8)
-figure.suptitle("Good drafts save passes; only cheap drafts save time", x=0.02, ha="left")
-figure.tight_layout()
+figure.legend(loc="outside right upper", fontsize=9)
+figure.suptitle("Good drafts save passes; only cheap drafts save time", x=0.02, ha="left", weight="bold")
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The words are the teacher's, whoever drafts them: a bad drafter costs time and nothing else. The students' drafts are kept most often, and yet the clock is against them: for a model as small as this one, half of the layers is nowhere near free. The n-grams are kept less often and cost almost nothing. Which pays depends on $a$ **and** $c$. Where the teacher is 20 times the size of the student, $c$ is near 0.05, and the same formula speaks for the student. How often n-grams are kept depends on the text: Shima's sentences repeat themselves, as code and forms do.
+# **What you see.** The words are the teacher's, whoever drafts them: a bad drafter costs time and nothing else. The student of hard labels is kept most often, as its column in section 6 promised, and yet the clock is against it: for a model as small as this one, half of the layers is nowhere near free. The n-grams are kept less often and cost almost nothing, so they decode faster than the model alone. Which pays depends on $a$ **and** $c$. Where the teacher is 20 times the size of the student, $c$ is near 0.05, and the same formula speaks for the student. How often n-grams are kept depends on the text: Shima's sentences repeat themselves, as code and forms do.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Everything in one picture
@@ -1389,18 +1385,17 @@ for place, (label, (size, above, speed)) in enumerate(results.items()):
     for axes, (middle, low, high) in ((left, above), (right, speed)):
         bars = [[max(0, middle - low)], [max(0, high - middle)]]
         axes.errorbar(size, middle, bars, fmt="o", color=plots.COLORS[place], capsize=3)
-        at_right = size > 5
-        axes.annotate(label, (size, middle), (-8 if at_right else 8, 6), textcoords="offset points",
-                      color=plots.COLORS[place], fontsize=9, ha="right" if at_right else "left")  # fmt: skip
+        where, side = ((-8, 6), "right") if size > 5 else ((8, -12 if "4 bits" in label else 6), "left")
+        axes.annotate(label, (size, middle), where, textcoords="offset points", fontsize=9,
+                      color=plots.COLORS[place], ha=side)  # fmt: skip
 left.set_yscale("symlog", linthresh=1e-3)
-left.set(ylabel="loss above the base (nats per token)", title="lower is better")
-right.set(ylabel="tokens per second", title="higher is better")
+left.set_ylabel("loss above the base (nats per token)")
+right.set_ylabel("tokens per second (quartiles)")
 for axes in (left, right):
     axes.set_xlabel("file (MB)")
     axes.margins(0.12)
 left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-figure.suptitle("Fewer bits cost the least for the bytes they save", x=0.02, ha="left")
-figure.tight_layout()
+figure.suptitle("Fewer bits cost the least for the bytes they save", x=0.02, ha="left", weight="bold")
 plots.show(figure, alt)
 
 # %%
@@ -1417,7 +1412,7 @@ lesson.claim(
 lesson.report("the assistant in 4 bits: right answers", str(right_4))
 
 # %% [markdown]
-# **What you see.** Bits are the cheapest way to save bytes: the version of 4 bits lies at a third of the file, next to the model itself, and the assistant in 4 bits answers as before. The student has the largest loss for its bytes after so few steps. It is the one that needs no kernel to be fast. For a model of this size, what Python does around the kernels counts in the right panel as much as the bytes do: compare with section 3, where one large layer was timed.
+# **What you see.** Bits are the cheapest way to save bytes: the version of 4 bits lies at a third of the file, next to the model itself, and the assistant in 4 bits answers as before. Compare the speeds of 16, 4 and 2 bits: with a kernel the smaller file is the faster model, and without one it is the slowest of all. The student has the largest loss for its bytes after so few steps. It is the one that needs no kernel to be fast. In the right panel, what Python does around the kernels counts as well: compare with section 3, where one large layer was timed.
 
 
 # %% [markdown] tags=["further"]
@@ -2278,9 +2273,9 @@ def random_rows(number: int, length: int) -> Tensor:
 
 # %% tags=["check"]
 def check_random_rows(random_rows, prediction):
-    expect_true("PREDICTION is a number, written before you measured", isinstance(prediction, int | float))
     size = base.config.vocab_size
     found = random_rows(64, 128)
+    expect_true("PREDICTION is a number, written before you measured", isinstance(prediction, int | float))
     expect_shape("random_rows(64, 128)", found, (64, 128))
     expect_true("they are whole numbers, tokens of the base",
                 found.dtype == torch.int64 and found.min() >= 0 and found.max() < size)  # fmt: skip

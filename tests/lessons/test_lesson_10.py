@@ -110,8 +110,8 @@ def test_the_check_of_random_rows_finds_guesses_that_are_missing_and_draws_that_
         "input_statistics": lambda model, batches: {},
         "by_gptq": lambda found, bits: None,
         "compressed": lambda model, method: model,
-        "measure": lambda model: np.ones((4, 3)),
-        "away": {("round to nearest", 3): np.ones((4, 3))},
+        "measure": lambda model: np.ones((4, 4)),
+        "away": {("round to nearest", 3): np.ones((4, 4))},
         "share_left": lambda bits, label: 0.5,
     }
     draw = "torch.randint(base.config.vocab_size, (number, length))"
