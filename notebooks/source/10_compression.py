@@ -136,9 +136,7 @@ calibration = [{"input_ids": part} for part in text_calibration.split(16)]
 questions = World().chat_questions(lesson.scaled(120, 8), seed, settings["tasks"])
 chats = instruction_dataset(chat_id or machine, 64, seed=1000 + seed)  # seed 0 made the assistant
 encoded = [encode_chat(chat_tokenizer, c["instruction"], c["answer"]) for c in chats]
-chat_calibration = [
-    collate(encoded[i : i + 16], chat_tokenizer.pad_token_id) for i in range(0, len(encoded), 16)
-]
+chat_calibration = [collate(encoded[i : i + 16], chat_tokenizer.pad_token_id) for i in range(0, len(encoded), 16)]
 parts = {"calibrate": text_calibration, "measure": text_test, "train": text_train}
 print("rows of text to " + ", ".join(f"{use}: {tuple(part.shape)}" for use, part in parts.items()))
 print(f"{len(encoded)} chats to calibrate the assistant, {len(questions)} questions to measure it")
@@ -432,9 +430,7 @@ def replaced(model, make):
 
 def packed_model(model, bits: int, encode, kind=PackedLinear):
     """Copy whose linear layers are packed; `encode(name, weight)` gives codes, scales and zero points."""
-    return replaced(
-        model, lambda name, layer: kind(layer, bits, *encode(name, layer.weight.data.float()))
-    )
+    return replaced(model, lambda name, layer: kind(layer, bits, *encode(name, layer.weight.data.float())))
 
 
 def stored(model) -> dict[str, Tensor]:
@@ -610,7 +606,7 @@ if ON_CPU:
                   f"{share:.2f}, {by_kernel[1] / times_16[1]:.2f}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The points of the kernels lie near the broken line or below it: their time is that of reading, and the 4-bit kernel reads the fewest bytes. The same codes, unpacked with PyTorch's own operations, are the slowest of all. A file of 4 bits says nothing about speed. Ask which kernel will read it, and on which machine: this one wants a CPU that multiplies bfloat16.
+# **What you see.** The points of the kernels lie near the broken line: their time is that of reading, and the two 4-bit kernels read the fewest bytes. The same codes as in one of them, unpacked with PyTorch's own operations, are the slowest of all. A file of 4 bits says nothing about speed. Ask which kernel will read it, and on which machine: these want a CPU that multiplies bfloat16.
 
 
 # %% [markdown] tags=["core"]
@@ -1043,9 +1039,7 @@ title = "The best teacher's signal depends on what you ask of the student"
 figure.suptitle(title, x=0.02, ha="left", weight="bold")
 plots.show(figure, alt)
 for label in ("logits", "logits and hidden states"):
-    gains = [
-        lower(student_tables["text, no teacher", run], student_tables[label, run])[0] for run in range(RUNS)
-    ]
+    gains = [lower(student_tables["text, no teacher", run], student_tables[label, run])[0] for run in range(RUNS)]
     lesson.claim(
         f"student of {label}: loss below that of no teacher, the smallest of three runs (nats)",
         min(gains), at_least=0.02, form=".3f",
@@ -1667,7 +1661,7 @@ lesson.claim("NF4: error of the weights over the better of FP4 and absmax; contr
              best[0], at_most=0.95, control=best[1], form=".2f")  # fmt: skip
 
 # %% [markdown]
-# NF4 is close to the weights because they are distributed as its codes are; on uniform weights equal steps are better. "Each code is used equally often" would be a nice reason, and it is not so: see the shares above (Yoshida 2023 shows why, and that it is not what makes a code good). Integers with a zero point are about as close as NF4, and hardware computes with them directly. MXFP4 pays for its scale, which can only be a power of two. Between 8 bits of either kind the loss does not tell.
+# NF4 is close to the weights because they are distributed as its codes are; on uniform weights equal steps are better. "Each code is used equally often" would be a nice reason, and it is not so: see the shares above (Yoshida 2023 shows why, and that it is not what makes a code good). Integers with a zero point are about as close as NF4, and hardware computes with them directly. The scale of MXFP4 can only be a power of two, and its error lies between those of absmax integers and FP4. Between 8 bits of either kind the loss does not tell.
 
 # %% [markdown] tags=["further"]
 # ## 11 · AWQ: protect the columns that matter
@@ -1854,9 +1848,7 @@ def influence(model, batch) -> list[float]:
     """1 - cosine between the input and the output of each layer, mean over the tokens."""
     ids = batch["input_ids"].to(model.device)
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
-    return [
-        1 - F.cosine_similarity(states[i], states[i + 1], dim=-1).mean().item() for i in range(layers)
-    ]
+    return [1 - F.cosine_similarity(states[i], states[i + 1], dim=-1).mean().item() for i in range(layers)]
 
 
 # %%
@@ -1931,7 +1923,7 @@ def own_text(student, run: int, number: int = 8):
 # %%
 def own_divergence(student, run: int) -> float:
     """KL(q || p) on fresh text that the student writes."""
-    prompts = text_test.reshape(-1, 64)[:24, :16]
+    prompts = text_test.reshape(-1, 64)[:16, :16]
     fresh = write(student, prompts, 32, torch.Generator().manual_seed(1000 + 100 * seed + run))
     with torch.no_grad():
         return reverse_loss(student, {"input_ids": fresh}).item()
@@ -1940,21 +1932,22 @@ def own_divergence(student, run: int) -> float:
 LOSSES = {"forward KL": forward_loss, "reverse KL": reverse_loss}
 start = [own_divergence(students["logits", run], run) for run in range(RUNS)]
 arms = {}
+values = [*start, np.mean(start), mean(student_tables["logits", RUNS - 1])]
+rows = {"before": [f"{value:.2f}" for value in values]}
 for source in ("text", "own text"):
     for name, loss_fn in LOSSES.items():
         for run in range(RUNS):
             student = copy.deepcopy(students["logits", run])
             stream = text_stream(run, length=48) if source == "text" else own_text(student, run)
-            recover(student, stream, 8, loss_fn, settings["student"] / 4)
-            arms.setdefault((source, name), []).append((own_divergence(student, run), mean(measure(student))))
-rows = {"before": [f"{value:.2f}" for value in start] + [f"{np.mean(start):.2f}", ""]}
-for (source, name), runs in arms.items():
-    found, on_text = zip(*runs, strict=True)
-    rows[f"{source}, {name}"] = [f"{v:.2f}" for v in (*found, np.mean(found))] + [f"{np.mean(on_text):.2f}"]
-show_table(rows, [f"run {run + 1}" for run in range(RUNS)] + ["mean", "loss on text, mean"])
+            recover(student, stream, 6, loss_fn, settings["student"] / 4)
+            arms.setdefault((source, name), []).append(own_divergence(student, run))
+        on_text = mean(measure(student))  # of the last run
+        values = [*arms[source, name], np.mean(arms[source, name]), on_text]
+        rows[f"{source}, {name}"] = [f"{value:.2f}" for value in values]
+show_table(rows, [f"run {run + 1}" for run in range(RUNS)] + ["mean", "loss on text, last run"])
 
 # %%
-result = {arm: np.array(runs)[:, 0] for arm, runs in arms.items()}
+result = {arm: np.array(runs) for arm, runs in arms.items()}
 by_data = {n: result["text", n] - result["own text", n] for n in LOSSES}
 by_loss = {s: result[s, "forward KL"] - result[s, "reverse KL"] for s in ("text", "own text")}
 effects = {f"own text instead of text, {name}": gains for name, gains in by_data.items()}
