@@ -552,7 +552,7 @@ if ON_CPU:
 
 # %%
 timings, weights = {}, {}
-x = torch.randn(1, 2048, device=base.device, generator=None)
+x = torch.randn(1, 2048, device=base.device)
 with torch.no_grad():
     for label, layer in timed_layers.items():
         weights[label] = nf4_bytes if layer is nf4 else memory_bytes(layer)
