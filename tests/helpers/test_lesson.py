@@ -156,7 +156,7 @@ def test_the_summary_shows_a_table_and_its_metadata_hold_the_record(lesson: Less
     assert output.data["text/markdown"].splitlines() == [
         "| what was measured | number | |",
         "|---|---|---|",
-        r"| P(a\|b) grows | 0.9, at least 0.5 | holds |",
+        r"| P(a\|b) grows | 0.9, at least 0.5; control 0.1 | holds |",
         "| it is fast | 0.9, at most 0.5 | **does not hold** |",
         "| it is peft's | difference 0.0e+00, at most 1.0e-06 | holds |",
         "| reward | 1.50 |  |",
