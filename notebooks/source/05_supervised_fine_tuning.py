@@ -577,9 +577,10 @@ def says(row: Row, word: str, number: int) -> Row:
 
 
 pairs_rows = training_rows(lesson.scaled(8 * 15, 16), ("pairs",), stream=3)
-formats = {}
+formats, model = {}, None
 for number in LENGTHS:
     for word in WORDS:
+        del model  # a GPU has no room for another beside the next training
         rows = [says(row, word, number) for row in pairs_rows]
         model, history = fine_tune([encode(row) for row in rows], 15, batch_size=8)
         asked = [says(row, word, number) for row in tests["pairs"][:50]]

@@ -873,7 +873,7 @@ for worse, better in (("magnitude", "Wanda"), ("Wanda", "SparseGPT")):
 
 
 # %% [markdown]
-# The order of the three is the order of what they know: only the weights; the size of the inputs as well; their correlations as well. Where the inputs tell nothing, the order is gone.
+# The order of the three is the order of what they know: only the weights; the size of the inputs as well; their correlations as well. Where the inputs tell nothing, little or nothing of the order is left: the lines above name both ratios with white inputs as their control.
 #
 # **Zeros do not save a byte by themselves.** A dense tensor stores them like any other number. 2:4 is stored as the two values of each four, and their two places in 2 bits each. Write it, read it back, and look at the size. There is no 2:4 kernel for the CPU. On GPUs from Ampere on `torch.sparse.to_sparse_semi_structured` has one.
 
@@ -1322,7 +1322,7 @@ figure.suptitle("Good drafts save passes; only cheap drafts save time", x=0.02, 
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The words are the teacher's, whoever drafts them: a bad drafter costs time and nothing else. The student of hard labels is kept most often, as its column in section 6 promised, and yet the clock is against it: for a model as small as this one, half of the layers is nowhere near free. The n-grams are kept less often and cost almost nothing, so they decode faster than the model alone. Which pays depends on $a$ **and** $c$. Where the teacher is 20 times the size of the student, $c$ is near 0.05, and the same formula speaks for the student. How often n-grams are kept depends on the text: Shima's sentences repeat themselves, as code and forms do.
+# **What you see.** The words are the teacher's, whoever drafts them: a bad drafter costs time and nothing else. The student of hard labels is kept most often, as its column in section 6 promised, and yet the clock is against it: for a model as small as this one, half of the layers is nowhere near free. The n-grams are kept less often and cost almost nothing, so it is they that can decode faster than the model alone: look at their quartiles, since a clock on a busy machine is a poor witness. Which pays depends on $a$ **and** $c$. Where the teacher is 20 times the size of the student, $c$ is near 0.05, and the same formula speaks for the student. How often n-grams are kept depends on the text: Shima's sentences repeat themselves, as code and forms do.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Everything in one picture

@@ -252,26 +252,22 @@ lesson.claim("about people after rank 100 confidence is lower than the share rig
 
 # %%
 @torch.no_grad()
-def token_logits(questions: Sequence[Question], texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """For each text as an answer its logits (tokens, vocab) and token ids (tokens,)."""
-    parts = []
+def log_probs_at(questions: Sequence[Question], texts: Sequence[str], temperatures: Sequence[float]) -> Tensor:
+    """Log-probability (questions, temperatures) of each text as an answer, its logits divided by each temperature."""
+    parts, found = [], []
     for question, text in zip(questions, texts, strict=True):
         prompt, ending = (
             tokenizer(part, add_special_tokens=False)["input_ids"] for part in (question.prompt, " " + text)
         )
         parts.append({"input_ids": prompt + ending, "labels": [-100] * len(prompt) + ending})
-    found = []
     for start in range(0, len(parts), 64):
         batch = {k: v.to(model.device) for k, v in collate(parts[start : start + 64], tokenizer.pad_token_id).items()}
         labels = batch.pop("labels")[:, 1:]  # (batch, seq - 1)
         logits = model(**batch).logits[:, :-1]  # (batch, seq - 1, vocab)
-        found += [(z[row >= 0].cpu(), row[row >= 0].cpu()) for z, row in zip(logits, labels, strict=True)]
-    return found
-
-
-def log_probs_at(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Tensor:
-    """Log-probability (questions,) of each text with all logits divided by the temperature."""
-    return torch.stack([-F.cross_entropy(z / temperature, ids, reduction="sum") for z, ids in pairs])
+        for z, row in zip(logits, labels, strict=True):
+            z, ids = z[row >= 0].float(), row[row >= 0]  # (tokens, vocab), (tokens,)
+            found.append(torch.stack([-F.cross_entropy(z / t, ids, reduction="sum") for t in temperatures]))
+    return torch.stack(found).cpu()
 
 
 def calibration_error(p: np.ndarray, right: np.ndarray) -> float:
@@ -285,13 +281,13 @@ def calibration_error(p: np.ndarray, right: np.ndarray) -> float:
 pool = world.closed_book(2 * NUMBER, seed + 20, range(101, 1001))
 pool_texts = answers(model, pool)
 pool_right = is_right(pool, pool_texts)
-gold, own = token_logits(pool, [q.answer for q in pool]), token_logits(pool, pool_texts)
 grid = [0.05 * step for step in range(2, 61)]
-best_t = min(grid, key=lambda t: -log_probs_at(gold[:NUMBER], t).mean().item())
-raw, cured = (log_probs_at(own, t).exp().numpy() for t in (1.0, best_t))
+gold = log_probs_at(pool[:NUMBER], [q.answer for q in pool[:NUMBER]], grid)  # (questions, temperatures)
+best_t = grid[gold.mean(0).argmax()]
+raw, cured = log_probs_at(pool, pool_texts, (1.0, best_t)).exp().numpy().T
 unknown = strangers(NUMBER, seed + 20)
 unknown_texts = answers(model, unknown)
-unknown_p = log_probs_at(token_logits(unknown, unknown_texts), best_t).exp().numpy()
+unknown_p = log_probs_at(unknown, unknown_texts, [best_t])[:, 0].exp().numpy()
 test = slice(NUMBER, None)
 before, after = (calibration_error(p[test], pool_right[test]) for p in (raw, cured))
 print(f"T = {best_t:.2f}: ECE {before:.2f} -> {after:.2f}; mean confidence {raw[test].mean():.0%} -> "
