@@ -33,7 +33,6 @@ QUIZ = re.compile(
 )
 # Lessons that were written before there were core sections and a quiz. A revised lesson leaves this list.
 WITHOUT_CORE_AND_QUIZ = (
-    "08_rlhf",
     "10_compression",
 )
 COMMON_NAMES = {"admin", "colab", "jovyan", "localhost", "root", "runner", "student", "ubuntu", "user"}
