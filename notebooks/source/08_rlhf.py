@@ -1072,9 +1072,13 @@ rows = [{"prompt": p.question.prompt, "chosen": p.chosen, "rejected": p.rejected
 trainer = RewardTrainer(
     classifier, RewardConfig(**QUIET), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
 )
+classifier.config.pad_token_id = -1  # it reads the last token that is no padding: let each answer end there
 difference = 0.0
 for batch in pair_batches(test_pairs[:48], 16, seed):
-    batch = {name: tensor.to(machine.device) for name, tensor in batch.items()}
+    room = (1 - batch["attention_mask"]).sum(1).tolist()  # padding of each row, moved from its right to its left
+    for name, rows in batch.items():
+        moved_rows = [row.roll(width) for row, width in zip(rows, room, strict=True)]
+        batch[name] = torch.stack(moved_rows).to(machine.device)
     with torch.no_grad():
         theirs, own = trainer.compute_loss(classifier, dict(batch)), bradley_terry_loss(reward_model, batch)
     difference = max(difference, (theirs - own).abs().item())
@@ -1360,13 +1364,13 @@ def paid_by_the_word(judge: Scorer, rate: float) -> Scorer:
 
 # %% tags=["check"]
 def check_paid(paid_by_the_word, prediction):
-    guessed = isinstance(prediction, list | tuple) and len(prediction) == 2
-    guessed = guessed and all(isinstance(x, int | float) for x in prediction)
-    expect_true("PREDICTION holds two numbers, written before you measured", guessed)
     ids = torch.tensor([[7, 8, 5, 6, 9], [7, 8, 5, 9, 9], [7, 8, 9, 9, 9]])  # a prompt of 2 and an answer of 3
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
     made_up, given = Samples([], ids, mask, 2), torch.tensor([1.0, -2.0, 0.0])
     paid = paid_by_the_word(lambda samples: given, 0.5)
+    guessed = isinstance(prediction, list | tuple) and len(prediction) == 2
+    guessed = guessed and all(isinstance(x, int | float) for x in prediction)
+    expect_true("PREDICTION holds two numbers, written before you measured", guessed)
     expect_close("rewards 1, -2, 0 for answers of 3, 2, 1 tokens at 0.5", paid(made_up), [2.5, -1.0, 0.5])
     expect_close("the rewards of the judge, afterwards", given, [1.0, -2.0, 0.0])
     expect_close("at a rate of 0", paid_by_the_word(lambda samples: given, 0.0)(made_up), given)
