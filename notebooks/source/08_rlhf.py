@@ -179,7 +179,7 @@ def trainable_copy(model: nn.Module) -> nn.Module:
 
 # %%
 def fine_tune(start: nn.Module, examples: list[dict], size: int = 16) -> nn.Module:
-    """Cross-entropy on the answers, once through the examples; returns a new model."""
+    """Cross-entropy on the answers, once through the examples; trains `start` itself and returns it."""
     batches = [collate(rows, PAD) for rows in by_length(examples, size, lambda row: len(row["input_ids"]), seed)]
     new_words = [weight for name, weight in start.named_parameters() if weight.requires_grad and "embed" in name]
     others = [weight for name, weight in start.named_parameters() if weight.requires_grad and "embed" not in name]
@@ -555,12 +555,13 @@ class Run:
     """A policy in training, its optimiser, and what was measured at each iteration."""
 
     heads: Sequence[nn.Module] = ()
+    rate: float = 1.0  # times the rate of the settings
     log: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.policy = trainable_copy(sft)
         self.trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        groups = [{"params": self.trained, "lr": settings["rl"]}]
+        groups = [{"params": self.trained, "lr": self.rate * settings["rl"]}]
         groups += [{"params": head.parameters(), "lr": 1e-3} for head in self.heads]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(machine.device, enabled=lesson.precision == "fp16-mixed")
@@ -603,10 +604,10 @@ def batch_of(policy: nn.Module, step: int, generator: torch.Generator, run: int)
     return sample(policy, [question for question in asked for _ in range(GROUP)], generator)
 
 
-def policy_gradient(loss_of: Callable, scorer: Scorer, run: int = 0, iterations: int = ITERATIONS) -> Run:
+def policy_gradient(loss_of: Callable, scorer: Scorer, run: int = 0, rate: float = 1.0) -> Run:
     """Train a copy of the SFT policy: `loss_of(policy, samples, scores)` on a fresh batch at each iteration."""
-    generator, training = torch.Generator().manual_seed(1000 * seed + run), Run()
-    for step in tqdm(range(iterations), desc=f"run {run}", leave=False):
+    generator, training = torch.Generator().manual_seed(1000 * seed + run), Run(rate=rate)
+    for step in tqdm(range(ITERATIONS), desc=f"run {run}"):
         samples = batch_of(training.policy, step, generator, run)
         scores = scorer(samples)
         training.note(samples, scores)
@@ -616,6 +617,8 @@ def policy_gradient(loss_of: Callable, scorer: Scorer, run: int = 0, iterations:
 
 judge = partial(proxy, reward_model)
 reinforced = policy_gradient(reinforce, judge)
+
+# %%
 lines = {"reward model": (range(len(reinforced.log)), reinforced.column("proxy") - reinforced.log[0]["proxy"]),
          "true reward": (range(len(reinforced.log)), reinforced.column("true") - reinforced.log[0]["true"])}  # fmt: skip
 alt = "Change of the reward model's score and of the true reward over the iterations of REINFORCE."
@@ -842,7 +845,7 @@ def ppo(judge: Scorer, iterations: int = ITERATIONS, beta: float = 0.02, epochs:
     head = nn.Linear(sft.config.hidden_size, 1, device=machine.device)
     nn.init.zeros_(head.weight)
     training = Run([head])
-    for step in tqdm(range(iterations), desc="PPO", leave=False):
+    for step in tqdm(range(iterations), desc="PPO"):
         samples = batch_of(training.policy, step, generator, run=0)
         mask, scores = samples.answer_mask, judge(samples)
         with torch.no_grad():
@@ -908,7 +911,7 @@ show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT
 #
 # **Question.** A reward model is sound and only imprecise. What happens if you optimise it hard, and what does a price for KL change?
 #
-# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Here is the recipe for it: a second reward model, from the first 100 pairs, and a rate that is three times as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy leaves the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
+# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Here is the recipe for it: a second reward model, from the first 100 pairs, and a rate that is three times as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
 
 # %%
 small_model = fit_reward_model(train_pairs[: lesson.scaled(100, 16)], epochs=3)
@@ -917,12 +920,10 @@ small_delta = margins(small_model, test_pairs)
 print(f"agrees with the truth on {agreement(small_delta, clear)} of the clear held-out pairs")
 lesson.report("reward model of 100 pairs, agreement on clear pairs", str(agreement(small_delta, clear)))
 HARD, PRICES = 3.0, (0.0, 0.2)
-usual = settings["rl"]
-settings["rl"] = HARD * usual
 pressed = {
-    beta: [policy_gradient(partial(grpo, beta=beta), small_judge, run) for run in range(RUNS)] for beta in PRICES
+    beta: [policy_gradient(partial(grpo, beta=beta), small_judge, run, rate=HARD) for run in range(RUNS)]
+    for beta in PRICES
 }
-settings["rl"] = usual
 
 # %% tags=["headline"]
 figure = Figure(figsize=(9, 3.6), layout="constrained")
