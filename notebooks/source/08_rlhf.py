@@ -332,9 +332,7 @@ for pair in train_pairs[:2]:
 gaps = np.array([pair.chosen_reward - pair.rejected_reward for pair in test_pairs])  # below 0: the annotator erred
 clear, everything = np.abs(gaps) >= 1, np.ones(len(gaps), bool)
 ceiling = float(np.mean(1 / (1 + np.exp(-np.abs(gaps) / NOISE))))
-print(
-    f"{len(train_pairs)} pairs to train on, {len(test_pairs)} to test on, of which {clear.sum()} are clear: 1 or more apart"
-)
+print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} to test on; {clear.sum()} of these 1 or more apart")
 print(f"nobody can agree with this annotator on more than {ceiling:.0%} of the test pairs in the mean")
 
 # %% [markdown]
@@ -619,8 +617,8 @@ judge = partial(proxy, reward_model)
 reinforced = policy_gradient(reinforce, judge)
 
 # %%
-lines = {"reward model": (range(len(reinforced.log)), reinforced.column("proxy") - reinforced.log[0]["proxy"]),
-         "true reward": (range(len(reinforced.log)), reinforced.column("true") - reinforced.log[0]["true"])}  # fmt: skip
+named = {"reward model": reinforced.column("proxy"), "true reward": reinforced.column("true")}
+lines = {name: (range(len(values)), values - values[0]) for name, values in named.items()}
 alt = "Change of the reward model's score and of the true reward over the iterations of REINFORCE."
 plots.show(plots.curve(lines, title="REINFORCE: what the reward model says, and what is true", xlabel="iteration",
                        ylabel="change since the start (points)", alt=alt))  # fmt: skip
@@ -1012,9 +1010,9 @@ for alpha, name, exact_kl, mean, spread in rows:
 kls = [row[2] for row in rows if row[1] == "k1"]
 relative = {name: [row[4] / max(row[2], 1e-9) for row in rows if row[1] == name] for name in ("k1", "k2", "k3")}
 lines = {name: (kls, values) for name, values in relative.items()}
-alt = "Standard deviation of one sample over the KL itself, for three estimators: that of k1 is the largest when near."
-plots.show(plots.curve(lines, title="Which estimator is calmer depends on the distance", xlabel="exact KL (nats per token)",
-                       ylabel="standard deviation / KL", log_x=True, log_y=True, alt=alt))  # fmt: skip
+alt = "Standard deviation of one sample over the KL itself, for three estimators at four distances."
+plots.show(plots.curve(lines, title="Which estimator is calmer depends on the distance",
+                       xlabel="exact KL (nats per token)", ylabel="standard deviation / KL", log_x=True, log_y=True, alt=alt))  # fmt: skip
 near = {row[1]: row for row in rows if row[0] == 0.1}
 bias = {name: abs(near[name][3] / max(near[name][2], 1e-9) - 1) for name in near}
 lesson.report(
