@@ -1012,7 +1012,8 @@ relative = {name: [row[4] / max(row[2], 1e-9) for row in rows if row[1] == name]
 lines = {name: (kls, values) for name, values in relative.items()}
 alt = "Standard deviation of one sample over the KL itself, for three estimators at four distances."
 plots.show(plots.curve(lines, title="Which estimator is calmer depends on the distance",
-                       xlabel="exact KL (nats per token)", ylabel="standard deviation / KL", log_x=True, log_y=True, alt=alt))  # fmt: skip
+                       xlabel="exact KL (nats per token)", ylabel="standard deviation / KL",
+                       log_x=True, log_y=True, alt=alt))  # fmt: skip
 near = {row[1]: row for row in rows if row[0] == 0.1}
 bias = {name: abs(near[name][3] / max(near[name][2], 1e-9) - 1) for name in near}
 lesson.report(
