@@ -91,7 +91,7 @@ quiet_libraries()
 lesson = Lesson("08", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
 SETTINGS = {  # learning rates of SFT, reward model and RL; how many layers learn after SFT
-    "cpu": {"sft": 7e-4, "reward": 1e-3, "rl": 1e-4, "layers": 2},
+    "cpu": {"sft": 7e-4, "reward": 1e-3, "rl": 1.5e-4, "layers": 2},
     "t4": {"sft": 1e-4, "reward": 5e-5, "rl": 2e-5, "layers": 4},
     "large": {"sft": 5e-5, "reward": 3e-5, "rl": 1e-5, "layers": 6},
 }
@@ -225,7 +225,7 @@ class Samples:
 
 
 # %%
-LIMIT = 40  # tokens an answer may have
+LIMIT = 32  # tokens an answer may have
 
 
 @torch.no_grad()
@@ -273,7 +273,7 @@ def manners(samples: Samples) -> list[str]:
 
 
 MANNERS = ["right", "polite", "idle", "tokens", "true reward"]
-exam = facts(lesson.scaled(80, 8), "exam", held_out=True)  # questions in phrasings never trained on
+exam = facts(lesson.scaled(64, 8), "exam", held_out=True)  # questions in phrasings never trained on
 
 
 def take_exam(model: nn.Module) -> Samples:
@@ -287,7 +287,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **How to read it.** The policy writes like its teachers: as often polite, as often too short, as often idle. Nothing in the loss says that one is better than the other. Compare the two rows: careless demonstrations have cost a part of the assistant's true reward. At temperature 1 a model this small, this briefly trained, also garbles words.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two effects partly cancel.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -324,8 +324,8 @@ def compared(n: int, stream: str, held_out: bool = False) -> list[Preference]:
     return [annotated(rng, *pair) for pair in rng.sample(both, len(both))]
 
 
-train_pairs = compared(lesson.scaled(800, 32), "train")
-test_pairs = compared(lesson.scaled(160, 32), "test", held_out=True)
+train_pairs = compared(lesson.scaled(600, 32), "train")
+test_pairs = compared(lesson.scaled(140, 32), "test", held_out=True)
 for pair in train_pairs[:2]:
     print(f"{pair.question.prompt}\n   chosen   ({pair.chosen_reward:+.1f}) {pair.chosen!r}")
     print(f"   rejected ({pair.rejected_reward:+.1f}) {pair.rejected!r}")
@@ -463,11 +463,11 @@ for kind in probe(exam[0]):
     told[kind] = score(int((found > 0).sum()), len(found))
     lesson.report(f"reward model tells apart: {kind}", str(told[kind]))
 alt = "Minimal pairs ordered rightly by the reward model, for four kinds of mistake, with intervals."
-plots.show(plots.bars_with_intervals(told, title="What the reward model can tell apart, and what it cannot",
+plots.show(plots.bars_with_intervals(told, title="The reward model hears the tone and not the truth",
                                      xlabel="minimal pairs", references={"chance": 0.5}, alt=alt))  # fmt: skip
 
 # %% [markdown]
-# **How to read it.** If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. Look at the last bar as well. Nothing is rewarded that the reward model cannot see, and a true name in a well-formed sentence looks much like a false one.
+# **What you see.** The rule of form is a strong rival: in this run it agrees as often as the reward model, within the intervals. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -585,7 +585,7 @@ class Run:
 
 
 # %%
-GROUP, QUESTIONS, ITERATIONS = 8, 4, lesson.scaled(10)
+GROUP, QUESTIONS, ITERATIONS = 8, 4, lesson.scaled(8)
 Scorer = Callable[[Samples], Tensor]
 
 
@@ -620,11 +620,11 @@ reinforced = policy_gradient(reinforce, judge)
 named = {"reward model": reinforced.column("proxy"), "true reward": reinforced.column("true")}
 lines = {name: (range(len(values)), values - values[0]) for name, values in named.items()}
 alt = "Change of the reward model's score and of the true reward over the iterations of REINFORCE."
-plots.show(plots.curve(lines, title="REINFORCE: what the reward model says, and what is true", xlabel="iteration",
+plots.show(plots.curve(lines, title="REINFORCE raises what the reward model says, unevenly", xlabel="iteration",
                        ylabel="change since the start (points)", alt=alt))  # fmt: skip
 
 # %% [markdown]
-# **How to read it.** A project sees the first line only. The second is the same answers, judged by the truth. Both are means of 32 new answers at each iteration, so they jump. The two scales are not the same: a reward model has an arbitrary unit. Compare directions, not heights.
+# **What you see.** Both lines jump, since each point is the mean of 32 answers to four new questions; in this run both end above their start. A project sees the reward model's line only. The two scales are not the same, because a reward model has an arbitrary unit: compare directions, not heights.
 
 # %% [markdown] tags=["core"]
 # ## 4 · RLOO and GRPO: the other answers are the baseline
@@ -657,14 +657,15 @@ off = (rloo_advantages(scores) - GROUP / (GROUP - 1) * centred).abs().max()
 lesson.equal("RLOO's advantage is G / (G - 1) times the distance to the group's mean", off, within=1e-12)
 
 # %% [markdown]
-# **Is it quieter on the model?** Take one batch of answers from the SFT policy. Compute the gradient of each question's group alone, in three ways: with raw rewards, with the batch mean as baseline, and with RLOO. The spread over the questions, relative to the length of the mean gradient, is the noise.
+# **Is it quieter on the model?** Take one batch of answers from the SFT policy. Compute the gradient of each question's group alone, in four ways: with raw rewards, with all rewards raised by 10, with the batch mean as baseline, and with RLOO. All four estimate the same mean, so the one whose gradients differ least from question to question is the best.
 
 # %%
 NOISE_QUESTIONS = 8
 asked = [question for question in facts(NOISE_QUESTIONS, "noise") for _ in range(GROUP)]
 samples = sample(sft, asked, torch.Generator().manual_seed(seed))
 scores = judge(samples)
-weights = {"raw reward": scores, "minus batch mean": scores - scores.mean(), "RLOO": rloo_advantages(scores)}
+weights = {"raw reward": scores, "reward + 10": scores + 10, "minus batch mean": scores - scores.mean()}
+weights["RLOO"] = rloo_advantages(scores)
 twin = trainable_copy(sft)
 parameters = [weight for weight in twin.parameters() if weight.requires_grad]
 gradients = {name: [] for name in weights}
@@ -676,13 +677,12 @@ for rows in torch.arange(len(asked)).split(GROUP):
         gradients[name].append(torch.cat([gradient.flatten() for gradient in found]))
 for name, found in gradients.items():
     stacked = torch.stack(found)  # (questions, parameters)
-    mean = stacked.mean(0)
-    spread = ((stacked - mean) ** 2).sum(1).mean().sqrt().item()
-    print(f"{name:>17}: length of the mean gradient {mean.norm():7.2f}, spread over questions {spread:7.2f}")
+    spread = ((stacked - stacked.mean(0)) ** 2).sum(1).mean().sqrt().item()
+    print(f"{name:>17}: spread of the gradient over questions {spread:7.2f}")
     lesson.report(f"spread of the gradient over questions, {name}", spread, ".3g")
 
 # %% [markdown]
-# **How to read it.** The first row depends on the arbitrary zero of this reward model: another seed of its training moves it. The two rows below do not. That is the reason for a baseline that you can always give, whatever else differs.
+# **What you see.** Raise all rewards by 10, which changes nothing about the answers, and the estimate gets much louder. The last two rows do not change with the zero of the reward model: that is the reason for a baseline that you can always give. Between these two the difference is small here; RLOO's factor $\frac{8}{7}$ is in it.
 #
 # **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference: an estimate of the KL divergence, $k_3$, that section 8 compares with others.
 
@@ -733,7 +733,7 @@ lesson.claim("GRPO raises the true reward by at least 0.4 over SFT, mean of thre
              at_least=0.4, form=".2f")  # fmt: skip
 
 # %% [markdown]
-# **How to read it.** REINFORCE and RLOO have one run each, GRPO has three: do not rank them by a difference that is smaller than the spread of the three. All saw the same number of answers.
+# **What you see.** In this run all five beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE and RLOO have one run each, GRPO has three: do not rank them by a difference smaller than the spread of the three. All saw the same number of answers.
 
 # %% [markdown] tags=["core"]
 # ## 5 · PPO: use a batch more than once
@@ -869,6 +869,8 @@ print("tokens beyond the clip at the last update of each iteration: "
 show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
 
 # %% [markdown]
+# **What you see.** The share beyond the clip is small: two passes over a batch move few tokens by more than 20 %. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one.
+#
 # **What InstructGPT did otherwise** (Ouyang et al. 2022). Its values come from a model of their own that starts as the reward model; here the value head shares the policy's layers. Like here, $\beta$ is fixed. It also mixes in the loss of pretraining (PPO-ptx), against what RL makes the model forget. Ziegler et al. (2019) adapt $\beta$ instead: $\beta \leftarrow \beta\,(1 + 0.1\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -0.2, 0.2)$, at most 2 % a step. Many such details decide whether PPO works; Huang et al. (2024) list them, among them whitened rewards and how the value head starts.
 
 # %% [markdown] tags=["core"]
@@ -902,14 +904,14 @@ for name, values in results.items():
 show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT"])
 
 # %% [markdown]
-# **How to read it.** The standard error is that of the questions: the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. If "SFT, careful" stands at the top, believe it: where people can write the answer that you want, let them. Preferences earn their place where judging is easier than writing.
+# **What you see.** In this run "SFT, careful" stands at the top, above every policy that learned from preferences. Believe it: where people can write the answer that you want, let them. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
 #
 # **Question.** A reward model is sound and only imprecise. What happens if you optimise it hard, and what does a price for KL change?
 #
-# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Here is the recipe for it: a second reward model, from the first 100 pairs, and a rate that is three times as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
+# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
 
 # %%
 small_model = fit_reward_model(train_pairs[: lesson.scaled(100, 16)], epochs=3)
@@ -917,7 +919,7 @@ small_judge = partial(proxy, small_model)
 small_delta = margins(small_model, test_pairs)
 print(f"agrees with the truth on {agreement(small_delta, clear)} of the clear held-out pairs")
 lesson.report("reward model of 100 pairs, agreement on clear pairs", str(agreement(small_delta, clear)))
-HARD, PRICES = 3.0, (0.0, 0.2)
+HARD, PRICES = 2.0, (0.0, 0.2)
 pressed = {
     beta: [policy_gradient(partial(grpo, beta=beta), small_judge, run, rate=HARD) for run in range(RUNS)]
     for beta in PRICES
@@ -928,14 +930,13 @@ figure = Figure(figsize=(9, 3.6), layout="constrained")
 for axes, column, label in zip(figure.subplots(1, 2), ("proxy", "true"), ("reward model", "true reward"), strict=True):
     for (beta, runs), color in zip(pressed.items(), plots.COLORS, strict=False):
         values = np.array([training.column(column) for training in runs])  # (runs, iterations)
-        axes.plot(values.mean(0), color=color, label=f"beta {beta:g}")
-        axes.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=color, alpha=0.15)
-    axes.set(xlabel="iteration", ylabel=f"{label}, mean of the samples (points)")
+        axes.plot(values.T, color=color, linewidth=1, alpha=0.5)
+        axes.plot(values.mean(0), color=color, linewidth=3, label=f"beta {beta:g}, mean of runs")
+    axes.set(xlabel="iteration", ylabel=f"{label} (points)")
 axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-figure.suptitle("An imprecise reward model, optimised hard: what it says and what is true", x=0.01, ha="left",
-                weight="bold")  # fmt: skip
+figure.suptitle("What the reward model says does not tell you what is true", x=0.01, ha="left", weight="bold")
 plots.show(figure, "Two panels over the iterations, reward model and true reward, with and without a price of KL; "
-                   "bands over three runs.")  # fmt: skip
+                   "thin lines are single runs.")  # fmt: skip
 
 
 # %%
@@ -952,13 +953,15 @@ for beta, runs in pressed.items():
                   f"{change(runs, 'proxy')[2] - change(runs, 'proxy')[0]:+.2f}, "
                   f"{change(runs, 'true')[2] - change(runs, 'true')[1]:+.2f}")  # fmt: skip
 show_table(rows, [f"{what} {when}" for what in ("proxy", "truth") for when in ("start", "highest", "end")])
-exams |= {f"hard, beta {beta:g}": take_exam(runs[0].policy) for beta, runs in pressed.items()}
-show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
-for text in exams["hard, beta 0"].texts[:4]:
-    print(repr(text))
+worst = {beta: min(runs, key=lambda training: training.column("true")[-2:].mean()) for beta, runs in pressed.items()}
+hard = {f"hard, beta {beta:g}, worst run": take_exam(training.policy) for beta, training in worst.items()}
+shown = {name: exams[name] for name in ("SFT, careless", "GRPO, run 1")} | hard
+show_table({name: manners(samples) for name, samples in shown.items()}, MANNERS)
+for question, text in list(zip(exam, hard["hard, beta 0, worst run"].texts, strict=True))[:4]:
+    print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **How to read it.** Look at the left panel first: it is all that a project sees, and it never looks bad. Then read the four answers. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower.
+# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that has found where the reward model is wrong; the answers printed last are those of the worst run without a price. How many of three runs go astray is a matter of the seed, so three runs do not tell you how often it happens. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
 #
 # What to watch without a true reward: the length of the answers, the share that ends, and the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs: compare the rows of GRPO in section 6.
 
@@ -992,7 +995,7 @@ def estimators(p: Tensor, q: Tensor) -> dict[str, Tensor]:
 
 
 moved = pressed[0.0][0].policy
-some = exams["hard, beta 0"].rows(torch.arange(min(40, len(exam))))
+some = take_exam(moved).rows(torch.arange(min(40, len(exam))))
 q, end = all_log_probs(sft, some), all_log_probs(moved, some)
 rows = []
 for alpha in (0.1, 0.25, 0.5, 1.0):
@@ -1025,7 +1028,7 @@ far = {row[1]: row for row in rows if row[0] == 1.0}
 lesson.report("KL estimators at the end, deviation k1 / k2 / k3", " / ".join(f"{r[4]:.3f}" for r in far.values()))
 
 # %% [markdown]
-# **How to read it.** Near the reference compare $k_1$ with $k_3$ at the left of the figure. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously, so $k_3$ may lose its advantage. $k_2$ is biased; see the column.
+# **What you see.** $k_1$ and $k_3$ have no bias, $k_2$ has one that grows with the distance. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. In this run that costs $k_3$ its advantage.
 #
 # **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. Check all four.
 
