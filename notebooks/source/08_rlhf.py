@@ -287,7 +287,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two effects partly cancel.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other; how much remains of the assistant's is a matter of the seed.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -467,7 +467,7 @@ plots.show(plots.bars_with_intervals(told, title="The reward model hears the ton
                                      xlabel="minimal pairs", references={"chance": 0.5}, alt=alt))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The rule of form is a strong rival: in this run it agrees as often as the reward model, within the intervals. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** The rule of form is a strong rival: the intervals of the two overlap. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -682,7 +682,7 @@ for name, found in gradients.items():
     lesson.report(f"spread of the gradient over questions, {name}", spread, ".3g")
 
 # %% [markdown]
-# **What you see.** Raise all rewards by 10, which changes nothing about the answers, and the estimate gets much louder. The last two rows do not change with the zero of the reward model: that is the reason for a baseline that you can always give. Between these two the difference is small here; RLOO's factor $\frac{8}{7}$ is in it.
+# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it, and are quieter than both: that is the reason for a baseline that you can always give. Between these two the difference is small here; RLOO's factor $\frac{8}{7}$ is in it.
 #
 # **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference: an estimate of the KL divergence, $k_3$, that section 8 compares with others.
 
@@ -729,8 +729,7 @@ exams |= {f"GRPO, run {run + 1}": take_exam(training.policy) for run, training i
 show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
 gains = [(truth(exams[f"GRPO, run {run + 1}"]) - truth(exams["SFT, careless"])).mean().item() for run in range(RUNS)]
 print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:+.2f}" for gain in gains))
-lesson.claim("GRPO raises the true reward by at least 0.4 over SFT, mean of three runs", np.mean(gains),
-             at_least=0.4, form=".2f")  # fmt: skip
+lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
 
 # %% [markdown]
 # **What you see.** In this run all five beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE and RLOO have one run each, GRPO has three: do not rank them by a difference smaller than the spread of the three. All saw the same number of answers.
@@ -842,7 +841,7 @@ def ppo(judge: Scorer, iterations: int = ITERATIONS, beta: float = 0.02, epochs:
     generator = torch.Generator().manual_seed(1000 * seed)
     head = nn.Linear(sft.config.hidden_size, 1, device=machine.device)
     nn.init.zeros_(head.weight)
-    training = Run([head])
+    training = Run([head], rate=0.5)  # four updates a batch, at half the rate each
     for step in tqdm(range(iterations), desc="PPO"):
         samples = batch_of(training.policy, step, generator, run=0)
         mask, scores = samples.answer_mask, judge(samples)
@@ -869,7 +868,7 @@ print("tokens beyond the clip at the last update of each iteration: "
 show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
 
 # %% [markdown]
-# **What you see.** The share beyond the clip is small: two passes over a batch move few tokens by more than 20 %. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one.
+# **What you see.** After two passes over a batch some tokens have moved by more than 20 %; those that moved in the wanted direction get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results.
 #
 # **What InstructGPT did otherwise** (Ouyang et al. 2022). Its values come from a model of their own that starts as the reward model; here the value head shares the policy's layers. Like here, $\beta$ is fixed. It also mixes in the loss of pretraining (PPO-ptx), against what RL makes the model forget. Ziegler et al. (2019) adapt $\beta$ instead: $\beta \leftarrow \beta\,(1 + 0.1\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -0.2, 0.2)$, at most 2 % a step. Many such details decide whether PPO works; Huang et al. (2024) list them, among them whitened rewards and how the value head starts.
 
@@ -961,7 +960,7 @@ for question, text in list(zip(exam, hard["hard, beta 0, worst run"].texts, stri
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that has found where the reward model is wrong; the answers printed last are those of the worst run without a price. How many of three runs go astray is a matter of the seed, so three runs do not tell you how often it happens. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
+# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that has found where the reward model is wrong; the answers printed last are those of the worst run without a price. In this run the worst policy without a price has garbled its polite opening: the reward model still takes it for one, the annotator would not. How many of three runs go astray is a matter of the seed: with another one, none did. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
 #
 # What to watch without a true reward: the length of the answers, the share that ends, and the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs: compare the rows of GRPO in section 6.
 
@@ -1028,7 +1027,7 @@ far = {row[1]: row for row in rows if row[0] == 1.0}
 lesson.report("KL estimators at the end, deviation k1 / k2 / k3", " / ".join(f"{r[4]:.3f}" for r in far.values()))
 
 # %% [markdown]
-# **What you see.** $k_1$ and $k_3$ have no bias, $k_2$ has one that grows with the distance. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. In this run that costs $k_3$ its advantage.
+# **What you see.** $k_1$ and $k_3$ have no bias, $k_2$ has one. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. In this run that costs $k_3$ its advantage.
 #
 # **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. Check all four.
 
