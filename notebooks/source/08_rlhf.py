@@ -71,8 +71,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, DynamicCache, PrinterCallback
-from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+from transformers import DynamicCache
 
 from helpers import plots
 from helpers.chat import chat_prompt, encode_answer, end_of_turn
@@ -99,6 +98,10 @@ settings = SETTINGS[machine.name]
 QUIET = {"output_dir": str(ROOT / "build" / "08_rlhf"), "report_to": "none", "use_cpu": machine.device == "cpu",
          "bf16": False, "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False,
          "seed": seed}  # fmt: skip
+
+# %%
+from transformers import AutoModelForSequenceClassification, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 # %% [markdown]
 # `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
