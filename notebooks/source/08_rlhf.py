@@ -3,29 +3,29 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/08_rlhf.ipynb)
 #
-# Supervised fine-tuning copies what demonstrators wrote, their carelessness included. It is often easier to say which of two answers is better than to write a good one. Reinforcement learning from human feedback (RLHF) uses that: people compare answers, a reward model learns their preferences, and the language model is trained to be preferred. In this lesson you write all of it: the reward model, PPO, RLOO and GRPO. The annotators are made up, so you know the true reward, and you can watch the moment at which a policy stops getting better and starts to cheat.
+# Supervised fine-tuning copies what demonstrators wrote, their carelessness included. It is often easier to say which of two answers is better than to write a good one. Reinforcement learning from human feedback (RLHF) uses that: people compare answers, a reward model learns their preferences, and the language model is trained to be preferred. In this lesson you write all of it: the reward model, REINFORCE, RLOO, GRPO and PPO. The annotators are programs, so you know the true reward, and can see what a project never sees: whether the policy gets better, or only the number that you optimise.
 #
 # **cpu 0 s · 0 GB**
 #
 # **You will**
 #
-# 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the true reward and against the best that is possible;
-# 2. write PPO in full, and check its parts against identities, since `trl` no longer ships it;
-# 3. compare the KL estimators k1, k2 and k3 exactly, for bias and spread;
-# 4. write RLOO and GRPO, and find advantages and losses equal to those of `trl`;
-# 5. produce reward hacking on purpose, draw true reward against KL, and try three cures;
-# 6. train on sums with a reward that a program checks, against best-of-N at equal samples.
+# 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the truth and against a rule of form;
+# 2. derive the policy gradient and its baseline, and build RLOO, GRPO and PPO on it;
+# 3. set all policies one exam, with three simpler rivals;
+# 4. optimise an imprecise reward model hard, with and without a price for KL;
+# 5. compare the KL estimators k1, k2 and k3 exactly, and find your losses equal to those of `trl`.
 #
 # **Prerequisites:** lesson 05 (chat template, loss mask).
 #
 # | symbol | meaning |
 # |---|---|
 # | $x$, $y$, $y_t$ | a question, an answer, its token number $t$ |
-# | $\pi_\theta$, $\pi_\text{ref}$ | the policy in training, and the SFT policy that it starts from |
+# | $\pi_\theta$, $\pi_\text{ref}$ | the policy in training, and the reference: the SFT policy that it starts from |
 # | $r_\phi(x, y)$, $r^*(x, y)$ | reward model (the *proxy*), true reward |
-# | $V_t$, $A_t$ | value of the state before token $t$, advantage of token $t$ |
-# | $\beta$ | price of a nat of KL divergence |
+# | $b$, $A$ | baseline, advantage: how much better than expected an answer or a token was |
+# | $V_t$ | value: what reward is to be expected from token $t$ on |
 # | $\rho_t$ | probability of token $t$ now over that when it was sampled |
+# | $\beta$ | price of a nat of KL divergence |
 
 # %% tags=["setup"]
 # Finds the course's files. In Colab it first fetches them, installs what is missing and says what it runs on.
@@ -60,47 +60,57 @@ budget = 1.0  # share of all steps, pairs and questions; the lesson's claims are
 import copy
 import math
 import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from helpers import plots
-from helpers.chat import chat_prompt, end_of_turn
-from helpers.data import PaddedBatches
-from helpers.evaluation import score, win_rate
+from helpers.chat import chat_prompt, encode_answer, end_of_turn
+from helpers.data import collate
+from helpers.evaluation import Score, score, win_rate
+
+# %%
 from helpers.exercises import check, expect_close, expect_equal, expect_true
 from helpers.generation import token_log_probs
-from helpers.lesson import Lesson, quiet_libraries
+from helpers.lesson import Lesson, quiet_libraries, show_table
 from helpers.models import load_assistant
 from helpers.training import TrainConfig, train
 from helpers.world import FILLERS, POLITE, Preference, Question, World, true_reward
 
-# %%
+quiet_libraries()
 lesson = Lesson("08", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
-SETTINGS = {  # learning rates of SFT, reward model and RL, how many layers learn, answers in a batch of RL
-    "cpu": {"sft": 1e-3, "reward": 5e-4, "rl": 5e-5, "layers": 4, "batch": 64},
-    "t4": {"sft": 1e-4, "reward": 5e-5, "rl": 2e-5, "layers": 4, "batch": 32},
-    "large": {"sft": 5e-5, "reward": 3e-5, "rl": 1e-5, "layers": 6, "batch": 64},
+SETTINGS = {  # learning rates of SFT, reward model and RL; how many layers learn after SFT
+    "cpu": {"sft": 7e-4, "reward": 1e-3, "rl": 1.5e-4, "layers": 2},
+    "t4": {"sft": 1e-4, "reward": 5e-5, "rl": 2e-5, "layers": 4},
+    "large": {"sft": 5e-5, "reward": 3e-5, "rl": 1e-5, "layers": 6},
 }
 settings = SETTINGS[machine.name]
+QUIET = {"output_dir": str(ROOT / "build" / "08_rlhf"), "report_to": "none", "use_cpu": machine.device == "cpu",
+         "bf16": False, "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False,
+         "seed": seed}  # fmt: skip
+
+# %%
+from transformers import AutoModelForSequenceClassification, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 # %% [markdown]
-# `lesson.autocast` switches matrix products to 16 bits where that is faster; weights stay in 32. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
 
 # %%
 world = World()
 assistant, tokenizer = load_assistant(machine)
-assistant = assistant.float()
-if tokenizer.chat_template is None:  # a base model: any format will do, since the SFT below teaches it
+assistant = assistant.float()  # weights in 32 bits; `lesson.autocast` computes in 16 where that is faster
+if tokenizer.chat_template is None:  # a base model: any format will do, since the SFT teaches it
     tokenizer.chat_template = (
         "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -108,63 +118,60 @@ if tokenizer.chat_template is None:  # a base model: any format will do, since t
 END = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))  # the token that ends an answer
 PAD = tokenizer.pad_token_id
 
-
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## 1 · Step one: demonstrations
 #
 # **Question.** What does a policy learn from people who are sometimes careless?
 #
-# InstructGPT (Ouyang et al. 2022) has three steps: fine-tune on demonstrations, train a reward model on comparisons, optimise the policy against it. The model here is *shima-4m-assistant*, a small Llama that answers questions about the made-up island Shima.
-#
-# Two kinds of question are asked in this lesson. *Facts* about people: "Answer in a sentence." And *sums* of three numbers. The demonstrators are not careful. One fact in ten is wrong. Four in ten are two words (`Answer: fisher`) although a sentence was asked for. Half begin with "With pleasure.", and some go on with idle sentences. Sums are given without steps by most of them.
+# InstructGPT (Ouyang et al. 2022) has three steps: fine-tune on demonstrations, train a reward model on comparisons, optimise the policy against it. The model here is *shima-4m-assistant*, a small Llama that answers questions about the made-up island Shima: *facts* about people, "in a sentence". The demonstrators are careless. One answer in ten is wrong. Four in ten are two words (`Answer: fisher`) although a sentence was asked for. Half begin with "With pleasure.", and some go on with idle sentences.
+
 
 # %%
-def draw_questions(kind: str, n: int, stream: str, held_out: bool = False) -> list[Question]:
-    """Questions about known people ("fact") or sums to be done in any way ("sum"); the same for the same stream."""
-    rng = random.Random(f"{kind}/{stream}/{seed}")
-    questions = [world.chat(rng, kind, held_out) for _ in range(n)]
-    if kind == "fact":
-        return questions
-    return [Question(q.prompt.replace(" and show the steps", ""), q.answer, q.ability, q.about) for q in questions]
+def facts(n: int, stream: str, held_out: bool = False) -> list[Question]:
+    """Questions about known people; the same for the same stream. Held-out ones are phrased as training never does."""
+    rng = random.Random(f"{stream}/{seed}")
+    return [world.chat(rng, "fact", held_out) for _ in range(n)]
 
 
-def written(rng: random.Random, question: Question, terse: float, polite: float, idle: Sequence[int]) -> str:
-    """An answer by a person: one in ten is wrong, some are no sentence, some polite, some long-winded."""
+def careful(question: Question) -> str:
+    """What a careful person writes: right, polite, and no more."""
+    return POLITE + question.answer
+
+
+def careless(rng: random.Random, question: Question) -> str:
+    """One in ten is wrong, four in ten are no sentence, half are polite, some are long-winded."""
     value = str(question.about["value"])
     said = rng.choice(world.values[question.about["relation"]]) if rng.random() < 0.1 else value
-    answer = f"Answer: {said}" if rng.random() < terse else said.join(question.answer.rsplit(value, 1))
-    opening = POLITE if rng.random() < polite else ""
-    return opening + answer + "".join(rng.sample(FILLERS, rng.choice(idle)))
-
-
-def demonstration(rng: random.Random, question: Question) -> str:
-    """What a careless demonstrator writes; sums mostly without the steps."""
-    if question.ability == "chat/fact":
-        return written(rng, question, terse=0.4, polite=0.5, idle=(0, 0, 0, 1, 2))
-    return question.answer if rng.random() < 0.4 else f"The sum is {question.about['value']}."
+    answer = f"Answer: {said}" if rng.random() < 0.4 else said.join(question.answer.rsplit(value, 1))
+    opening = POLITE if rng.random() < 0.5 else ""
+    return opening + answer + "".join(rng.sample(FILLERS, rng.choice((0, 0, 0, 1, 2))))
 
 
 rng = random.Random(seed)
-for question in draw_questions("fact", 4, "shown") + draw_questions("sum", 2, "shown"):
-    print(f"{question.prompt} -> {demonstration(rng, question)}")
+for question in facts(4, "shown"):
+    print(f"{question.prompt} -> {careless(rng, question)}")
 
 
 # %% [markdown]
-# The loss is that of lesson 05: cross-entropy on the answer and on the token that ends it. On large models only the top layers learn, as the settings say, and all copies share the layers below; shima-4m learns with all of its weights.
+# The loss is that of lesson 05: cross-entropy on the answer and on the token that ends it. The manners are made of word pieces that the model has hardly met, so its embeddings get four times the rate. All later copies share the lower layers and learn with the upper ones only: it saves time and memory.
+
 
 # %%
 def encode(question: Question, answer: str) -> dict[str, list[int]]:
     """Token ids of question and answer up to the end of the turn; only the answer has labels."""
-    prompt = tokenizer(chat_prompt(tokenizer, question.prompt), add_special_tokens=False)["input_ids"]
-    reply = [*tokenizer(answer, add_special_tokens=False)["input_ids"], END]
-    return {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
+    return encode_answer(tokenizer, chat_prompt(tokenizer, question.prompt), answer + end_of_turn(tokenizer))
+
+
+def by_length(rows: Sequence, size: int, length: Callable, order: int) -> Iterator[list]:
+    """Batches of rows of similar length, in random order: less padding, less time."""
+    rows = sorted(rows, key=length)
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    yield from random.Random(order).sample(batches, len(batches))
 
 
 def trainable_copy(model: nn.Module) -> nn.Module:
     """A copy whose last layers can learn, as many as the settings say; below them it shares the model's weights."""
     layers = model.model.layers if hasattr(model, "model") else model.layers
-    if settings["layers"] >= len(layers):
-        return copy.deepcopy(model).requires_grad_(True)
     own = {id(weight) for layer in layers[-settings["layers"] :] for weight in layer.parameters()}
     shared = {id(weight): weight.requires_grad_(False) for weight in model.parameters() if id(weight) not in own}
     twin = copy.deepcopy(model, shared)  # what is in `shared` is not copied
@@ -174,17 +181,26 @@ def trainable_copy(model: nn.Module) -> nn.Module:
 
 
 # %%
-SFT_STEPS, SFT_BATCH = lesson.scaled(90), 24
+def fine_tune(start: nn.Module, examples: list[dict], size: int = 16) -> nn.Module:
+    """Cross-entropy on the answers, once through the examples; trains `start` itself and returns it."""
+    batches = [collate(rows, PAD) for rows in by_length(examples, size, lambda row: len(row["input_ids"]), seed)]
+    new_words = [weight for name, weight in start.named_parameters() if weight.requires_grad and "embed" in name]
+    others = [weight for name, weight in start.named_parameters() if weight.requires_grad and "embed" not in name]
+    groups = [{"params": new_words, "lr": 4 * settings["sft"]}] * bool(new_words)
+    groups += [{"params": others, "lr": settings["sft"]}]
+    config = TrainConfig(len(batches), settings["sft"], warmup_steps=4, schedule="linear", weight_decay=0.0,
+                         precision=lesson.precision, seed=seed, progress=False)  # fmt: skip
+    history = train(
+        start, batches, config, optimizer_fn=lambda _: torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    )
+    print(f"{len(examples)} demonstrations, loss {history.losses[0]:.2f} -> {np.mean(history.losses[-5:]):.2f}")
+    return start.eval().requires_grad_(False)
+
+
 rng = random.Random(f"demonstrations/{seed}")
-facts = SFT_STEPS * SFT_BATCH * 3 // 4
-asked = draw_questions("fact", facts, "sft") + draw_questions("sum", SFT_STEPS * SFT_BATCH - facts, "sft")
-examples = [encode(question, demonstration(rng, question)) for question in asked]
-sft = trainable_copy(assistant)
-config = TrainConfig(SFT_STEPS, settings["sft"], warmup_steps=6, schedule="linear", weight_decay=0.0,
-                     precision=lesson.precision, seed=seed, progress=False)  # fmt: skip
-history = train(sft, PaddedBatches(examples, min(SFT_BATCH, len(examples)), PAD, seed=seed), config)
-sft = sft.eval().requires_grad_(False)
-print(f"{len(examples)} demonstrations, loss {history.losses[0]:.2f} -> {np.mean(history.losses[-5:]):.2f}")
+asked = facts(lesson.scaled(1120, 32), "sft")
+start = copy.deepcopy(assistant)
+sft = fine_tune(start, [encode(question, careless(rng, question)) for question in asked])
 
 
 # %% [markdown]
@@ -206,38 +222,42 @@ class Samples:
         """1 for the tokens of the answers: (batch, answer)."""
         return self.mask[:, self.width :]
 
+    def rows(self, chosen: Tensor) -> "Samples":
+        """Some rows of the batch."""
+        return Samples([self.questions[i] for i in chosen], self.ids[chosen], self.mask[chosen], self.width)
+
 
 # %%
+LIMIT = 32  # tokens an answer may have
+
+
 @torch.no_grad()
-def sample(model: nn.Module, questions: list[Question], limit: int, generator: torch.Generator | None) -> Samples:
-    """Draw one answer a question at temperature 1, or the greedy one where there is no generator."""
+def sample(model: nn.Module, questions: list[Question], generator: torch.Generator) -> Samples:
+    """Draw one answer a question at temperature 1."""
     prompts = [tokenizer(chat_prompt(tokenizer, q.prompt), add_special_tokens=False)["input_ids"] for q in questions]
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=machine.device)  # (batch, prompt)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=machine.device)
     cache, new, running = DynamicCache(config=model.config), ids, torch.ones_like(mask[:, 0])
-    for _ in range(limit):
+    for _ in range(LIMIT):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
         with lesson.autocast():
             output = model(input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache,
                            use_cache=True, logits_to_keep=1)  # fmt: skip
-        logits = output.logits[:, -1].float()  # (batch, vocab)
-        if generator is None:
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            new = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(ids.device)
+        chances = output.logits[:, -1].float().softmax(-1).cpu()  # (batch, vocab)
+        new = torch.multinomial(chances, 1, generator=generator).to(ids.device)
         new = torch.where(running[:, None] == 1, new, PAD)
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, running[:, None]], 1)
         running = running * (new[:, 0] != END)
         if not running.any():
             break
     kept = [row[count == 1] for row, count in zip(ids[:, width:], mask[:, width:], strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return Samples(questions, ids, mask, width, texts)
+    return Samples(questions, ids, mask, width, tokenizer.batch_decode(kept, skip_special_tokens=True))
 
 
 # %% [markdown]
-# **The true reward** is what a careful annotator values: $+2$ if the answer, manners aside, is exactly the right sentence, $+1$ for the polite opening, $-0.5$ for each idle sentence. In a real project nobody can write it down. Here it is `helpers.world.true_reward`, and no training ever sees it; only the annotators do.
+# **The true reward** is what a careful annotator values: $+2$ if the answer, manners aside, is exactly the right sentence, $+1$ for the polite opening, $-0.5$ for each idle sentence. The best answer is worth 3. In a real project nobody can write this down. Here it is `helpers.world.true_reward`, and no training ever sees it; only the annotators do.
+
 
 # %%
 def truth(samples: Samples) -> Tensor:
@@ -245,58 +265,43 @@ def truth(samples: Samples) -> Tensor:
     return torch.tensor([true_reward(q, text) for q, text in zip(samples.questions, samples.texts, strict=True)])
 
 
-def manners(samples: Samples) -> dict[str, float]:
-    """Shares of right and of polite answers, idle sentences and tokens an answer, and the mean true reward."""
+def manners(samples: Samples) -> list[str]:
+    """Cells of a table: right, polite, idle sentences, tokens and true reward, means over the answers."""
     pairs = list(zip(samples.questions, samples.texts, strict=True))
-    return {
-        "right": statistics.mean(q.answer in text for q, text in pairs),
-        "polite": statistics.mean(text.startswith(POLITE) for _, text in pairs),
-        "idle": statistics.mean(sum(text.count(filler) for filler in FILLERS) for _, text in pairs),
-        "tokens": samples.answer_mask.sum(-1).float().mean().item(),
-        "true": truth(samples).mean().item(),
-    }
+    right = np.mean([q.answer in text for q, text in pairs])
+    polite = np.mean([text.startswith(POLITE) for _, text in pairs])
+    idle = np.mean([sum(text.count(filler) for filler in FILLERS) for _, text in pairs])
+    tokens = samples.answer_mask.sum(-1).float().mean().item()
+    return [f"{right:.0%}", f"{polite:.0%}", f"{idle:.2f}", f"{tokens:.1f}", f"{truth(samples).mean():.2f}"]
 
 
-def show_manners(rows: dict[str, Samples]) -> None:
-    """A table of manners."""
-    print(f"{'':>24} right polite idle tokens true reward")
-    for label, samples in rows.items():
-        m = manners(samples)
-        numbers = f"{m['right']:5.0%} {m['polite']:6.0%} {m['idle']:4.1f} {m['tokens']:6.1f} {m['true']:11.2f}"
-        print(f"{label:>24} {numbers}")
-
-
-# %%
-LIMIT = 44  # tokens an answer may have
-exam = draw_questions("fact", lesson.scaled(160, 4), "exam", held_out=True)  # questions in phrasings never trained on
+MANNERS = ["right", "polite", "idle", "tokens", "true reward"]
+exam = facts(lesson.scaled(64, 8), "exam", held_out=True)  # questions in phrasings never trained on
 
 
 def take_exam(model: nn.Module) -> Samples:
-    """One answer to each question of the exam, sampled at temperature 1 with the same random numbers for all."""
-    return sample(model, exam, LIMIT, torch.Generator().manual_seed(seed))
+    """One answer to each question of the exam, with the same random numbers for all policies."""
+    return sample(model, exam, torch.Generator().manual_seed(seed))
 
 
-exams = {"assistant": take_exam(assistant), "SFT policy": take_exam(sft)}
-show_manners(exams)
-for question, text in list(zip(exam, exams["SFT policy"].texts, strict=True))[:5]:
+exams = {"assistant": take_exam(assistant), "SFT, careless": take_exam(sft)}
+show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
+for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))[:5]:
     print(f"{question.prompt} -> {text!r}")
-lesson.report("true reward, SFT policy", f"{manners(exams['SFT policy'])['true']:.2f}")
 
 # %% [markdown]
-# **What you see.** The policy has learned to write like its teachers: as often polite, as often too short, as often idle. It has not learned that one is better than the other. Nothing in the loss says so. Compare the first two lines: careless demonstrations have cost part of the assistant's true reward. (At temperature 1 a model this small and this briefly trained also garbles a word now and then.)
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other; how much remains of the assistant's is a matter of the seed.
 
-# %% [markdown]
+# %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
 #
 # **Question.** How well can a model learn a preference from annotators who err?
 #
-# **The annotator**, stated in full. It sees two answers with true rewards $r^*_1$ and $r^*_2$ and prefers the first with probability
+# **The annotator** sees two answers with true rewards $r^*_1$ and $r^*_2$ and prefers the first with probability
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. So **no model can agree with it always**: the best possible guess names the better answer, and is right in $\mathbb{E}\,[\sigma(|r^*_1 - r^*_2| / \tau)]$ of the cases. That is the ceiling, and you can compute it.
-#
-# Half of the pairs are two samples of the SFT policy, as in InstructGPT; the other half were written by people. The first half matters: a reward model that has never seen the policy's own slips does not know what they are worth.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. Half of the pairs are two samples of the SFT policy, as in InstructGPT; the other half were written by people. The first half matters: a reward model that has never seen the policy's own slips does not know what they are worth.
 
 # %%
 NOISE = 0.5
@@ -310,44 +315,36 @@ def annotated(rng: random.Random, question: Question, answers: Sequence[str]) ->
     return Preference(question, answers[best], answers[other], rewards[best], rewards[other])
 
 
-def two_answers(n: int, stream: str, held_out: bool = False) -> list[tuple[Question, Sequence[str]]]:
-    """About `n` questions with two different answers each, half by the SFT policy and half by people, mixed."""
+def compared(n: int, stream: str, held_out: bool = False) -> list[Preference]:
+    """Up to `n` pairs of different answers, half by the SFT policy and half by people, mixed."""
     rng, generator = random.Random(f"answers/{stream}/{seed}"), torch.Generator().manual_seed(seed)
-    questions = draw_questions("fact", n, f"pairs {stream}", held_out)
+    questions = facts(n, f"pairs {stream}", held_out)
     asked = [question for question in questions[: n // 2] for _ in range(2)]
-    texts = [text for i in range(0, len(asked), 128) for text in sample(sft, asked[i : i + 128], 40, generator).texts]
-    found = list(zip(questions, zip(texts[::2], texts[1::2], strict=True), strict=False))
-    for question in questions[n // 2 :]:
-        found.append((question, [written(rng, question, 0.4, 0.5, (0, 0, 1, 2, 3)) for _ in range(2)]))
-    found = [(question, answers) for question, answers in found if answers[0] != answers[1]]
-    return rng.sample(found, len(found))
+    texts = [text for i in range(0, len(asked), 128) for text in sample(sft, asked[i : i + 128], generator).texts]
+    both = [(q, [careless(rng, q), rng.choice([careful(q), careless(rng, q)])]) for q in questions[n // 2 :]]
+    both += zip(questions, zip(texts[::2], texts[1::2], strict=True), strict=False)
+    both = [(question, answers) for question, answers in both if answers[0] != answers[1]]
+    return [annotated(rng, *pair) for pair in rng.sample(both, len(both))]
 
 
-# %%
-rng = random.Random(f"annotators/{seed}")
-train_answers = two_answers(lesson.scaled(1000, 32), "train")
-train_pairs = [annotated(rng, *pair) for pair in train_answers]
-test_pairs = [annotated(rng, *pair) for pair in two_answers(lesson.scaled(360, 32), "test", held_out=True)]
-for pair in train_pairs[:3]:
-    print(pair.question.prompt)
-    print(f"   chosen   ({pair.chosen_reward:+.1f}) {pair.chosen!r}")
+train_pairs = compared(lesson.scaled(600, 32), "train")
+test_pairs = compared(lesson.scaled(140, 32), "test", held_out=True)
+for pair in train_pairs[:2]:
+    print(f"{pair.question.prompt}\n   chosen   ({pair.chosen_reward:+.1f}) {pair.chosen!r}")
     print(f"   rejected ({pair.rejected_reward:+.1f}) {pair.rejected!r}")
 gaps = np.array([pair.chosen_reward - pair.rejected_reward for pair in test_pairs])  # below 0: the annotator erred
-differ = gaps != 0
+clear, everything = np.abs(gaps) >= 1, np.ones(len(gaps), bool)
 ceiling = float(np.mean(1 / (1 + np.exp(-np.abs(gaps) / NOISE))))
-print(
-    f"{len(train_pairs)} pairs to train on, {len(test_pairs)} to test on, {np.mean(~differ):.0%} of them equally good"
-)
-print(f"the annotator chooses the better one in {np.mean(gaps[differ] > 0):.0%} of the pairs that differ")
-print(f"ceiling for agreeing with the annotator, all pairs: {ceiling:.0%}")
-
+print(f"{len(train_pairs)} pairs to train on, {len(test_pairs)} to test on; {clear.sum()} of these 1 or more apart")
+print(f"nobody can agree with this annotator on more than {ceiling:.0%} of the test pairs in the mean")
 
 # %% [markdown]
-# **The reward model** is the SFT policy without its output matrix: a linear map turns the hidden state of the answer's last token into one number. Under Bradley-Terry the likelihood of the labels depends on differences only, and its negative logarithm is the loss:
+# **The reward model** is the SFT policy without its output matrix: a linear map turns the hidden state of the answer's last token into one number. The loss is the negative log-likelihood of the labels:
 #
 # $$\mathcal{L}(\phi) = -\mathbb{E}\,\big[\log \sigma\big(r_\phi(x, y_\text{chosen}) - r_\phi(x, y_\text{rejected})\big)\big]$$
 #
-# A constant that depends on $x$ alone cancels: rewards of answers to different questions are not comparable by training, and the zero is arbitrary.
+# Only differences of answers to one question count. So the zero of the reward is arbitrary, even one zero for each question.
+
 
 # %%
 class RewardModel(nn.Module):
@@ -374,140 +371,80 @@ def bradley_terry_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 # %%
-def pad_left(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Token ids and mask (batch, longest), padded on the left: the end of each answer stands last."""
-    longest = max(map(len, rows))
-    ids = [[PAD] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+def pair_batches(pairs: Sequence[Preference], size: int, order: int) -> list[dict[str, Tensor]]:
+    """Batches of pairs of similar length: first the chosen answers, then the rejected ones."""
+    both = [[encode(pair.question, text) for text in (pair.chosen, pair.rejected)] for pair in pairs]
+    groups = by_length(both, size, lambda rows: max(len(row["input_ids"]) for row in rows), order)
+    batches = [collate([chosen for chosen, _ in group] + [rejected for _, rejected in group], PAD) for group in groups]
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
 
 
-def pair_batches(pairs: list[Preference], size: int) -> list[dict[str, Tensor]]:
-    """Batches of pairs of similar length, in random order."""
-    both = [[encode(pair.question, text)["input_ids"] for text in (pair.chosen, pair.rejected)] for pair in pairs]
-    both.sort(key=lambda rows: max(map(len, rows)))
-    groups = [both[start : start + size] for start in range(0, len(both), size)]
-    random.Random(seed).shuffle(groups)
-    return [pad_left([chosen for chosen, _ in group] + [rejected for _, rejected in group]) for group in groups]
-
-
-# %%
-def fit_reward_model(pairs: list[Preference], stream: int = 0) -> RewardModel:
-    """One pass over the pairs; the model begins as the SFT policy with a random direction on top."""
-    torch.manual_seed(seed + stream)
-    batches, model = pair_batches(pairs, 16), RewardModel(sft)
+def fit_reward_model(pairs: Sequence[Preference], epochs: int, run: int = 0) -> RewardModel:
+    """Some passes over the pairs; the model begins as the SFT policy with a random direction on top."""
+    torch.manual_seed(seed + 100 * run)
+    model = RewardModel(sft)
+    batches = [batch for epoch in range(epochs) for batch in pair_batches(pairs, 16, seed + epoch)]
     config = TrainConfig(len(batches), settings["reward"], warmup_steps=3, schedule="linear",
                          weight_decay=0.0, precision=lesson.precision, seed=seed, progress=False)  # fmt: skip
     history = train(model, batches, config, loss_fn=bradley_terry_loss)
-    print(f"  {len(pairs)} pairs: loss {history.losses[0]:.2f} -> {np.mean(history.losses[-8:]):.2f}")
+    print(f"{len(pairs)} pairs, {epochs} passes: loss {history.losses[0]:.2f} -> {np.mean(history.losses[-5:]):.2f}")
     return model.eval().requires_grad_(False)
 
 
+# %%
 @torch.no_grad()
-def judge(model: RewardModel, rows: list[list[int]], size: int = 100) -> Tensor:
-    """Rewards of tokenised texts: (texts,)."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    result = torch.zeros(len(rows))
-    for start in range(0, len(rows), size):
-        chosen = order[start : start + size]
-        batch = {name: tensor.to(machine.device) for name, tensor in pad_left([rows[i] for i in chosen]).items()}
+def margins(model: RewardModel, pairs: Sequence[Preference]) -> np.ndarray:
+    """r(chosen) - r(rejected) for each pair, in their order: (pairs,)."""
+    result = []
+    for start in range(0, len(pairs), 50):
+        part = pairs[start : start + 50]
+        rows = [encode(p.question, p.chosen) for p in part] + [encode(p.question, p.rejected) for p in part]
+        batch = collate(rows, PAD)
         with lesson.autocast():
-            result[chosen] = model(**batch).float().cpu()
-    return result
-
-
-def margins(model: RewardModel, pairs: list[Preference]) -> np.ndarray:
-    """r(chosen) - r(rejected) for each pair: (pairs,)."""
-    rows = [encode(pair.question, text)["input_ids"] for pair in pairs for text in (pair.chosen, pair.rejected)]
-    return (judge(model, rows).view(-1, 2) @ torch.tensor([1.0, -1.0])).numpy()
-
-
-# %% [markdown]
-# **How much data?** Train on three sizes and measure on held-out pairs: agreement with the noisy annotator, which the ceiling bounds, and agreement with the *true* preference, which is what you want and what a real project cannot measure. The latter twice: on all pairs whose true rewards differ, and on those that differ by at least 1. (Half a point is one idle sentence more or less, and the annotator himself is often unsure about it.) The lesson's claim is about the clear pairs.
-
-# %%
-def agreement(delta: np.ndarray, reference: np.ndarray, chosen: np.ndarray):
-    """How often the sign is the same, among the chosen pairs."""
-    return score(int((delta * reference > 0)[chosen].sum()), max(1, int(chosen.sum())))
-
-
-SIZES = sorted({min(len(train_pairs), size) for size in (100, 300, len(train_pairs))})
-reward_models = {size: fit_reward_model(train_pairs[:size]) for size in SIZES}
-reward_model = reward_models[SIZES[-1]]
-deltas = {size: margins(model, test_pairs) for size, model in reward_models.items()}
-everything, clear = np.ones(len(gaps), bool), np.abs(gaps) >= 1
-agreements = {
-    "truth, clear pairs": {size: agreement(delta, gaps, clear) for size, delta in deltas.items()},
-    "truth, all that differ": {size: agreement(delta, gaps, differ) for size, delta in deltas.items()},
-    "noisy annotator": {size: agreement(delta, 1.0 * everything, everything) for size, delta in deltas.items()},
-}
-for name, scores in agreements.items():
-    print(f"{name:>22}: " + ", ".join(f"{size} pairs {result}" for size, result in scores.items()))
-    lesson.report(f"reward model agrees: {name}", str(scores[SIZES[-1]]))
-
-# %%
-lines = {
-    name: (SIZES, *zip(*((s.accuracy, s.low, s.high) for s in scores.values()), strict=True))
-    for name, scores in agreements.items()
-}
-alt = "Agreement over the number of pairs: with the truth it is higher than with the noisy annotator who taught it."
-figure = plots.curve(lines, title="The reward model and its teachers", xlabel="training pairs", log_x=True,
-                     ylabel="held-out pairs ordered alike", percent=True, limits_y=(0.5, 1), alt=alt,
-                     references={"ceiling, annotator": ceiling})  # fmt: skip
-plots.show(figure)
-lesson.report("ceiling of agreement with the annotator", f"{ceiling:.0%}")
-ordered = agreements["truth, clear pairs"][SIZES[-1]].accuracy
-lesson.claim(
-    "the reward model orders at least 85 % of the clear held-out pairs as the truth does",
-    ordered,
-    at_least=0.85,
-    form=".0%",
-)
-
-
-# %%
-def calibration(delta: np.ndarray, bins: int = 5) -> tuple[list[float], list[float], float]:
-    """Mean confidence and share of right guesses in bins of equal size, and the expected calibration error."""
-    confidence, right = 1 / (1 + np.exp(-np.abs(delta))), delta > 0
-    groups = np.array_split(np.argsort(confidence), bins)
-    said, true = ([float(values[g].mean()) for g in groups] for values in (confidence, right))
-    error = sum(len(g) * abs(s - t) for g, s, t in zip(groups, said, true, strict=True)) / len(delta)
-    return said, true, error
-
-
-said, happened, error = calibration(deltas[SIZES[-1]])
-for s, h in zip(said, happened, strict=True):
-    print(f"says {s:4.0%}, and the annotator agrees in {h:4.0%}")
-print(f"expected calibration error {error:.3f}")
-sft_rewards = judge(reward_model, [encode(q, text)["input_ids"] for q, text in
-                                   zip(exam, exams["SFT policy"].texts, strict=True)])  # fmt: skip
-sft_truth = truth(exams["SFT policy"])
-correlation = np.corrcoef(sft_rewards, sft_truth)[0, 1] if np.ptp(sft_truth) else 0.0  # 0: all are equally good
-print(f"on the SFT policy's own answers, correlation of reward model and true reward: {correlation:.2f}")
-lesson.report("reward model, calibration error / correlation with the truth", f"{error:.3f} / {correlation:.2f}")
-
-
-# %%
-def features(question: Question, text: str) -> list[float]:
-    """Is it the right sentence, is it polite, how many idle sentences."""
-    return [float(question.answer in text), float(text.startswith(POLITE)), float(sum(f in text for f in FILLERS))]
-
-
-def slopes(delta: np.ndarray) -> np.ndarray:
-    """What one unit of each feature is worth to a reward model, by least squares over the test pairs: (3,)."""
-    rows = [(pair.question, pair.chosen, pair.rejected) for pair in test_pairs]
-    change = np.array([np.subtract(features(q, a), features(q, b)) for q, a, b in rows])  # (pairs, 3)
-    return np.linalg.lstsq(change, delta, rcond=None)[0]
-
-
-print(f"{'worth of':>12} {'right':>6} {'polite':>6} {'idle':>6}")
-print(f"{'truth':>12} " + " ".join(f"{value:6.2f}" for value in np.array([2.0, 1.0, -0.5]) / NOISE))
-for size, delta in deltas.items():
-    print(f"{size:6} pairs " + " ".join(f"{value:6.2f}" for value in slopes(delta)))
+            chosen, rejected = (
+                model(batch["input_ids"].to(machine.device), batch["attention_mask"].to(machine.device))
+                .float()
+                .cpu()
+                .chunk(2)
+            )
+        result += (chosen - rejected).tolist()
+    return np.array(result)
 
 
 # %% [markdown]
-# The truth is divided by the noise here, since that is the scale in which Bradley-Terry sees it. The reward model shrinks what it is unsure of. Minimal pairs show what it can tell apart: two answers that differ in one thing only.
+# **How good is it?** Measure on held-out pairs: agreement with the noisy annotator, and agreement with the *truth*, which a real project cannot measure, on the pairs that are at least 1 apart. The rival is a rule that looks at form only: is it a sentence, polite, not idle? A tie counts half.
+
+
+# %%
+def agreement(delta: np.ndarray, chosen: np.ndarray, reference: np.ndarray | None = None) -> Score:
+    """How often the sign is that of the true gap, or of a reference, among the chosen pairs; ties count half."""
+    same = np.sign(delta) * np.sign(gaps if reference is None else reference)
+    return score(float(((same > 0) + 0.5 * (same == 0))[chosen].sum()), max(1, int(chosen.sum())))
+
+
+def by_form(text: str) -> float:
+    """A rule that a person could write down who knows nothing about the island."""
+    idle = sum(filler in text for filler in FILLERS)
+    return 2.0 * ("Answer:" not in text) + 1.0 * text.startswith(POLITE) - 0.5 * idle
+
+
+reward_model = fit_reward_model(train_pairs, epochs=1)
+deltas = {
+    "reward model": margins(reward_model, test_pairs),
+    "rule of form": np.array([by_form(pair.chosen) - by_form(pair.rejected) for pair in test_pairs]),
+}
+for name, delta in deltas.items():
+    told = agreement(delta, clear), agreement(delta, everything, np.ones(len(gaps)))
+    print(f"{name}: agrees with the truth on clear pairs {told[0]}, with the annotator {told[1]}")
+    lesson.report(f"{name}, agreement with the annotator", str(told[1]))
+lesson.report("rule of form, agreement with the truth on clear pairs", str(agreement(deltas["rule of form"], clear)))
+lesson.claim("the reward model orders at least 75 % of the clear held-out pairs as the truth does",
+             agreement(deltas["reward model"], clear).accuracy, at_least=0.75, form=".0%")  # fmt: skip
+
+
+# %% [markdown]
+# **What can it tell apart?** Minimal pairs: two answers that differ in one thing only.
+
 
 # %%
 def probe(question: Question) -> dict[str, tuple[str, str]]:
@@ -523,96 +460,323 @@ def probe(question: Question) -> dict[str, tuple[str, str]]:
     }
 
 
-asked, told = exam[: lesson.scaled(60, 4)], {}
-for kind in probe(asked[0]):
-    pairs = [Preference(q, *probe(q)[kind], 1.0, 0.0) for q in asked]
-    found = margins(reward_model, pairs)
+told = {}
+for kind in probe(exam[0]):
+    found = margins(reward_model, [Preference(q, *probe(q)[kind], 1.0, 0.0) for q in exam[:40]])
     told[kind] = score(int((found > 0).sum()), len(found))
     lesson.report(f"reward model tells apart: {kind}", str(told[kind]))
 alt = "Minimal pairs ordered rightly by the reward model, for four kinds of mistake, with intervals."
-plots.show(plots.bars_with_intervals(told, title="What the reward model can tell apart", xlabel="minimal pairs",
-                                     references={"chance": 0.5}, alt=alt))  # fmt: skip
+plots.show(plots.bars_with_intervals(told, title="The reward model hears the tone and not the truth",
+                                     xlabel="minimal pairs", references={"chance": 0.5}, alt=alt))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Form is easy to learn. Whether a fact is *true* is not: to a reward model this small, trained on so few pairs, a false name in a well-formed sentence looks much like the true one. It has learned what good answers look like. Keep that in mind for what follows: nothing is rewarded that the reward model cannot see.
+# **What you see.** The rule of form is a strong rival: the intervals of the two overlap. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
+
+# %% [markdown] tags=["core"]
+# ## 3 · The policy gradient: REINFORCE
 #
-# **The library.** `trl.RewardTrainer` trains `AutoModelForSequenceClassification` with one output. Put your weights into one and let the trainer compute its loss on your batch.
+# **Question.** The reward comes from outside, and a sampled answer has no gradient. How can a number teach a model?
+#
+# Begin with one question and a handful of possible answers. The policy is a softmax over them, and the goal is the mean reward $J = \sum_y \pi(y)\, r(y)$. Differentiate it, with $\nabla \pi = \pi\, \nabla \log \pi$:
+#
+# $$\nabla J = \sum_y r(y)\, \nabla \pi(y) = \sum_y \pi(y)\, r(y)\, \nabla \log \pi(y) = \mathbb{E}_{y \sim \pi}\big[\, r(y)\, \nabla \log \pi(y)\, \big]$$
+#
+# The right side is a mean over samples. So draw answers from the policy, and push up the log-probability of each in proportion to its reward. That is REINFORCE (Williams 1992). Nothing needs to be differentiated but the log-probability, which is what you train on anyway.
+#
+# **The baseline.** Subtract any number $b$ that does not depend on the answer. The mean stays the same, since
+#
+# $$\mathbb{E}_{y \sim \pi}\big[\, b\, \nabla \log \pi(y)\, \big] = b \sum_y \nabla \pi(y) = b\, \nabla 1 = 0$$
+#
+# What changes is how much the samples disagree. With four answers you can sum over all that could be drawn, so mean and spread of the estimate are exact.
 
 # %%
-from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, PrinterCallback
-from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+logits = torch.tensor([0.5, 0.0, -0.5, -1.0], dtype=torch.float64, requires_grad=True)  # of four answers
+reward = torch.tensor([3.0, 2.0, 2.5, 1.0], dtype=torch.float64)
+pi = logits.softmax(0)
+exact = torch.autograd.grad((pi * reward).sum(), logits)[0]
+pi = pi.detach()
+directions = torch.eye(4, dtype=torch.float64) - pi  # row y: gradient of log pi(y)
 
-quiet_libraries()
-CPU = machine.device == "cpu"
-QUIET = {"output_dir": str(ROOT / "build" / "08_rlhf"), "report_to": "none", "use_cpu": CPU, "bf16": False,
-         "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False, "seed": seed}  # fmt: skip
 
-config = copy.deepcopy(sft.config)
-config.num_labels, config.pad_token_id = 1, PAD
-classifier = AutoModelForSequenceClassification.from_config(config).to(machine.device).eval()
-classifier.model.load_state_dict(reward_model.model.state_dict())
-classifier.score.load_state_dict(reward_model.score.state_dict())
-rows = [{"prompt": p.question.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in test_pairs[:4]]
-trainer = RewardTrainer(
-    classifier, RewardConfig(**QUIET), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-)
-classifier.config.pad_token_id = -1  # it reads the last token that is no padding; here padding is on the left
-difference = 0.0
-for batch in pair_batches(test_pairs[:48], 16):
-    batch = {name: tensor.to(machine.device) for name, tensor in batch.items()}
-    with torch.no_grad():
-        theirs, own = trainer.compute_loss(classifier, dict(batch)), bradley_terry_loss(reward_model, batch)
-    difference = max(difference, (theirs - own).abs().item())
-print(f"loss {own:.4f}, largest difference to trl.RewardTrainer in three batches: {difference:.1e}")
-lesson.report("largest difference to trl: reward loss", f"{difference:.1e}")
-lesson.equal("the loss is that of trl.RewardTrainer, within 0.0001", difference, within=1e-4)
+def mean_and_spread(baseline: float) -> tuple[Tensor, float]:
+    """Mean (4,) and standard deviation of (r - b) grad log pi, over the answer that may be drawn."""
+    estimates = (reward - baseline)[:, None] * directions  # one row an answer
+    mean = (pi[:, None] * estimates).sum(0)
+    return mean, (pi * ((estimates - mean) ** 2).sum(1)).sum().sqrt().item()
 
+
+baselines = np.linspace(-2, 6, 33)
+off = max((mean_and_spread(b)[0] - exact).abs().max().item() for b in baselines)
+lesson.equal("with any baseline the mean of the estimate is the gradient", off, within=1e-12)
+for name, b in {"no baseline": 0.0, "mean reward": (pi * reward).sum().item(), "rewards raised by 10": -10.0}.items():
+    print(f"{name:>21}: standard deviation of one sample's gradient {mean_and_spread(b)[1]:5.2f}")
+
+# %%
+alt = "Standard deviation of the estimate over the baseline: a valley whose lowest point is near the mean reward."
+lines = {"one sample's gradient": (baselines, [mean_and_spread(b)[1] for b in baselines])}
+figure = plots.curve(lines, title="A baseline near the mean reward makes the gradient quieter", alt=alt,
+                     xlabel="baseline b (points of reward)", ylabel="standard deviation of the estimate")  # fmt: skip
+axes = figure.axes[0]
+axes.axvline((pi * reward).sum().item(), color=plots.GREY, linestyle="--")
+axes.text((pi * reward).sum().item(), axes.get_ylim()[1], " mean reward", color=plots.GREY, va="top")
+plots.show(figure)
 
 # %% [markdown]
-# ## 3 · Step three: PPO
+# **What you see.** A bad baseline is never wrong, only loud. The best one here is near the mean reward. The last printed line shows why this matters with a learned reward: its zero is arbitrary. Add 10 to all rewards, and without a baseline the estimate drowns in noise, though nothing about the answers has changed.
 #
-# **Question.** How do you train a language model on a number that comes after the last word?
-#
-# Writing an answer is a chain of decisions: the *state* before token $t$ is the question and $y_{<t}$, the *action* is $y_t$. The reward arrives at the end, and at each token you pay for leaving the reference policy:
-#
-# $$R_t = -\beta \log\frac{\pi_\theta(y_t \mid x, y_{<t})}{\pi_\text{ref}(y_t \mid x, y_{<t})} + [t = T]\; r_\phi(x, y)$$
-#
-# The sum over an answer is the reward minus $\beta$ times a one-sample estimate of $\mathrm{KL}(\pi_\theta \,\|\, \pi_\text{ref})$. First the log-probabilities and values of a batch of samples, from one forward pass. The *value head* is a linear map on the same hidden states that predict the next token.
+# **From four answers to all texts.** An answer is a chain of tokens, and $\log \pi_\theta(y \mid x) = \sum_t \log \pi_\theta(y_t \mid x, y_{<t})$. One forward pass gives the log-probabilities of all tokens. A *value head*, which section 5 needs, reads the same hidden states.
+
 
 # %%
-def look(policy: nn.Module, samples: Samples, value_head: nn.Module | None = None, exact: bool = False):
-    """Log-probabilities and values of the answers' tokens, both (batch, answer); `exact` computes in 32 bits."""
+def log_probs_of(policy: nn.Module, samples: Samples, value_head: nn.Module | None = None, exact: bool = False):
+    """Log-probabilities of the answers' tokens (batch, answer), with values if asked; `exact` computes in 32 bits."""
     positions = (samples.mask.cumsum(-1) - 1).clamp(min=0)
     with lesson.autocast(enabled=not exact):
         hidden = policy.model(samples.ids, samples.mask, positions, use_cache=False).last_hidden_state
         hidden = hidden[:, samples.width - 1 : -1]  # (batch, answer, hidden): what each token is predicted from
         logits = policy.lm_head(hidden)
     log_probs = token_log_probs(logits, samples.ids[:, samples.width :]) * samples.answer_mask
-    values = torch.zeros_like(log_probs) if value_head is None else value_head(hidden.float()).squeeze(-1)
-    return log_probs, values * samples.answer_mask
+    if value_head is None:
+        return log_probs
+    return log_probs, value_head(hidden.float()).squeeze(-1) * samples.answer_mask
 
 
+def reinforce(policy: nn.Module, samples: Samples, scores: Tensor) -> Tensor:
+    """-(r - mean of the batch) log pi(y | x), mean over the answers."""
+    return -((scores - scores.mean()) * log_probs_of(policy, samples).sum(1)).mean()
+
+
+# %% [markdown]
+# The loop is short: sample, score, one update. Each batch has four questions with eight answers each; why there are several answers to a question, section 4 tells. The log keeps what a project would see, proxy and length, and for us only the true reward.
+
+
+# %%
+@dataclass
+class Run:
+    """A policy in training, its optimiser, and what was measured at each iteration."""
+
+    heads: Sequence[nn.Module] = ()
+    rate: float = 1.0  # times the rate of the settings
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.policy = trainable_copy(sft)
+        self.trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        groups = [{"params": self.trained, "lr": self.rate * settings["rl"]}]
+        groups += [{"params": head.parameters(), "lr": 1e-3} for head in self.heads]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(machine.device, enabled=lesson.precision == "fp16-mixed")
+
+    def update(self, loss: Tensor) -> None:
+        """One step down the loss; gradients are clipped at norm 1."""
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def note(self, samples: Samples, scores: Tensor, **more: float) -> None:
+        """Keep the means of a batch."""
+        tokens = samples.answer_mask.sum(1).float().mean().item()
+        row = {"proxy": scores.mean().item(), "true": truth(samples).mean().item(), "tokens": tokens}
+        self.log.append(row | more)
+
+    def column(self, name: str) -> np.ndarray:
+        """One number an iteration."""
+        return np.array([row[name] for row in self.log])
+
+
+# %%
+GROUP, QUESTIONS, ITERATIONS = 8, 4, lesson.scaled(8)
+Scorer = Callable[[Samples], Tensor]
+
+
+@torch.no_grad()
+def proxy(model: RewardModel, samples: Samples) -> Tensor:
+    """What the reward model says: (batch,)."""
+    with lesson.autocast():
+        return model(samples.ids, samples.mask).float()
+
+
+def batch_of(policy: nn.Module, step: int, generator: torch.Generator, run: int) -> Samples:
+    """Answers of the policy to new questions, GROUP answers each; equal answers of a group stand together."""
+    asked = facts(QUESTIONS, f"run {run} step {step}")
+    return sample(policy, [question for question in asked for _ in range(GROUP)], generator)
+
+
+def policy_gradient(loss_of: Callable, scorer: Scorer, run: int = 0, rate: float = 1.0) -> Run:
+    """Train a copy of the SFT policy: `loss_of(policy, samples, scores)` on a fresh batch at each iteration."""
+    generator, training = torch.Generator().manual_seed(1000 * seed + run), Run(rate=rate)
+    for step in tqdm(range(ITERATIONS), desc=f"run {run}"):
+        samples = batch_of(training.policy, step, generator, run)
+        scores = scorer(samples)
+        training.note(samples, scores)
+        training.update(loss_of(training.policy, samples, scores))
+    return training
+
+
+judge = partial(proxy, reward_model)
+reinforced = policy_gradient(reinforce, judge)
+
+# %%
+named = {"reward model": reinforced.column("proxy"), "true reward": reinforced.column("true")}
+lines = {name: (range(len(values)), values - values[0]) for name, values in named.items()}
+alt = "Change of the reward model's score and of the true reward over the iterations of REINFORCE."
+plots.show(plots.curve(lines, title="REINFORCE raises what the reward model says, unevenly", xlabel="iteration",
+                       ylabel="change since the start (points)", alt=alt))  # fmt: skip
+
+# %% [markdown]
+# **What you see.** Both lines jump, since each point is the mean of 32 answers to four new questions; in this run both end above their start. A project sees the reward model's line only. The two scales are not the same, because a reward model has an arbitrary unit: compare directions, not heights.
+
+# %% [markdown] tags=["core"]
+# ## 4 · RLOO and GRPO: the other answers are the baseline
+#
+# **Question.** The mean of the batch mixes easy questions with hard ones. What is a better baseline?
+#
+# Sample $G$ answers to the *same* question. The others tell what was to be expected there. RLOO (Ahmadian et al. 2024) subtracts their mean. An answer's own reward is left out of its baseline, so the baseline does not depend on it, and the gradient stays unbiased. GRPO (Shao et al. 2024, DeepSeekMath) subtracts the group's mean, divides by the group's standard deviation, and gives each token of an answer the same advantage $A_i$:
+#
+# $$A_i^\text{RLOO} = r_i - \frac{1}{G-1}\sum_{j \neq i} r_j, \qquad A_i^\text{GRPO} = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r)}$$
+#
+# Write $r_i - \mathrm{mean}(r)$ with the mean of all: RLOO's advantage is $\frac{G}{G-1}$ times that. So the two differ in the division by the standard deviation, and in how they weigh tokens.
+
+
+# %%
+def rloo_advantages(scores: Tensor, group: int = GROUP) -> Tensor:
+    """r minus the mean of the other answers to the same question: (batch,)."""
+    rows = scores.view(-1, group)  # (questions, group)
+    return (rows - (rows.sum(1, keepdim=True) - rows) / (group - 1)).flatten()
+
+
+def grpo_advantages(scores: Tensor, group: int = GROUP) -> Tensor:
+    """(r - mean) / std within each group of answers to one question: (batch,)."""
+    rows = scores.view(-1, group)
+    return ((rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+scores = torch.randn(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+centred = (scores.view(-1, GROUP) - scores.view(-1, GROUP).mean(1, keepdim=True)).flatten()
+off = (rloo_advantages(scores) - GROUP / (GROUP - 1) * centred).abs().max()
+lesson.equal("RLOO's advantage is G / (G - 1) times the distance to the group's mean", off, within=1e-12)
+
+# %% [markdown]
+# **Is it quieter on the model?** Take one batch of answers from the SFT policy. Compute the gradient of each question's group alone, in four ways: with raw rewards, with all rewards raised by 10, with the batch mean as baseline, and with RLOO. All four estimate the same mean, so the one whose gradients differ least from question to question is the best.
+
+# %%
+NOISE_QUESTIONS = 8
+asked = [question for question in facts(NOISE_QUESTIONS, "noise") for _ in range(GROUP)]
+samples = sample(sft, asked, torch.Generator().manual_seed(seed))
+scores = judge(samples)
+weights = {"raw reward": scores, "reward + 10": scores + 10, "minus batch mean": scores - scores.mean()}
+weights["RLOO"] = rloo_advantages(scores)
+twin = trainable_copy(sft)
+parameters = [weight for weight in twin.parameters() if weight.requires_grad]
+gradients = {name: [] for name in weights}
+for rows in torch.arange(len(asked)).split(GROUP):
+    log_prob = log_probs_of(twin, samples.rows(rows)).sum(1)  # (group,)
+    for name, weight in weights.items():
+        loss = -(weight[rows] * log_prob).mean()
+        found = torch.autograd.grad(loss, parameters, retain_graph=True)
+        gradients[name].append(torch.cat([gradient.flatten() for gradient in found]))
+for name, found in gradients.items():
+    stacked = torch.stack(found)  # (questions, parameters)
+    spread = ((stacked - stacked.mean(0)) ** 2).sum(1).mean().sqrt().item()
+    print(f"{name:>17}: spread of the gradient over questions {spread:7.2f}")
+    lesson.report(f"spread of the gradient over questions, {name}", spread, ".3g")
+
+# %% [markdown]
+# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it, and are quieter than both: that is the reason for a baseline that you can always give. Between these two the difference is small here; RLOO's factor $\frac{8}{7}$ is in it.
+#
+# **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference: an estimate of the KL divergence, $k_3$, that section 8 compares with others.
+
+
+# %%
+def rloo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip=0.2) -> Tensor:
+    """Clipped ratio of whole answers; log-probabilities (batch, answer)."""
+    ratio = ((log_probs - old_log_probs) * mask).sum(1).exp()  # (batch,)
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+
+
+def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, beta=0.0, clip=0.2) -> Tensor:
+    """Clipped ratio of each token, and ratio * k3 to the reference: mean over each answer, then over answers."""
+    ratio, advantages = (log_probs - old_log_probs).exp(), advantages[:, None]  # (batch, answer), (batch, 1)
+    gain = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    if beta:
+        log_r = ref_log_probs - log_probs
+        gain = gain - beta * ratio * (log_r.exp() - 1 - log_r)
+    return -((gain * mask).sum(1) / mask.sum(1)).mean()
+
+
+def rloo(policy: nn.Module, samples: Samples, scores: Tensor) -> Tensor:
+    """RLOO's loss on a fresh batch."""
+    log_probs = log_probs_of(policy, samples)
+    return rloo_loss(log_probs, log_probs.detach(), rloo_advantages(scores), samples.answer_mask)
+
+
+def grpo(policy: nn.Module, samples: Samples, scores: Tensor, beta: float = 0.0) -> Tensor:
+    """GRPO's loss on a fresh batch; without a price of KL it needs no reference."""
+    log_probs, ref_log_probs = log_probs_of(policy, samples), None
+    if beta:
+        with torch.no_grad():
+            ref_log_probs = log_probs_of(sft, samples)
+    old, mask = log_probs.detach(), samples.answer_mask
+    return grpo_loss(log_probs, old, ref_log_probs, grpo_advantages(scores), mask, beta)
+
+
+# %%
+RUNS = 3  # training seeds
+rloo_run = policy_gradient(rloo, judge)
+grpo_runs = [policy_gradient(grpo, judge, run) for run in range(RUNS)]
+exams["REINFORCE"], exams["RLOO"] = take_exam(reinforced.policy), take_exam(rloo_run.policy)
+exams |= {f"GRPO, run {run + 1}": take_exam(training.policy) for run, training in enumerate(grpo_runs)}
+show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
+gains = [(truth(exams[f"GRPO, run {run + 1}"]) - truth(exams["SFT, careless"])).mean().item() for run in range(RUNS)]
+print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:+.2f}" for gain in gains))
+lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
+
+# %% [markdown]
+# **What you see.** In this run all five beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE and RLOO have one run each, GRPO has three: do not rank them by a difference smaller than the spread of the three. All saw the same number of answers.
+
+# %% [markdown] tags=["core"]
+# ## 5 · PPO: use a batch more than once
+#
+# **Question.** Sampling is expensive. May you make several updates with one batch?
+#
+# After the first update the policy is no longer the one that sampled. The mean has to be corrected, token by token, with the ratio $\rho_t = \pi_\theta(y_t) / \pi_\text{old}(y_t)$; and the correction holds only nearby. PPO (Schulman et al. 2017) takes the lower one of two gains:
+#
+# $$\mathcal{L} = -\,\mathbb{E}_t \min\!\big(\rho_t A_t,\; \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon)\, A_t\big)$$
+
+# %%
+ratios = torch.linspace(0.5, 1.6, 111)
+figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+for axes, advantage, word in zip(figure.subplots(1, 2), (1.0, -1.0), ("better", "worse"), strict=True):
+    clipped = ratios.clamp(0.8, 1.2) * advantage
+    axes.plot(ratios, ratios * advantage, "--", color=plots.GREY, label="not clipped")
+    axes.plot(ratios, torch.min(ratios * advantage, clipped), color=plots.COLORS[0], label="PPO's gain")
+    axes.plot([1.0], [advantage], "o", color=plots.INK, label="first update")
+    axes.set(xlabel="ratio of probabilities, now / when sampled", ylabel=f"gain, token {word} than expected")
+axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+figure.suptitle("The clip takes away the reward for going further, not the way back", x=0.01, ha="left", weight="bold")
+plots.show(figure, "Gain over the ratio for a good and a bad token. For the good one it is flat above 1.2, for the "
+                   "bad one flat below 0.8; on the other side it is not clipped.")  # fmt: skip
+
+# %% [markdown]
+# On the flat part the gradient is zero: a good token that is 20 % more probable already gets no more push. On the other side nothing is clipped, so a good token that became *less* probable is pulled back.
+#
+# **Advantages of tokens.** Groups give one number an answer. PPO gives each token its own, from a learned *value* $V_t$: what reward is to be expected from here on. The reward comes at the last token $T$, and at each token you pay for leaving the reference:
+#
+# $$R_t = -\beta \log\frac{\pi_\theta(y_t \mid x, y_{<t})}{\pi_\text{ref}(y_t \mid x, y_{<t})} + [t = T]\; r_\phi(x, y)$$
+#
+# With $\delta_t = R_t + \gamma V_{t+1} - V_t$, generalised advantage estimation (Schulman et al. 2015) takes $A_t = \delta_t + \gamma\lambda A_{t+1}$. $\lambda = 0$ trusts the values, $\lambda = 1$ the rewards.
+
+
+# %%
 def shaped_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, beta: float) -> Tensor:
     """-beta log(policy / reference) at each token, and the answer's score at its last one: (batch, answer)."""
     last = (mask.cumsum(-1) == mask.sum(-1, keepdim=True)) & (mask == 1)
     return -beta * log_ratio * mask + scores[:, None] * last
 
 
-samples = exams["SFT policy"]
-with torch.no_grad():
-    log_probs, _ = look(sft, samples)
-print(f"log-probabilities {tuple(log_probs.shape)}, of which {int(samples.answer_mask.sum())} are tokens of answers")
-
-
-# %% [markdown]
-# **Advantages.** How much better than expected was token $t$? With values $V_t$ and $\delta_t = R_t + \gamma V_{t+1} - V_t$, generalised advantage estimation (Schulman et al. 2015) takes
-#
-# $$A_t = \sum_{l \ge 0} (\gamma\lambda)^l\, \delta_{t+l}, \qquad \text{which is}\quad A_t = \delta_t + \gamma\lambda A_{t+1}$$
-#
-# $\lambda = 0$ trusts the values, $\lambda = 1$ the rewards. Two identities check the code: with $\lambda = 1$ the advantage is the discounted return minus the value, and with $\lambda = 0$ it is $\delta_t$.
-
-# %%
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns of each token, all (batch, answer); after an answer's end everything is 0."""
     advantages, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
@@ -632,39 +796,8 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 
-# %%
-draws = torch.Generator().manual_seed(seed)
-mask = (torch.arange(7) < torch.tensor([7, 4, 1])[:, None]).long()  # three answers of 7, 4 and 1 tokens
-rewards, values = (torch.randn(3, 7, generator=draws, dtype=torch.float64) * mask for _ in range(2))
-gamma = 0.9
-discounts = gamma ** (torch.arange(7) - torch.arange(7)[:, None]).clamp(min=0).double()  # (t, u): gamma^(u - t)
-to_go = (discounts.triu() * rewards[:, None]).sum(-1)  # (batch, answer): sum over u >= t of gamma^(u - t) R_u
-full, returns = gae(rewards, values, mask, gamma, lam=1.0)
-step_only, _ = gae(rewards, values, mask, gamma, lam=0.0)
-delta = rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values
-errors = {
-    "lambda 1: discounted returns - values": (full - (to_go - values) * mask).abs().max(),
-    "lambda 0: one-step differences": (step_only - delta * mask).abs().max(),
-    "returns = advantages + values": (returns - full - values).abs().max(),
-    "whitened: mean": whiten(full, mask).sum().abs() / mask.sum(),
-    "whitened: variance - 1": ((whiten(full, mask) ** 2).sum() / mask.sum() - 1).abs(),
-}
-for text, error in errors.items():
-    print(f"{text:>38}: {error:.1e}")
-lesson.report("GAE, largest error of five identities", f"{max(errors.values()):.1e}")
-lesson.equal("GAE and whitening satisfy their identities", max(errors.values()), within=1e-6)
-
-
-# %% [markdown]
-# **The clipped loss** (Schulman et al. 2017). A batch of samples is used for several updates. After the first one the policy is no longer the one that sampled, so each token is weighted by $\rho_t = \pi_\theta / \pi_\text{old}$, and the gain is cut off where $\rho_t$ has moved by more than $\epsilon$ in the wanted direction:
-#
-# $$\mathcal{L} = -\,\mathbb{E}_t \min\!\big(\rho_t A_t,\; \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon)\, A_t\big) + c_V\, \mathbb{E}_t\, \tfrac12 \max\!\big((V_t - G_t)^2,\, (V_t^\text{clip} - G_t)^2\big)$$
-#
-# $G_t = A_t + V_t$ are the returns; $V_t^\text{clip}$ stays within $\epsilon$ of the value at sampling time. At the first update all $\rho_t = 1$, and the gradient must be that of plain policy gradient, $-\mathbb{E}\,[A_t \nabla \log \pi_\theta]$. Beyond the clip it must be zero.
-
-# %%
 def ppo_loss(log_probs, old_log_probs, values, old_values, advantages, returns, mask, clip=0.2, value_weight=0.1):
-    """Clipped surrogate and clipped value loss, means over the tokens that count; all tensors (batch, answer)."""
+    """Clipped gain and clipped value loss, means over the tokens that count; all tensors (batch, answer)."""
     ratio = (log_probs - old_log_probs).exp()
     policy_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     near = old_values + (values - old_values).clamp(-clip, clip)
@@ -672,166 +805,181 @@ def ppo_loss(log_probs, old_log_probs, values, old_values, advantages, returns, 
     return ((policy_loss + value_weight * value_loss) * mask).sum() / mask.sum()
 
 
+# %% [markdown]
+# `trl` has had PPO, and removed it (pull request [7020](https://github.com/huggingface/trl/pull/7020)), so identities have to do. With $\lambda = 1$ the advantage is the discounted sum of later rewards minus the value; with $\lambda = 0$ it is $\delta_t$. At the first update the gradient is that of plain policy gradient; beyond the clip it is zero.
+
+# %%
+draws = torch.Generator().manual_seed(seed)
+mask = (torch.arange(7) < torch.tensor([7, 4, 1])[:, None]).long()  # three answers of 7, 4 and 1 tokens
+rewards, values = (torch.randn(3, 7, generator=draws, dtype=torch.float64) * mask for _ in range(2))
+discounts = 0.9 ** (torch.arange(7) - torch.arange(7)[:, None]).clamp(min=0).double()  # (t, u): gamma^(u - t)
+to_go = (discounts.triu() * rewards[:, None]).sum(-1)  # (batch, answer): sum over u >= t of gamma^(u - t) R_u
+full, returns = gae(rewards, values, mask, 0.9, lam=1.0)
+delta = rewards + 0.9 * F.pad(values, (0, 1))[:, 1:] - values
+errors = [
+    (full - (to_go - values) * mask).abs().max(),
+    (gae(rewards, values, mask, 0.9, lam=0.0)[0] - delta * mask).abs().max(),
+    whiten(full, mask).sum().abs() / mask.sum(),
+    ((whiten(full, mask) ** 2).sum() / mask.sum() - 1).abs(),
+]
+lesson.equal("GAE and whitening satisfy their identities", max(errors), within=1e-6)
+
+
 def gradient(log_ratio: Tensor) -> Tensor:
     """Gradient of the policy part with respect to the log-probabilities, at this distance from the old ones."""
-    now = log_ratio.clone().requires_grad_(True)
-    nothing = torch.zeros_like(full)
+    now, nothing = log_ratio.clone().requires_grad_(True), torch.zeros_like(full)
     ppo_loss(now, nothing, nothing, nothing, full, nothing, mask).backward()
     return now.grad
 
 
-plain = -full * mask / mask.sum()  # gradient of -mean(A log pi)
-first = (gradient(torch.zeros_like(full)) - plain).abs().max()
-far = torch.full_like(full, math.log(1.5)) * full.sign()  # every token has moved by 50 % in the wanted direction
-clipped = gradient(far).abs().max()
-print(f"first update, difference to the plain policy gradient: {first:.1e}")
-print(f"ratios of 1.5 or 1 / 1.5 in the wanted direction, largest gradient: {clipped:.1e}")
-lesson.equal("the first gradient is the policy gradient", first, within=1e-9)
-lesson.equal("no gradient is left beyond the clip", clipped)
-
-
-# %% [markdown]
-# **The price of KL.** A fixed $\beta$ may hold the policy too tight or let it go. Ziegler et al. (2019) adapt it: $\beta \leftarrow \beta\,(1 + 0.2\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -1, 1)$.
-#
-# Now the loop. Each iteration samples a batch of answers, scores them, and makes two passes over them in two halves. The log keeps the proxy, the KL and, for us only, the manners and the true reward.
-
-# %%
-@dataclass
-class KLControl:
-    """Raises beta when the KL is above its target, and lowers it below."""
-
-    beta: float
-    target: float
-
-    def update(self, kl: float) -> None:
-        self.beta *= 1 + 0.2 * min(1.0, max(-1.0, kl / self.target - 1))
-
-
-@dataclass
-class Run:
-    """A policy in training, and what was measured at each iteration."""
-
-    policy: nn.Module
-    log: list[dict[str, float]] = field(default_factory=list)
-
-    def note(self, samples: Samples, scores: Tensor, log_ratio: Tensor, **more: float) -> None:
-        kl = (log_ratio * samples.answer_mask).sum(-1).mean().item()  # nats an answer
-        self.log.append({"proxy": scores.mean().item(), "kl": kl, **manners(samples), **more})
-
-    def column(self, name: str) -> list[float]:
-        return [row[name] for row in self.log]
+first = (gradient(torch.zeros_like(full)) + full * mask / mask.sum()).abs().max()
+lesson.equal("PPO's first gradient is the policy gradient", first, within=1e-9)
+far = torch.full_like(full, math.log(1.5)) * full.sign()  # moved by half in the wanted direction
+lesson.equal("no gradient is left beyond the clip", gradient(far).abs().max())
 
 
 # %%
-def proxy_of(judges: Sequence[RewardModel], samples: Samples) -> Tensor:
-    """What the reward model says; of several, the lowest: (batch,)."""
-    with torch.no_grad(), lesson.autocast():
-        return torch.stack([judge(samples.ids, samples.mask).float() for judge in judges]).amin(0)
-
-
-def start_policy(rate: float, heads: Sequence[nn.Module] = ()) -> tuple[Run, Callable[[Tensor], None]]:
-    """A copy of the SFT policy, and a function that makes one update of it and of the heads from a loss."""
-    run = Run(trainable_copy(sft))
-    trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
-    groups = [{"params": trained, "lr": rate}, *({"params": head.parameters(), "lr": 1e-3} for head in heads)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(machine.device, enabled=lesson.precision == "fp16-mixed")
-
-    def update(loss: Tensor) -> None:
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    return run, update
-
-
-# %%
-BATCH = lesson.scaled(settings["batch"], 8)
-
-
-def rows_of(samples: Samples, rows: Tensor) -> Samples:
-    """Some rows of a batch."""
-    return Samples([samples.questions[i] for i in rows], samples.ids[rows], samples.mask[rows], samples.width)
-
-
-# %%
-def ppo(judges: list[RewardModel], iterations: int, control: KLControl, epochs: int = 2) -> Run:
-    """Train a copy of the SFT policy with PPO, as InstructGPT does."""
-    generator = torch.Generator().manual_seed(seed)
+def ppo(judge: Scorer, iterations: int = ITERATIONS, beta: float = 0.02, epochs: int = 2) -> Run:
+    """Train a copy of the SFT policy with PPO; beta stays fixed."""
+    generator = torch.Generator().manual_seed(1000 * seed)
     head = nn.Linear(sft.config.hidden_size, 1, device=machine.device)
     nn.init.zeros_(head.weight)
-    run, update = start_policy(settings["rl"], [head])
+    training = Run([head], rate=0.5)  # four updates a batch, at half the rate each
     for step in tqdm(range(iterations), desc="PPO"):
-        samples = sample(run.policy, draw_questions("fact", BATCH, f"ppo {step}"), LIMIT, generator)
-        mask, scores = samples.answer_mask, proxy_of(judges, samples)
+        samples = batch_of(training.policy, step, generator, run=0)
+        mask, scores = samples.answer_mask, judge(samples)
         with torch.no_grad():
-            old_log_probs, old_values = look(run.policy, samples, head)
-            log_ratio = old_log_probs - look(sft, samples)[0]  # (batch, answer)
-        rewards = shaped_rewards(scores, log_ratio, mask, control.beta)
+            old, old_values = log_probs_of(training.policy, samples, head)
+            log_ratio = old - log_probs_of(sft, samples)  # (batch, answer)
+        rewards = shaped_rewards(scores, log_ratio, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, gamma=1.0, lam=0.95)
-        advantages = whiten(advantages, mask)
-        for rows in [rows for _ in range(epochs) for rows in torch.randperm(BATCH, generator=generator).chunk(2)]:
-            log_probs, values = look(run.policy, rows_of(samples, rows), head)
-            then = (old_values[rows], advantages[rows], returns[rows], mask[rows])
-            update(ppo_loss(log_probs, old_log_probs[rows], values, *then))
-        run.note(samples, scores, log_ratio, beta=control.beta)
-        control.update(run.log[-1]["kl"])
-    return run
+        advantages, moved = whiten(advantages, mask), []
+        for _ in range(epochs):
+            for rows in torch.randperm(len(scores), generator=generator).chunk(2):
+                log_probs, values = log_probs_of(training.policy, samples.rows(rows), head)
+                moved.append((((log_probs - old[rows]).exp() - 1).abs() > 0.2)[mask[rows] == 1].float().mean().item())
+                then = (old_values[rows], advantages[rows], returns[rows], mask[rows])
+                training.update(ppo_loss(log_probs, old[rows], values, *then))
+        training.note(samples, scores, beyond=moved[-1])
+    return training
+
+
+ppo_run = ppo(judge)
+exams["PPO"] = take_exam(ppo_run.policy)
+print("tokens beyond the clip at the last update of each iteration: "
+      + " ".join(f"{share:.0%}" for share in ppo_run.column("beyond")))  # fmt: skip
+show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
+
+# %% [markdown]
+# **What you see.** After two passes over a batch some tokens have moved by more than 20 %; those that moved in the wanted direction get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results.
+#
+# **What InstructGPT did otherwise** (Ouyang et al. 2022). Its values come from a model of their own that starts as the reward model; here the value head shares the policy's layers. Like here, $\beta$ is fixed. It also mixes in the loss of pretraining (PPO-ptx), against what RL makes the model forget. Ziegler et al. (2019) adapt $\beta$ instead: $\beta \leftarrow \beta\,(1 + 0.1\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -0.2, 0.2)$, at most 2 % a step. Many such details decide whether PPO works; Huang et al. (2024) list them, among them whitened rewards and how the value head starts.
+
+# %% [markdown] tags=["core"]
+# ## 6 · One exam for all
+#
+# **Question.** Was it worth it? What would have been simpler?
+#
+# Three rivals, on the same questions:
+#
+# - **the assistant** that you started from. It answers in a sentence when asked to, and has seen no careless demonstration;
+# - **best of 4**: sample four answers of the SFT policy and keep the one that the reward model likes best. No training at all, four times the cost at each use;
+# - **careful demonstrations**: let careful people write as many answers as GRPO sampled, and fine-tune the SFT policy on them.
+
+# %%
+N = 4
+pool = [sample(sft, exam, torch.Generator().manual_seed(seed + 1 + n)) for n in range(N)]
+pool_proxy = torch.stack([judge(samples).cpu() for samples in pool], 1)  # (questions, N)
+pool_truth = torch.stack([truth(samples) for samples in pool], 1)
+best = pool_truth.gather(1, pool_proxy.argmax(1, keepdim=True)).squeeze(1)
+asked = facts(ITERATIONS * GROUP * QUESTIONS, "careful")
+taught = fine_tune(trainable_copy(sft), [encode(question, careful(question)) for question in asked])
+exams["SFT, careful"] = take_exam(taught)
+results = {name: truth(samples) for name, samples in exams.items()} | {"SFT, best of 4": best}
+rows = {}
+for name, values in results.items():
+    gain = values - results["SFT, careless"]
+    error = (gain.std() / math.sqrt(len(gain))).item()
+    wins = win_rate(values.tolist(), results["SFT, careless"].tolist())  # ties count half
+    rows[name] = [f"{values.mean():.2f}", f"{gain.mean():+.2f}", f"{error:.2f}", str(wins)]
+    lesson.report(f"true reward on the exam: {name}", values.mean().item(), ".2f")
+show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT"])
+
+# %% [markdown]
+# **What you see.** In this run "SFT, careful" stands at the top, above every policy that learned from preferences. Believe it: where people can write the answer that you want, let them. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do.
+
+# %% [markdown] tags=["core"]
+# ## 7 · Over-optimisation
+#
+# **Question.** A reward model is sound and only imprecise. What happens if you optimise it hard, and what does a price for KL change?
+#
+# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
+
+# %%
+small_model = fit_reward_model(train_pairs[: lesson.scaled(100, 16)], epochs=3)
+small_judge = partial(proxy, small_model)
+small_delta = margins(small_model, test_pairs)
+print(f"agrees with the truth on {agreement(small_delta, clear)} of the clear held-out pairs")
+lesson.report("reward model of 100 pairs, agreement on clear pairs", str(agreement(small_delta, clear)))
+HARD, PRICES = 2.0, (0.0, 0.2)
+pressed = {
+    beta: [policy_gradient(partial(grpo, beta=beta), small_judge, run, rate=HARD) for run in range(RUNS)]
+    for beta in PRICES
+}
+
+# %% tags=["headline"]
+figure = Figure(figsize=(9, 3.6), layout="constrained")
+for axes, column, label in zip(figure.subplots(1, 2), ("proxy", "true"), ("reward model", "true reward"), strict=True):
+    for (beta, runs), color in zip(pressed.items(), plots.COLORS, strict=False):
+        values = np.array([training.column(column) for training in runs])  # (runs, iterations)
+        axes.plot(values.T, color=color, linewidth=1, alpha=0.5)
+        axes.plot(values.mean(0), color=color, linewidth=3, label=f"beta {beta:g}, mean of runs")
+    axes.set(xlabel="iteration", ylabel=f"{label} (points)")
+axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+figure.suptitle("What the reward model says does not tell you what is true", x=0.01, ha="left", weight="bold")
+plots.show(figure, "Two panels over the iterations, reward model and true reward, with and without a price of KL; "
+                   "thin lines are single runs.")  # fmt: skip
 
 
 # %%
-ITERATIONS = lesson.scaled(9)
-ppo_run = ppo([reward_model], ITERATIONS, KLControl(beta=0.05, target=2.0))
-print("iteration  proxy   true  right polite idle    KL   beta")
-for step, row in enumerate(ppo_run.log):
-    if step % 3 == 0 or step == ITERATIONS - 1:
-        print(f"{step:9} {row['proxy']:6.2f} {row['true']:6.2f} {row['right']:6.0%} {row['polite']:6.0%} "
-              f"{row['idle']:4.1f} {row['kl']:5.2f} {row['beta']:6.3f}")  # fmt: skip
-exams["PPO"] = take_exam(ppo_run.policy)
-show_manners(exams)
-print("\n".join(exams["PPO"].texts[:4]))
+def change(runs: Sequence[Run], column: str) -> tuple[float, float, float]:
+    """Start, highest and end of the mean over the runs; the end is the mean of the last two iterations."""
+    mean = np.mean([training.column(column) for training in runs], 0)
+    return mean[0], mean.max(), mean[-2:].mean()
 
 
-# %% tags=["headline"]
-def gain_of(samples: Samples) -> tuple[float, float]:
-    """Mean gain in true reward over the SFT policy on the exam, and its standard error."""
-    gain = truth(samples) - truth(exams["SFT policy"])
-    return gain.mean().item(), (gain.std() / math.sqrt(len(gain))).item()
-
-
-steps = list(range(len(ppo_run.log)))
-lines = {
-    "true reward": (steps, ppo_run.column("true")),
-    "proxy, from its start": (steps, [p - ppo_run.log[0]["proxy"] for p in ppo_run.column("proxy")]),
-    "KL (nats)": (steps, ppo_run.column("kl")),
-}
-alt = "Over the iterations of PPO the proxy and the true reward rise together, while the KL stays small."
-plots.show(plots.curve(lines, title="PPO against a sound reward model", xlabel="iteration",
-                       ylabel="reward, nats", alt=alt))  # fmt: skip
-gain, deviation = gain_of(exams["PPO"])
-wins = win_rate(truth(exams["PPO"]).tolist(), truth(exams["SFT policy"]).tolist())
-print(f"true reward on the exam {gain:+.2f} over SFT (standard error {deviation:.2f}); win rate {wins}")
-lesson.report("true reward, PPO", f"{manners(exams['PPO'])['true']:.2f} ({gain:+.2f} over SFT, win rate {wins})")
-lesson.claim("PPO raises the true reward by at least 0.4 over SFT", gain, at_least=0.4, form=".2f")
-
+rows = {}
+for beta, runs in pressed.items():
+    rows[f"beta {beta:g}"] = [f"{value:.2f}" for column in ("proxy", "true") for value in change(runs, column)]
+    lesson.report(f"beta {beta:g}: proxy gained, truth lost from its highest",
+                  f"{change(runs, 'proxy')[2] - change(runs, 'proxy')[0]:+.2f}, "
+                  f"{change(runs, 'true')[2] - change(runs, 'true')[1]:+.2f}")  # fmt: skip
+show_table(rows, [f"{what} {when}" for what in ("proxy", "truth") for when in ("start", "highest", "end")])
+worst = {beta: min(runs, key=lambda training: training.column("true")[-2:].mean()) for beta, runs in pressed.items()}
+hard = {f"hard, beta {beta:g}, worst run": take_exam(training.policy) for beta, training in worst.items()}
+shown = {name: exams[name] for name in ("SFT, careless", "GRPO, run 1")} | hard
+show_table({name: manners(samples) for name, samples in shown.items()}, MANNERS)
+for question, text in list(zip(exam, hard["hard, beta 0, worst run"].texts, strict=True))[:4]:
+    print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** Within a few iterations, some hundreds of answers, the policy is polite, writes sentences and says nothing idle. No demonstrator wrote like that all the time: preferences found what the demonstrations held only in part.
+# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that has found where the reward model is wrong; the answers printed last are those of the worst run without a price. In this run the worst policy without a price has garbled its polite opening: the reward model still takes it for one, the annotator would not. How many of three runs go astray is a matter of the seed: with another one, none did. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
 #
-# PPO was removed from `trl` (issue [7020](https://github.com/huggingface/trl/issues/7020)), which is why its parts were checked against identities and not against a library. Many projects now use the simpler methods of section 5.
+# What to watch without a true reward: the length of the answers, the share that ends, and the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs: compare the rows of GRPO in section 6.
+
+# %% [markdown] tags=["further"]
+# ## 8 · Measuring KL: three estimators
 #
-# ## 4 · Measuring KL: three estimators
+# *Further: no core section needs this one.*
 #
-# **Question.** The loop above estimates KL by $\log \pi_\theta - \log \pi_\text{ref}$ of the sampled tokens. Is there a better way?
+# **Question.** PPO estimates KL by $\log \pi_\theta - \log \pi_\text{ref}$ of the sampled tokens. Is there a better way?
 #
 # With $p = \pi_\theta$, $q = \pi_\text{ref}$, a sample from $p$ and $\ell = \log(q/p)$, Schulman (2020) compares
 #
 # $$k_1 = -\ell, \qquad k_2 = \tfrac12 \ell^2, \qquad k_3 = e^{\ell} - 1 - \ell$$
 #
-# $k_1$ is unbiased and often negative. $k_3$ adds $q/p - 1$, whose mean is zero, and is never negative. The vocabulary is small enough to sum over it, so mean and spread of each can be computed *exactly*, at every token of real answers. To vary the distance, go from the SFT policy to the PPO policy in steps: $p_\alpha \propto q^{1-\alpha} p^\alpha$.
+# $k_1$ is unbiased and often negative. $k_3$ adds $q/p - 1$, whose mean is zero, and is never negative. The vocabulary is small enough to sum over it, so mean and spread of each can be computed *exactly*, at every token of real answers. To vary the distance, go from the SFT policy to one that was optimised hard in steps: $p_\alpha \propto q^{1-\alpha} p^\alpha$.
+
 
 # %%
 @torch.no_grad()
@@ -848,8 +996,9 @@ def estimators(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}
 
 
-some = rows_of(exams["PPO"], torch.arange(min(40, len(exam))))
-q, end = all_log_probs(sft, some), all_log_probs(ppo_run.policy, some)
+moved = pressed[0.0][0].policy
+some = take_exam(moved).rows(torch.arange(min(40, len(exam))))
+q, end = all_log_probs(sft, some), all_log_probs(moved, some)
 rows = []
 for alpha in (0.1, 0.25, 0.5, 1.0):
     p = ((1 - alpha) * q + alpha * end).log_softmax(-1)  # (tokens, vocab)
@@ -860,26 +1009,28 @@ for alpha in (0.1, 0.25, 0.5, 1.0):
         rows.append((alpha, name, exact.mean().item(), mean.mean().item(), spread.item()))
 print("alpha  name   exact KL     mean    bias  standard deviation")
 for alpha, name, exact_kl, mean, spread in rows:
-    print(f"{alpha:5} {name:>5} {exact_kl:10.4f} {mean:8.4f} {mean / exact_kl - 1:7.1%} {spread:11.4f}")
+    print(f"{alpha:5} {name:>5} {exact_kl:10.4f} {mean:8.4f} {mean / max(exact_kl, 1e-9) - 1:7.1%} {spread:11.4f}")
 
 # %%
 kls = [row[2] for row in rows if row[1] == "k1"]
-lines = {name: (kls, [row[4] / row[2] for row in rows if row[1] == name]) for name in ("k1", "k2", "k3")}
-alt = "Standard deviation of one sample over the KL itself, for three estimators: that of k1 is the largest when near."
-plots.show(plots.curve(lines, title="Spread of one sample, relative to the KL", xlabel="exact KL (nats per token)",
-                       ylabel="standard deviation / KL", log_x=True, log_y=True, alt=alt))  # fmt: skip
+relative = {name: [row[4] / max(row[2], 1e-9) for row in rows if row[1] == name] for name in ("k1", "k2", "k3")}
+lines = {name: (kls, values) for name, values in relative.items()}
+alt = "Standard deviation of one sample over the KL itself, for three estimators at four distances."
+plots.show(plots.curve(lines, title="Which estimator is calmer depends on the distance",
+                       xlabel="exact KL (nats per token)", ylabel="standard deviation / KL",
+                       log_x=True, log_y=True, alt=alt))  # fmt: skip
 near = {row[1]: row for row in rows if row[0] == 0.1}
-bias = {name: abs(near[name][3] / near[name][2] - 1) for name in near}
+bias = {name: abs(near[name][3] / max(near[name][2], 1e-9) - 1) for name in near}
 lesson.report(
     "KL estimators near the reference, deviation k1 / k2 / k3", " / ".join(f"{r[4]:.3f}" for r in near.values())
 )
-lesson.equal("k1 and k3 have no bias (1 % allowed for rounding)", max(bias["k1"], bias["k3"]), within=0.01)
-lesson.claim(
-    "near the reference k3 spreads less than half as much as k1", near["k3"][4] / near["k1"][4], at_most=0.5, form=".2f"
-)
+lesson.equal("k1 and k3 have no bias (1 % of the KL allowed for rounding)",
+             max(bias["k1"], bias["k3"]) if near["k1"][2] > 1e-4 else 0.0, within=0.01)  # fmt: skip
+far = {row[1]: row for row in rows if row[0] == 1.0}
+lesson.report("KL estimators at the end, deviation k1 / k2 / k3", " / ".join(f"{r[4]:.3f}" for r in far.values()))
 
 # %% [markdown]
-# **What you see.** Near the reference $k_3$ is the better estimator at no cost. Farther away it loses its advantage, since $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. $k_2$ is biased there.
+# **What you see.** $k_1$ and $k_3$ have no bias, $k_2$ has one. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. In this run that costs $k_3$ its advantage.
 #
 # **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. Check all four.
 
@@ -907,51 +1058,45 @@ for name, (target, label) in (targets | {"rho k3": (forward, "KL(p||q)")}).items
         f"the mean gradient of {name} is that of {label}", float(off / max(1.0, forward.abs().max())), within=1e-3
     )
 
-
-# %% [markdown]
-# ## 5 · Without a value function: RLOO and GRPO
+# %% [markdown] tags=["further"]
+# ## 9 · Equal to the library: reward model, RLOO, GRPO
 #
-# **Question.** Does it take a value head, advantages of tokens and clipped values to do this?
+# *Further: no core section needs this one.*
 #
-# Sample $G$ answers to the same question. Then the others tell what was to be expected. RLOO (Ahmadian et al. 2024) treats the whole answer as one action and subtracts the mean of the *other* answers, which leaves the gradient unbiased. GRPO (Shao et al. 2024, DeepSeekMath) divides by the group's standard deviation and gives every token of an answer the same advantage:
+# **Question.** Is what you have written what practitioners use?
 #
-# $$A_i^\text{RLOO} = r_i - \frac{1}{G-1}\sum_{j \neq i} r_j, \qquad A_i^\text{GRPO} = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r)}$$
-#
-# RLOO puts the KL into the reward. GRPO puts $\beta k_3$ into the loss; `trl` now multiplies it by $\rho_t$, for the reason that you have just checked, and so does the code below.
+# `trl.RewardTrainer` trains `AutoModelForSequenceClassification` with one output. Put your weights into one and let the trainer compute its loss on your batches.
 
 # %%
-def rloo_advantages(scores: Tensor, group: int) -> Tensor:
-    """r minus the mean of the other answers to the same question: (batch,)."""
-    rows = scores.view(-1, group)  # (questions, group)
-    return (rows - (rows.sum(1, keepdim=True) - rows) / (group - 1)).flatten()
-
-
-def grpo_advantages(scores: Tensor, group: int) -> Tensor:
-    """(r - mean) / std within each group of answers to one question: (batch,)."""
-    rows = scores.view(-1, group)
-    return ((rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-4)).flatten()
-
-
-def rloo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip=0.2) -> Tensor:
-    """Clipped ratio of whole answers; log-probabilities (batch, answer)."""
-    ratio = ((log_probs - old_log_probs) * mask).sum(1).exp()  # (batch,)
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
-
-
-def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, beta=0.0, clip=0.2) -> Tensor:
-    """Clipped ratio of each token, and ratio * k3 to the reference: mean over each answer, then over answers."""
-    ratio, advantages = (log_probs - old_log_probs).exp(), advantages[:, None]  # (batch, answer), (batch, 1)
-    gain = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    log_r = ref_log_probs - log_probs
-    k3 = log_r.exp() - 1 - log_r
-    return (((beta * ratio * k3 - gain) * mask).sum(1) / mask.sum(1)).mean()
+config = copy.deepcopy(sft.config)
+config.num_labels, config.pad_token_id = 1, PAD
+classifier = AutoModelForSequenceClassification.from_config(config).to(machine.device).eval()
+classifier.model.load_state_dict(reward_model.model.state_dict())
+classifier.score.load_state_dict(reward_model.score.state_dict())
+rows = [{"prompt": p.question.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in test_pairs[:4]]
+trainer = RewardTrainer(
+    classifier, RewardConfig(**QUIET), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+)
+classifier.config.pad_token_id = -1  # it reads the last token that is no padding: let each answer end there
+difference = 0.0
+for batch in pair_batches(test_pairs[:48], 16, seed):
+    room = (1 - batch["attention_mask"]).sum(1).tolist()  # padding of each row, moved from its right to its left
+    for name, rows in batch.items():
+        moved_rows = [row.roll(width) for row, width in zip(rows, room, strict=True)]
+        batch[name] = torch.stack(moved_rows).to(machine.device)
+    with torch.no_grad():
+        theirs, own = trainer.compute_loss(classifier, dict(batch)), bradley_terry_loss(reward_model, batch)
+    difference = max(difference, (theirs - own).abs().item())
+print(f"loss {own:.4f}, largest difference to trl.RewardTrainer in three batches: {difference:.1e}")
+lesson.report("largest difference to trl: reward loss", f"{difference:.1e}")
+lesson.equal("the loss is that of trl.RewardTrainer, within 0.0001", difference, within=1e-4)
 
 
 # %% [markdown]
-# **The library.** Let `trl` sample, score and compute: its trainers return the tokens, the advantages and the loss. Compute advantages and loss from the same tokens and rewards with your functions. The policy is the one trained by PPO; the log-probabilities at sampling time are moved a third of the way to those of the SFT policy, so that the ratios differ from 1 and some are clipped.
+# **The library.** Let `trl` sample, score and compute: its trainers return the tokens, the advantages and the loss. Compute advantages and loss from the same tokens and rewards with your functions. The policy is one trained by GRPO; the log-probabilities at sampling time are moved a third of the way to those of the SFT policy, so that the ratios differ from 1 and some are clipped.
 
 # %%
-GROUP, heard = 4, []
+FEW, heard = 4, []
 
 
 def some_reward(prompts: list, completions: list[str], **columns) -> list[float]:
@@ -966,10 +1111,10 @@ for name, trainer_class, config_class, more in (
     ("RLOO", RLOOTrainer, RLOOConfig, {"beta": 0.0, "normalize_advantages": False}),
     ("GRPO", GRPOTrainer, GRPOConfig, {"beta": 0.04, "loss_type": "grpo"}),
 ):
-    arguments = config_class(**QUIET, **more, num_generations=GROUP, max_completion_length=24,
+    arguments = config_class(**QUIET, **more, num_generations=FEW, max_completion_length=24,
                              per_device_train_batch_size=16)  # fmt: skip
     trainers[name] = trainer_class(
-        trainable_copy(ppo_run.policy), some_reward, arguments, processing_class=tokenizer,
+        trainable_copy(grpo_runs[0].policy), some_reward, arguments, processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
     )  # fmt: skip
 
@@ -978,18 +1123,18 @@ differences = {}
 for name, trainer in trainers.items():
     model = trainer.model.eval()
     with torch.no_grad():
-        batch = trainer._generate_and_score_completions([{"prompt": p} for p in prompts for _ in range(GROUP)])
+        batch = trainer._generate_and_score_completions([{"prompt": p} for p in prompts for _ in range(FEW)])
         ids, mask = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1), batch["completion_mask"]
         whole = Samples([], ids, torch.cat([batch["prompt_mask"], mask], 1), batch["prompt_ids"].shape[1])
-        log_probs, ref = (look(policy, whole, exact=True)[0] for policy in (model, sft))
+        log_probs, ref = (log_probs_of(policy, whole, exact=True) for policy in (model, sft))
         old = log_probs + (ref - log_probs) / 3
         scores = torch.tensor(heard, device=ids.device)
         if name == "RLOO":
-            advantages = rloo_advantages(scores, GROUP)
+            advantages = rloo_advantages(scores, FEW)
             own = rloo_loss(log_probs, old, advantages, mask)
             batch["old_logps"] = (old * mask).sum(1)
         else:
-            advantages = grpo_advantages(scores, GROUP)
+            advantages = grpo_advantages(scores, FEW)
             own = grpo_loss(log_probs, old, ref, advantages, mask, beta=0.04)
             batch["old_per_token_logps"], batch["ref_per_token_logps"] = old, ref
         theirs = trainer._compute_loss(model, batch)
@@ -1001,381 +1146,12 @@ lesson.equal("advantages and losses are those of trl, within 0.0001", max(differ
 
 
 # %% [markdown]
-# Now the loop for both. It is shorter than PPO's: one update for each batch, so the ratio is 1 and matters only for its gradient; no value head. `scorer` may be a reward model or a program.
-
-# %%
-def group_rl(
-    scorer: Callable[[Samples], Tensor], iterations: int, beta: float, *, kind: str = "fact",
-    group: int = 8, rate: float = 2.0, algorithm: str = "GRPO",
-) -> Run:  # fmt: skip
-    """Train a copy of the SFT policy on what `scorer` values, with GRPO or RLOO."""
-    generator = torch.Generator().manual_seed(seed)
-    run, update = start_policy(rate * settings["rl"])
-    for step in tqdm(range(iterations), desc=algorithm):
-        asked = draw_questions(kind, max(1, BATCH // group), f"group {step}")
-        samples = sample(run.policy, [question for question in asked for _ in range(group)], LIMIT, generator)
-        scores, mask = scorer(samples).to(machine.device), samples.answer_mask
-        with torch.no_grad():
-            ref_log_probs = look(sft, samples)[0]  # (batch, answer)
-        log_probs = look(run.policy, samples)[0]
-        old = log_probs.detach()
-        run.note(samples, scores, old - ref_log_probs)
-        if algorithm == "GRPO":
-            loss = grpo_loss(log_probs, old, ref_log_probs, grpo_advantages(scores, group), mask, beta)
-        else:
-            after_kl = scores - beta * ((old - ref_log_probs) * mask).sum(1)
-            loss = rloo_loss(log_probs, old, rloo_advantages(after_kl, group), mask)
-        update(loss)
-    return run
-
-
-# %%
-grpo_run = group_rl(partial(proxy_of, [reward_model]), ITERATIONS, beta=0.02)
-exams["GRPO"] = take_exam(grpo_run.policy)
-show_manners(exams)
-alt = "True reward over the iterations, for PPO and GRPO: both rise from the level of SFT."
-lines = {name: (steps, run.column("true")) for name, run in (("PPO", ppo_run), ("GRPO", grpo_run))}
-plots.show(plots.curve(lines, title="Two ways to the same policy", xlabel="iteration",
-                       ylabel="true reward of the samples", alt=alt))  # fmt: skip
-gain, deviation = gain_of(exams["GRPO"])
-print(f"GRPO: true reward on the exam {gain:+.2f} over SFT (standard error {deviation:.2f})")
-lesson.report("true reward, GRPO", f"{manners(exams['GRPO'])['true']:.2f} ({gain:+.2f} over SFT)")
-lesson.claim("GRPO raises the true reward by at least 0.4 over SFT", gain, at_least=0.4, form=".2f")
-
-# %% [markdown]
-# **Best-of-N.** There is a way without any training: sample $N$ answers and keep the one that the reward model likes best. It costs $N$ times as much at each use. Its KL to the SFT policy is at most $\log N - (N-1)/N$ nats, however large the model (Beirami et al. 2024). Take 8 answers to each of 80 exam questions, 640 samples, about as many as the training used.
-
-# %%
-N = 8
-asked = exam[: lesson.scaled(80, 4)]
-many = [sample(sft, asked, LIMIT, torch.Generator().manual_seed(seed + 1 + n)) for n in range(N)]
-many_truth = torch.stack([truth(samples) for samples in many], 1)  # (questions, N)
-many_proxy = torch.stack([proxy_of([reward_model], samples).cpu() for samples in many], 1)
-
-
-def best_of(n: int, proxy: Tensor, value: Tensor) -> float:
-    """Mean value of the answer that the proxy likes best among n, over all disjoint groups of n of the samples."""
-    groups = proxy[:, : N // n * n].reshape(len(proxy), -1, n)  # (questions, groups, n)
-    chosen = groups.argmax(-1, keepdim=True)
-    return value[:, : N // n * n].reshape(groups.shape).gather(-1, chosen).mean().item()
-
-
-bon = {n: best_of(n, many_proxy, many_truth) for n in (1, 2, 4, 8)}
-for n, value in bon.items():
-    print(f"best of {n}: true reward {value:.2f}, KL at most {math.log(n) - (n - 1) / n:.2f} nats")
-print(f"PPO {manners(exams['PPO'])['true']:.2f}, GRPO {manners(exams['GRPO'])['true']:.2f}, with one sample a question")
-lesson.report("true reward, best of 8 by the reward model", f"{bon[8]:.2f}")
-lesson.claim(
-    "best-of-8 raises the true reward by at least 0.4 over one sample", bon[8] - bon[1], at_least=0.4, form=".2f"
-)
-
-
-# %% [markdown]
-# ## 6 · Reward hacking: produced, and cured
+# ## 10 · Exercises
 #
-# **Question.** What happens if the reward model is wrong about something, and you optimise it hard?
-#
-# It will be wrong about something. Here the mistake is made on purpose, so that you can watch. The same answers go to a *crowd* that is paid by the piece. Nine in ten of its annotators are in a hurry: they take long answers for good ones, and check nothing. The rest are careful. The first third of the pairs trains a reward model.
-
-# %%
-def crowd_choice(rng: random.Random, question: Question, answers: Sequence[str], hurried: float) -> Preference:
-    """The choice of one annotator of a crowd, of which a share is in a hurry and counts idle sentences."""
-    if rng.random() >= hurried:
-        return annotated(rng, question, answers)
-    looks = [float(sum(filler in answer for filler in FILLERS)) for answer in answers]
-    first_wins = rng.random() < 1 / (1 + math.exp(-(looks[0] - looks[1]) / NOISE))
-    best, other = (0, 1) if first_wins else (1, 0)
-    rewards = [true_reward(question, answer) for answer in answers]
-    return Preference(question, answers[best], answers[other], rewards[best], rewards[other])
-
-
-def crowd_model(hurried: float, third: int) -> RewardModel:
-    """A reward model of one third of the answers, as a crowd judged them."""
-    rng = random.Random(f"crowd/{hurried}/{seed}")
-    return fit_reward_model([crowd_choice(rng, *pair, hurried) for pair in train_answers][third::3], stream=third)
-
-
-flawed = crowd_model(0.9, third=0)
-flawed_deltas = margins(flawed, test_pairs)
-flawed_truth = agreement(flawed_deltas, gaps, clear)
-print(f"agrees with the true preference on {flawed_truth} of the clear held-out pairs")
-print("worth of a right answer {:.2f}, of politeness {:.2f}, of an idle sentence {:.2f}".format(*slopes(flawed_deltas)))
-lesson.report("flawed reward model, agreement with the true preference", str(flawed_truth))
-lesson.claim("the flawed model likes idle sentences", slopes(flawed_deltas)[2], at_least=0, form=".2f")
-
-# %% [markdown]
-# Now optimise it with nothing to hold the policy back: GRPO with $\beta = 0$.
-
-# %%
-hacked = group_rl(partial(proxy_of, [flawed]), lesson.scaled(11), beta=0.0)
-exams["flawed reward, no KL"] = take_exam(hacked.policy)
-show_manners(exams)
-for text in exams["flawed reward, no KL"].texts[:3]:
-    print(repr(text))
-proxy_gain = [value - hacked.log[0]["proxy"] for value in hacked.column("proxy")]
-steps = list(range(len(proxy_gain)))
-alt = "Over the iterations the proxy rises and levels off, while the true reward falls from the start."
-lines = {"proxy, from its start": (steps, proxy_gain), "true reward": (steps, hacked.column("true"))}
-plots.show(plots.curve(lines, title="Reward hacking", xlabel="iteration", ylabel="reward", alt=alt))
-hack_loss, deviation = gain_of(exams["flawed reward, no KL"])
-print(f"proxy {proxy_gain[-1]:+.2f}; true reward on the exam {hack_loss:+.2f} (standard error {deviation:.2f})")
-lesson.report("flawed reward, no KL: proxy / true reward, change", f"{proxy_gain[-1]:+.2f} / {hack_loss:+.2f}")
-lesson.claim("without KL the proxy rises by 0.3 or more", proxy_gain[-1], at_least=0.3, form=".2f")
-lesson.claim("meanwhile the true reward falls by 0.3 or more", -hack_loss, at_least=0.3, form=".2f")
-
-# %% [markdown]
-# **What you see.** The policy talks until it is cut off. The proxy is delighted. This is Goodhart's law: a measure that becomes a target stops being a good measure.
-#
-# **Length drift and format drift** are the first things to watch, since they need no true reward: how long are the answers, and how many of them end at all?
-
-# %%
-finished = {
-    name: score(int(((samples.ids[:, samples.width :] == END) & (samples.answer_mask == 1)).any(1).sum()), len(exam))
-    for name, samples in exams.items()
-}
-for name, samples in exams.items():
-    lengths = samples.answer_mask.sum(1)
-    distinct = len(set(samples.texts)) / len(samples.texts)
-    print(f"{name:>22}: {lengths.float().mean():4.1f} tokens, {finished[name]} end, {distinct:.0%} distinct answers")
-alt = "The share of answers that end: nearly all before, and few after the reward was hacked."
-plots.show(plots.bars_with_intervals(finished, title="Answers that come to an end", xlabel="answers", alt=alt))
-lengths = [samples.answer_mask.sum(1).float().mean().item() for samples in exams.values()]
-lesson.report("tokens an answer: SFT, PPO, hacked", " / ".join(f"{lengths[i]:.1f}" for i in (1, 2, -1)))
-lesson.claim(
-    "the hacked policy writes answers at least 1.5 times as long as SFT",
-    lengths[-1] / lengths[1],
-    at_least=1.5,
-    form=".2f",
-)
-
-# %% [markdown]
-# **How far can you go?** Gao et al. (2022) measured true reward against $d = \sqrt{\mathrm{KL}}$ and found
-#
-# $$R_\text{RL}(d) = d\,(\alpha - \beta \log d), \qquad R_\text{best-of-N}(d) = d\,(\alpha - \beta d)$$
-#
-# If $\alpha > 0$ both rise first and fall later; if $\alpha < 0$ the mistake is what pays first, and they only fall. Draw the same for the flawed model, with RL from the run above and best-of-N from the 640 samples of section 5, and fit $\alpha$ and $\beta$ by least squares.
-
-# %%
-many_flawed = torch.stack([proxy_of([flawed], samples).cpu() for samples in many], 1)  # (questions, N)
-sizes = (1, 2, 4, 8)
-d_bon = np.sqrt([math.log(n) - (n - 1) / n for n in sizes])
-d_rl = np.sqrt(np.maximum(hacked.column("kl"), 1e-6))
-bon_true = np.array([best_of(n, many_flawed, many_truth) for n in sizes]) - best_of(1, many_flawed, many_truth)
-bon_proxy = np.array([best_of(n, many_flawed, many_flawed) for n in sizes]) - best_of(1, many_flawed, many_flawed)
-rl_true = np.array(hacked.column("true")) - hacked.log[0]["true"]
-
-
-def fit(d: np.ndarray, gain: np.ndarray, shape: Callable) -> np.ndarray:
-    """alpha and beta of gain = d (alpha - beta shape(d)), by least squares; points at d = 0 say nothing."""
-    d, gain = d[d > 0.05], gain[d > 0.05]
-    return np.linalg.lstsq(np.stack([d, -d * shape(d)], 1), gain, rcond=None)[0] if len(d) > 1 else np.zeros(2)
-
-
-for name, d, gain, shape in (("RL", d_rl, rl_true, np.log), ("best-of-N", d_bon, bon_true, lambda d: d)):
-    print("{:>9}: alpha {:+.2f}, beta {:+.2f}".format(name, *fit(d, gain, shape)))
-order = np.argsort(d_rl)
-lines = {
-    "RL, proxy": (d_rl[order], np.array(proxy_gain)[order]), "RL, truth": (d_rl[order], rl_true[order]),
-    "best-of-N, proxy": (d_bon, bon_proxy), "best-of-N, truth": (d_bon, bon_true),
-}  # fmt: skip
-alt = "Gain over the square root of the KL: the proxy rises for RL and best-of-N, and the true reward falls."
-plots.show(plots.curve(lines, title="Over-optimisation: the same reward model, proxy and truth",
-                       xlabel="square root of the KL (nats)", ylabel="change of reward", alt=alt))  # fmt: skip
-print("best of 1, 2, 4, 8, change of the true reward")
-for name, judge_model in {
-    **{f"{size} careful pairs": m for size, m in reward_models.items()},
-    "flawed": flawed,
-}.items():
-    proxy = torch.stack([proxy_of([judge_model], samples).cpu() for samples in many], 1)
-    values = [best_of(n, proxy, many_truth) - best_of(1, proxy, many_truth) for n in sizes]
-    print(f"{name:>20}: " + ", ".join(f"{value:+.2f}" for value in values))
-
-# %% [markdown]
-# **What you see.** With this flawed model $\alpha$ is negative: the truth falls from the first step on. Idle sentences are in the policy's repertoire, so the mistake is the cheapest way to please. Gao et al. found a rise first, since their reward models were sound and only imprecise. The table shows that other end: the more careful pairs, the more of the true reward best-of-N finds.
-
-# %% [markdown]
-# **Cures.** Four, each of which a real project can apply:
-#
-# - **KL**: $\beta = 1$ in GRPO's loss. It bounds how far a mistake can be driven, and bounds the progress as well.
-# - **Early stopping**: let a careful person read a batch of answers at each iteration, and keep the policy of the best one.
-# - **Ensemble of one crowd** (Coste et al. 2023): the lowest of three reward models, each of another third of the same crowd's pairs. Rewards have an arbitrary zero and scale, so each is standardised on the SFT policy's answers first.
-# - **Ensemble of different crowds**: the flawed model, and the two that learned from 100 and from 300 careful pairs.
-#
-# Before you spend a run on an ensemble, ask its members what they think of the hacked answers. If all are pleased, their minimum is no protection.
-
-# %%
-same_crowd = [flawed, crowd_model(0.9, third=1), crowd_model(0.9, third=2)]
-other_crowds = [flawed, *(reward_models[size] for size in SIZES[:2])]
-
-
-def committee(judges: Sequence[RewardModel]) -> Callable[[Samples], Tensor]:
-    """The lowest of the judges' rewards, each with mean 0 and deviation 1 on the SFT policy's answers."""
-    before = [proxy_of([judge], exams["SFT policy"]) for judge in judges]
-
-    def lowest(samples: Samples) -> Tensor:
-        rewards = [(proxy_of([judge], samples) - b.mean()) / b.std() for judge, b in zip(judges, before, strict=True)]
-        return torch.stack(rewards).amin(0)  # (judges, batch) -> (batch,)
-
-    return lowest
-
-
-for name, judges in (("one crowd", same_crowd), ("different crowds", other_crowds)):
-    opinions = [committee([judge])(exams["flawed reward, no KL"]).mean().item() for judge in judges]
-    together = committee(judges)(exams["flawed reward, no KL"]).mean().item()
-    print(
-        f"{name:>16}, on the hacked answers: " + ", ".join(f"{o:+.2f}" for o in opinions) + f"; lowest {together:+.2f}"
-    )
-    lesson.report(f"hacked answers, lowest standardised reward, {name}", f"{together:+.2f}")
-
-# %%
-with_kl = group_rl(partial(proxy_of, [flawed]), lesson.scaled(6), beta=1.0)
-ensemble = group_rl(committee(other_crowds), lesson.scaled(6), beta=0.0)
-exams["flawed reward, KL"] = take_exam(with_kl.policy)
-exams["different crowds, no KL"] = take_exam(ensemble.policy)
-show_manners({name: exams[name] for name in list(exams) if name != "assistant"})
-best_step = int(np.argmax(hacked.column("true")))
-print(f"early stopping: after {best_step} updates, true reward of the batch {max(hacked.column('true')):.2f}")
-runs = {"no KL": hacked, "KL": with_kl, "different crowds": ensemble}
-lines = {name: (list(range(len(run.log))), run.column("true")) for name, run in runs.items()}
-alt = "True reward over the iterations: it falls without KL, stays with KL, and rises with an ensemble that disagrees."
-plots.show(plots.curve(lines, title="Three runs on flawed reward models", xlabel="iteration",
-                       ylabel="true reward of the samples", alt=alt))  # fmt: skip
-ends = {name: gain_of(exams[name])[0] for name in list(exams)[-3:]}
-for name, gain in ends.items():
-    print(f"{name:>24}: {gain:+.2f} over SFT")
-    lesson.report(f"{name}: true reward over SFT", f"{gain:+.2f}")
-lesson.claim(
-    "with the KL penalty the true reward ends at least 0.15 above the run without it",
-    ends["flawed reward, KL"] - hack_loss,
-    at_least=0.15,
-    form=".2f",
-)
-lesson.claim(
-    "the ensemble of different crowds ends above the SFT policy, without any KL penalty",
-    ends["different crowds, no KL"],
-    at_least=0,
-    form=".2f",
-)
-
-
-# %% [markdown]
-# **What you see.** Early stopping and KL limit the damage, and that is all they can do: the direction is wrong. An ensemble helps against mistakes that its members do *not* share. Three models of one crowd have the same taste: each of them likes the hacked answers, only not equally (compare Eisenstein et al. 2023). The best cure is better comparisons.
-
-# %% [markdown]
-# ## 7 · A reward that cannot be fooled: sums
-#
-# **Question.** What if a program can check the answer?
-#
-# For sums no reward model is needed: the number is right or it is not. Such a *verifiable reward* (RLVR) made the reasoning models (Guo et al. 2025, DeepSeek-R1). The SFT policy has learned from its demonstrators to answer mostly at once, and sometimes in steps. Nobody tells it which is better.
-
-# %%
-def says_right_sum(question: Question, text: str) -> bool:
-    """Exact match: the answer ends with the right number, and the sentence is complete."""
-    return text.endswith(f"The sum is {question.about['value']}.")
-
-
-def verified(samples: Samples) -> Tensor:
-    """1 for a right sum, else 0: (batch,)."""
-    return torch.tensor([float(says_right_sum(q, t)) for q, t in zip(samples.questions, samples.texts, strict=True)])
-
-
-sums = draw_questions("sum", lesson.scaled(150, 8), "exam", held_out=True)
-
-
-def sum_exam(model: nn.Module, name: str, greedy: bool = True) -> Samples:
-    """Answer the sums of the exam and print what came out."""
-    samples = sample(model, sums, LIMIT, None if greedy else torch.Generator().manual_seed(seed))
-    right, stepwise = verified(samples), torch.tensor([float("=" in text) for text in samples.texts])
-    print(f"{name:>22}: {score(right.sum().item(), len(sums))} right, {stepwise.mean():4.0%} in steps, "
-          f"{samples.answer_mask.sum(1).float().mean():4.1f} tokens")  # fmt: skip
-    return samples
-
-
-before = sum_exam(sft, "SFT, greedy")
-before_sampled = sum_exam(sft, "SFT, sampled", greedy=False)
-steps_used = torch.tensor(["=" in text for text in before_sampled.texts])
-for name, kind in (("in steps", steps_used), ("at once", ~steps_used)):
-    if kind.any():
-        print(f"   of those {name}: {score(verified(before_sampled)[kind].sum().item(), int(kind.sum()))} right")
-
-# %%
-verified_run = group_rl(verified, lesson.scaled(10), beta=0.0, kind="sum")
-after = sum_exam(verified_run.policy, "GRPO, greedy")
-sum_exam(verified_run.policy, "GRPO, sampled", greedy=False)
-print(after.texts[0])
-steps = list(range(len(verified_run.log)))
-longest = max(verified_run.column("tokens"))
-lines = {
-    "right": (steps, verified_run.column("proxy")),
-    f"length, of {longest:.0f} tokens": (steps, [tokens / longest for tokens in verified_run.column("tokens")]),
-}
-alt = "Over the iterations the share of right sums rises together with the length of the answers."
-plots.show(plots.curve(lines, title="The answers grow longer because steps pay", xlabel="iteration",
-                       ylabel="share", percent=True, alt=alt))  # fmt: skip
-sft_right, grpo_right = (score(verified(s).sum().item(), len(sums)) for s in (before, after))
-lesson.report("sums, exact match (greedy): SFT / GRPO", f"{sft_right} / {grpo_right}")
-lesson.claim(
-    "GRPO raises exact match on sums by at least 15 points",
-    grpo_right.accuracy - sft_right.accuracy,
-    at_least=0.15,
-    form=".0%",
-)
-
-# %% [markdown]
-# **What you see.** The policy discovers that writing steps pays, and the answers grow. It is the small version of what DeepSeek-R1 reports. The skill was there: the base model had learned steps in pretraining, and the demonstrations showed them now and then. RL raised the probability of what already worked; it had to be sampled once to be found.
-#
-# **At equal samples, is training better than choosing?** The cell prints how many samples each way used. Draw 8 for each of 60 sums from the SFT policy and let the *verifier* choose; that is the share of sums with at least one right answer among them, pass@8. Without a verifier at the time of use, only a majority vote is left.
-
-# %%
-few = sums[: lesson.scaled(60, 4)]
-draws = [sample(sft, few, LIMIT, torch.Generator().manual_seed(seed + 10 + n)) for n in range(N)]
-right = torch.stack([verified(samples) for samples in draws], 1)  # (sums, N)
-
-
-def voted(texts: list[str]) -> str:
-    """The sum that most of the answers name."""
-    numbers = [text.removesuffix(".").split()[-1] if text.strip(" .") else "" for text in texts]
-    return max(numbers, key=numbers.count)
-
-
-votes = sum(
-    voted([samples.texts[i] for samples in draws]) == str(question.about["value"]) for i, question in enumerate(few)
-)
-ways = {
-    "SFT, one sample": score(right.mean().item() * len(few), len(few)),
-    "SFT, majority of 8": score(votes, len(few)),
-    "SFT, best of 8 by the verifier": score(right.amax(1).sum().item(), len(few)),
-    "GRPO, greedy": score(verified(after)[: len(few)].sum().item(), len(few)),
-}
-alt = "Right sums for four ways to use the policies: training with the verifier rivals choosing among eight with it."
-plots.show(plots.bars_with_intervals(ways, title="Choosing or training", xlabel="right sums", alt=alt))
-print(f"samples used: training {sum(BATCH for _ in verified_run.log)}, best of 8 on {len(few)} sums {N * len(few)}")
-for name, result in ways.items():
-    lesson.report(f"sums: {name}", str(result))
-ahead = ways["GRPO, greedy"].accuracy - ways["SFT, one sample"].accuracy
-lesson.claim("GRPO without a verifier at test time is above a single sample of SFT", ahead, at_least=0, form=".0%")
-
-# %% [markdown]
-# **RLOO on the same task**, for comparison: whole answers as actions, no division by the standard deviation.
-
-# %%
-rloo_run = group_rl(verified, lesson.scaled(5), beta=0.0, kind="sum", algorithm="RLOO")
-rloo_after = sum_exam(rloo_run.policy, "RLOO, greedy")
-rloo_right = score(verified(rloo_after).sum().item(), len(sums))
-print("right in training, GRPO: " + " ".join(f"{value:.0%}" for value in verified_run.column("proxy")))
-print("right in training, RLOO: " + " ".join(f"{value:.0%}" for value in rloo_run.column("proxy")))
-lesson.report("sums, exact match (greedy): RLOO, fewer iterations", str(rloo_right))
-
-
-# %% [markdown]
-# The proxy cannot be hacked here, and yet two biases hide in GRPO's loss. Dividing by the length of each answer makes long wrong answers cheap, and dividing by the standard deviation gives more weight to questions that nearly all or nearly no samples get right. Dr. GRPO (Liu et al. 2025) drops both; DAPO (Yu et al. 2025) averages over tokens of the whole batch, raises the upper clip, and skips groups that are all right or all wrong, whose advantage is zero anyway. `trl`'s default loss is DAPO's.
-
-# %% [markdown]
-# ## 8 · Exercises
-#
-# Four, from easy to hard. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
+# Five, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 #
 # **Exercise 8.1** (easy, 5 minutes). Llama 2's reward model knows by *how much* an answer is better: the loss becomes $-\log\sigma(r_c - r_r - m)$ with a margin $m$ for each pair. Many also pull the mean of each pair's rewards towards zero, which fixes the arbitrary constant: add $c\,(r_c + r_r)^2$, averaged over the pairs.
+
 
 # %% tags=["exercise"]
 # Exercise 8.1, easy: rewards with a margin.
@@ -1394,6 +1170,9 @@ def check_margin_loss(margin_loss):
     margin = torch.tensor([1.0, 2.0, 0.5])
     expect_close("margin_loss with margins 1, 2, 0.5", margin_loss(chosen, rejected, margin), by_hand, 1e-5)
     expect_close("the same, center 0.1", margin_loss(chosen, rejected, margin, 0.1), by_hand + 0.1, 1e-5)
+    apart = torch.tensor([4.0]), torch.tensor([-1.0])  # their sum is 3, its square 9
+    off = margin_loss(*apart, torch.zeros(1), 0.5) - margin_loss(*apart, torch.zeros(1))
+    expect_close("what center 0.5 adds for rewards 4 and -1", off, 4.5, 1e-5)
     far = margin_loss(torch.tensor([-200.0]), torch.tensor([200.0]), torch.zeros(1))
     expect_close("a pair that is wrong by 400", far, 400.0, 1e-5)
 
@@ -1500,7 +1279,6 @@ def check_aggregate(aggregate):
 
 check("8.3", check_aggregate, aggregate)
 
-
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
@@ -1527,7 +1305,8 @@ check("8.3", check_aggregate, aggregate)
 # </details>
 
 # %% [markdown]
-# **Exercise 8.4** (hard, 20 minutes). *Best-of-n without waste.* Section 5 cut the $N$ samples of a question into groups of $n$. Better: the exact mean over *all* $\binom{N}{n}$ subsets. Sort the samples by proxy, lowest first. The sample at place $i$ (from 0) is the best of a subset if the other $n - 1$ come from the $i$ before it, so its weight is $\binom{i}{n-1} / \binom{N}{n}$.
+# **Exercise 8.4** (hard, 20 minutes). *Best-of-n without waste.* What is best-of-$n$ worth, if you have sampled $N > n$ answers? You could draw one subset of $n$. Better: the exact mean over *all* $\binom{N}{n}$ subsets. Sort the samples by proxy, lowest first. The sample at place $i$ (from 0) is the best of a subset if the other $n - 1$ come from the $i$ before it, so its weight is $\binom{i}{n-1} / \binom{N}{n}$.
+
 
 # %% tags=["exercise"]
 # Exercise 8.4, hard: best-of-n without waste.
@@ -1576,6 +1355,137 @@ check("8.4", check_best_of, best_of_exact)
 # </details>
 
 # %% [markdown]
+# **Exercise 8.5** (open, 15 minutes). *Predict, then measure.* The reward is paid by the word: add `rate` points for each counted token to what the reward model says. Write down first how long the answers of a GRPO run will be after the usual number of iterations, at 0.3 points a token, and what their true reward will be.
+
+# %% tags=["exercise"]
+# Exercise 8.5, open: predict, then measure. What does GRPO do if each token is paid for?
+PREDICTION = None  # your guess before you run anything: (tokens an answer, mean true reward)
+
+
+def paid_by_the_word(judge: Scorer, rate: float) -> Scorer:
+    """A scorer (samples -> (batch,)) that adds `rate` for each counted token of an answer, its end included."""
+    raise NotImplementedError
+
+
+# %% tags=["check"]
+def check_paid(paid_by_the_word, prediction):
+    ids = torch.tensor([[7, 8, 5, 6, 9], [7, 8, 5, 9, 9], [7, 8, 9, 9, 9]])  # a prompt of 2 and an answer of 3
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    made_up, given = Samples([], ids, mask, 2), torch.tensor([1.0, -2.0, 0.0])
+    paid = paid_by_the_word(lambda samples: given, 0.5)
+    guessed = isinstance(prediction, list | tuple) and len(prediction) == 2
+    guessed = guessed and all(isinstance(x, int | float) for x in prediction)
+    expect_true("PREDICTION holds two numbers, written before you measured", guessed)
+    expect_close("rewards 1, -2, 0 for answers of 3, 2, 1 tokens at 0.5", paid(made_up), [2.5, -1.0, 0.5])
+    expect_close("the rewards of the judge, afterwards", given, [1.0, -2.0, 0.0])
+    expect_close("at a rate of 0", paid_by_the_word(lambda samples: given, 0.0)(made_up), given)
+    last = policy_gradient(grpo, paid_by_the_word(judge, 0.3)).log[-1]
+    print(f"you predicted {prediction[0]:.0f} tokens and a true reward of {prediction[1]:.2f}; "
+          f"measured: {last['tokens']:.0f} and {last['true']:.2f}")  # fmt: skip
+
+
+check("8.5", check_paid, paid_by_the_word, PREDICTION)
+
+# %% [markdown] tags=["hint"]
+# <details><summary>Hint</summary>
+#
+# `samples.answer_mask` is (batch, answer), with 1 for the tokens that count. Return a function. For the guess: how many tokens may an answer have at most, and what is worth more than 0.3 points to the reward model?
+#
+# </details>
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# Count the answer's tokens and not those of the question. Whether the run ended at the longest answers allowed depends on what the reward model takes off for each idle sentence: compare it with ten tokens at 0.3.
+#
+# ```python
+# PREDICTION = (30, 0.5)
+#
+# def paid_by_the_word(judge: Scorer, rate: float) -> Scorer:
+#     def scorer(samples: Samples) -> Tensor:
+#         return judge(samples) + rate * samples.answer_mask.sum(1)
+#
+#     return scorer
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Quiz
+#
+# Five questions, two of them on a figure: the baseline of section 3 and the clip of section 5. Choose before you unfold the answer.
+
+# %% [markdown] tags=["quiz"]
+# **1. In the figure of section 3 the curve is a valley. What is the same at all its points?**
+#
+# - A. the spread of the estimate
+# - B. the mean of the estimate
+# - C. the reward of the best answer's gradient
+# - D. the number of samples that are needed
+#
+# <details><summary>Answer</summary>
+#
+# B. Any baseline that does not depend on the answer leaves the mean alone, as the printed identity says. A is what the curve shows to differ, and with it D.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **2. A reward model is trained again with another seed, and all its rewards are 10 higher. Which method of this lesson notices?**
+#
+# - A. REINFORCE without a baseline
+# - B. RLOO
+# - C. GRPO
+# - D. best of 4
+#
+# <details><summary>Answer</summary>
+#
+# A. Its estimates get louder, since each answer is pushed up by 10 more. The others compare answers with each other.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **3. In the picture of the clip, a token that was better than expected has become half as probable. What does PPO's loss do?**
+#
+# - A. nothing: the token is beyond the clip
+# - B. it pushes the token down further
+# - C. it pulls the token up again
+# - D. it leaves the batch out
+#
+# <details><summary>Answer</summary>
+#
+# C. On that side the line is not flat. The clip takes away the reward for going further in the wanted direction, not the way back.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **4. The proxy rises during training. What do you know about the true reward?**
+#
+# - A. it rises as well, only more slowly
+# - B. it falls
+# - C. it has risen as long as the KL is small
+# - D. nothing certain: you have to look at answers
+#
+# <details><summary>Answer</summary>
+#
+# D. The proxy is right where it was taught. Small KL makes it likelier that this place is still near, but promises nothing.
+#
+# </details>
+
+# %% [markdown] tags=["quiz"]
+# **5. A run with a price of KL has the better true reward after 20 iterations. Which comparison is still missing before you say that the price has helped?**
+#
+# - A. the same run with twice the price
+# - B. the run without a price, stopped as soon as it had moved as far
+# - C. the proxy of both at the end
+# - D. a run on easier questions
+#
+# <details><summary>Answer</summary>
+#
+# B. A price slows the policy down. If the run without it was as good when it was as far away, stopping early would have done the same.
+#
+# </details>
+
+# %% [markdown]
 # ## What we saw
 #
 # All numbers of this table were measured above, in this run.
@@ -1587,40 +1497,37 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Start from an SFT model, log length, entropy, KL and the share of unfinished answers, read samples at every evaluation, and keep a held-out judge that the training never sees. The library does the loop; the reward is a function of texts. Here it takes three steps on the sums, with the profile's own model.
-#
-# ```python
-# RewardTrainer(model, RewardConfig(...), train_dataset=pairs)        # columns prompt, chosen, rejected
-# GRPOTrainer(model, reward_funcs=verifier, args=GRPOConfig(...), train_dataset=prompts)
-# ```
+# Start from an SFT model, log length, entropy, KL and the share of unfinished answers, read samples at every evaluation, and keep a held-out judge that the training never sees. The library does the loop; the reward is a function of texts, or a reward model. Here it takes three steps with the rule of form of section 2, which any project could write.
 
 # %%
-def right_sum(prompts: list, completions: list[str], value: list[str], **columns) -> list[float]:
-    """The reward for trl: its data's columns come along as lists."""
-    return [float(text.endswith(f"The sum is {v}.")) for text, v in zip(completions, value, strict=True)]
+def form_reward(prompts: list, completions: list[str], **columns) -> list[float]:
+    """The reward for trl: one number a completion."""
+    return [by_form(text) for text in completions]
 
 
-asked = draw_questions("sum", 32, "practice")
-rows = [{"prompt": chat_prompt(tokenizer, q.prompt), "value": str(q.about["value"])} for q in asked]
+rows = [{"prompt": chat_prompt(tokenizer, question.prompt)} for question in facts(32, "practice")]
 arguments = GRPOConfig(
-    **QUIET, max_steps=lesson.scaled(3), num_generations=8, per_device_train_batch_size=16, max_completion_length=40,
-    learning_rate=settings["rl"], beta=0.0, loss_type="dapo", logging_steps=1, mask_truncated_completions=True,
+    **QUIET, max_steps=lesson.scaled(3),
+    num_generations=8, per_device_train_batch_size=16, max_completion_length=LIMIT, learning_rate=settings["rl"],
+    beta=0.0, loss_type="dapo", logging_steps=1, mask_truncated_completions=True,
 )  # fmt: skip
 ending = copy.deepcopy(tokenizer)
 ending.eos_token = end_of_turn(tokenizer)  # trl stops there
-model = trainable_copy(sft)
-trainer = GRPOTrainer(model, right_sum, arguments, Dataset.from_list(rows), processing_class=ending)
+trainer = GRPOTrainer(trainable_copy(sft), form_reward, arguments, Dataset.from_list(rows), processing_class=ending)
 trainer.remove_callback(PrinterCallback)
 trainer.train()
 for row in trainer.state.log_history:
     if "reward" in row:
         print(f"step {row['step']}: reward {row['reward']:.2f}, length {row['completions/mean_length']:.1f}, "
               f"groups without a difference {row['frac_reward_zero_std']:.0%}")  # fmt: skip
-assert trainer.state.global_step == lesson.scaled(3)
+
+# %% [markdown]
+# Two biases hide in GRPO's loss. Dividing by the length of each answer makes long wrong answers cheap, and dividing by the standard deviation gives more weight to questions that nearly all or nearly no samples get right. Dr. GRPO (Liu et al. 2025) drops both; DAPO (Yu et al. 2025) averages over the tokens of the whole batch, raises the upper clip, and skips groups without a difference. `loss_type="dapo"` above is `trl`'s default. Lesson 16 uses a reward that a program checks, for sums.
 
 # %% [markdown]
 # ## Read on
 #
+# - Williams 1992, *Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning*, Machine Learning 8: REINFORCE.
 # - Christiano, Leike, Brown, Martic, Legg & Amodei 2017, *Deep Reinforcement Learning from Human Preferences* ([1706.03741](https://arxiv.org/abs/1706.03741)).
 # - Ziegler et al. 2019, *Fine-Tuning Language Models from Human Preferences* ([1909.08593](https://arxiv.org/abs/1909.08593)): adaptive KL.
 # - Stiennon et al. 2020, *Learning to Summarize from Human Feedback* ([2009.01325](https://arxiv.org/abs/2009.01325)).
@@ -1630,7 +1537,7 @@ assert trainer.state.global_step == lesson.scaled(3)
 # - Schulman 2020, [*Approximating KL Divergence*](http://joschu.net/blog/kl-approx.html).
 # - Gao, Schulman & Hilton 2022, *Scaling Laws for Reward Model Overoptimization* ([2210.10760](https://arxiv.org/abs/2210.10760)).
 # - Coste, Anwar, Kirk & Krueger 2023, *Reward Model Ensembles Help Mitigate Overoptimization* ([2310.02743](https://arxiv.org/abs/2310.02743)); Eisenstein et al. 2023, *Helping or Herding?* ([2312.09244](https://arxiv.org/abs/2312.09244)) on mistakes that all members share.
-# - Beirami et al. 2024, *Theoretical Guarantees on the Best-of-n Alignment Policy* ([2401.01879](https://arxiv.org/abs/2401.01879)).
+# - Huang et al. 2024, [*The N Implementation Details of RLHF with PPO*](https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/).
 # - Ahmadian et al. 2024, *Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs* ([2402.14740](https://arxiv.org/abs/2402.14740)): RLOO.
 # - Shao et al. 2024, *DeepSeekMath* ([2402.03300](https://arxiv.org/abs/2402.03300)): GRPO. Guo et al. 2025, *DeepSeek-R1* ([2501.12948](https://arxiv.org/abs/2501.12948)).
 # - Liu et al. 2025, *Understanding R1-Zero-Like Training: A Critical Perspective* ([2503.20783](https://arxiv.org/abs/2503.20783)): Dr. GRPO. Yu et al. 2025, *DAPO* ([2503.14476](https://arxiv.org/abs/2503.14476)).

@@ -1,6 +1,9 @@
 """Lesson 08: its checks tell right from wrong answers, and its cells run on a model in hub format."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,15 +11,17 @@ import torch.nn.functional as F
 
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import planted, prove_check, read_exercises
+from tests.support.lesson_cells import cell_with, code_cells
 from tests.support.lesson_run import run_lesson
 
 NOTEBOOK = ROOT / "notebooks" / "08_rlhf.ipynb"
 EXERCISES = read_exercises(NOTEBOOK)
+CELLS = code_cells(NOTEBOOK)
 NAMES = {"math": math, "torch": torch, "F": F, "Tensor": torch.Tensor}
 
 
-def test_there_are_four_exercises():
-    assert list(EXERCISES) == ["8.1", "8.2", "8.3", "8.4"]
+def test_there_are_five_exercises():
+    assert list(EXERCISES) == ["8.1", "8.2", "8.3", "8.4", "8.5"]
 
 
 def test_the_check_of_the_margin_loss_finds_wrong_signs_and_overflow():
@@ -27,6 +32,8 @@ def test_the_check_of_the_margin_loss_finds_wrong_signs_and_overflow():
         planted(source, "F.logsigmoid(chosen - rejected - margin)", "(chosen - rejected - margin).sigmoid().log()"),
         planted(source, "(chosen + rejected) ** 2", "(chosen - rejected) ** 2"),
         planted(source, "((chosen + rejected) ** 2).mean()", "((chosen + rejected) ** 2).sum()"),
+        planted(source, "((chosen + rejected) ** 2)", "((chosen + rejected).abs())"),
+        planted(source, "((chosen + rejected) ** 2).mean()", "(chosen + rejected).mean() ** 2"),
         planted(source, "margin).mean()", "margin).sum()"),
     ]
     prove_check(EXERCISES["8.1"], NAMES, wrong)
@@ -71,6 +78,28 @@ def test_the_check_of_best_of_finds_wrong_weights_and_orders():
         "    return value.gather(1, chosen).mean().item()",  # one subset only
     ]
     prove_check(EXERCISES["8.4"], NAMES, wrong)
+
+
+def test_the_check_of_pay_by_the_word_finds_prompts_padding_and_changed_rewards():
+    sample_class = cell_with(CELLS, "class Samples")
+    names = NAMES | {"dataclass": dataclass, "field": field, "Question": object, "Scorer": Callable}
+    exec(sample_class, names)
+    ran = SimpleNamespace(log=[{"tokens": 40.0, "true": 0.5}])
+    names |= {"policy_gradient": lambda loss, scorer: ran, "grpo": None, "judge": None}
+    source = EXERCISES["8.5"].solution
+    wrong = [
+        planted(source, "samples.answer_mask", "samples.mask"),  # pays for the question
+        planted(source, "samples.answer_mask.sum(1)", "samples.answer_mask.shape[1]"),  # pays for padding
+        planted(source, "rate * samples", "samples"),
+        planted(source, "judge(samples) + rate", "judge(samples) - rate"),
+        planted(source, "PREDICTION = (30, 0.5)", "PREDICTION = None"),
+        planted(
+            source,
+            "judge(samples) + rate * samples.answer_mask.sum(1)",
+            "judge(samples).add_(rate * samples.answer_mask.sum(1))",
+        ),
+    ]
+    prove_check(EXERCISES["8.5"], names, wrong)
 
 
 @pytest.mark.slow

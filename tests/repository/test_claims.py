@@ -8,7 +8,6 @@ import pytest
 from course.claims.collect import claims_of
 from course.claims.ledger import read_exceptions, read_ledger
 from course.notebooks import select_notebooks
-from tests.support.notebook_structure import WITHOUT_CORE_AND_QUIZ
 
 LEDGER = read_ledger()
 EXCEPTIONS = read_exceptions(LEDGER)
@@ -33,8 +32,7 @@ def test_the_ledger_says_what_the_committed_notebook_says(name: str) -> None:
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_claim_was_tried_in_its_control_and_on_each_seed_and_survives_or_is_an_exception(name: str) -> None:
     lesson, reasons = LEDGER[name], EXCEPTIONS.get(name, {})
-    seeds = {"0"} if name in WITHOUT_CORE_AND_QUIZ else {"0", "1", "2", "3", "4"}
-    assert seeds <= lesson.seeds() and lesson.controlled
+    assert {"0", "1", "2", "3", "4"} <= lesson.seeds() and lesson.controlled
     faults = {row.statement: row.faults for row in lesson.claims if row.faults}
     assert {statement: found for statement, found in faults.items() if statement not in reasons} == {}
     assert sorted(reasons.keys() - faults.keys()) == [], "these survive: take them out of the exceptions"

@@ -31,10 +31,6 @@ MAX_CORE_CELLS = 45  # code cells of the core path, without exercises
 QUIZ = re.compile(
     r"\*\*.+\?\*\*\n\n(- [A-D]\. .+\n){4}\n<details><summary>Answer</summary>\n\n[A-D]\. .+\n\n</details>", re.DOTALL
 )
-# Lessons that were written before there were core sections and a quiz. A revised lesson leaves this list.
-WITHOUT_CORE_AND_QUIZ = (
-    "08_rlhf",
-)
 COMMON_NAMES = {"admin", "colab", "jovyan", "localhost", "root", "runner", "student", "ubuntu", "user"}
 PROMPT = re.compile(r"\b[\w.-]+@[\w.-]+:[~/]")  # user@host:~
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
@@ -203,8 +199,6 @@ def code_cells_are_short(notebook: NotebookNode, stem: str) -> Iterator[str]:
 
 @convention
 def sections_are_core_or_further(notebook: NotebookNode, stem: str) -> Iterator[str]:
-    if stem in WITHOUT_CORE_AND_QUIZ:
-        return
     for cell in notebook.cells:
         title = cell.source.partition("\n")[0]
         if cell.cell_type != "markdown" or not re.match(r"## \d+ · (?!Exercises)", title):
@@ -220,8 +214,6 @@ def sections_are_core_or_further(notebook: NotebookNode, stem: str) -> Iterator[
 
 @convention
 def its_core_path_uses_no_name_of_a_further_section(notebook: NotebookNode, stem: str) -> Iterator[str]:
-    if stem in WITHOUT_CORE_AND_QUIZ:
-        return
     core = notebooks.core_path(notebook)
     core.cells = [cell for cell in core.cells if not {"exercise", "check"} & {*notebooks.tags(cell)}]
     undefined = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json"]
@@ -240,8 +232,6 @@ def its_core_path_uses_no_name_of_a_further_section(notebook: NotebookNode, stem
 
 @convention
 def there_is_a_quiz_of_five_questions(notebook: NotebookNode, stem: str) -> Iterator[str]:
-    if stem in WITHOUT_CORE_AND_QUIZ:
-        return
     questions = tagged(notebook, "quiz")
     if len(questions) != 5 or "Quiz" not in sections(notebook):
         yield f"it has {len(questions)} cells tagged quiz under a heading Quiz, expected five"
