@@ -685,7 +685,7 @@ for name, found in gradients.items():
     lesson.report(f"spread of the gradient over questions, {name}", spread, ".3g")
 
 # %% [markdown]
-# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it, and are quieter than both: that is the reason for a baseline that you can always give. Between these two the difference is small here; RLOO's factor $\frac{8}{7}$ is in it.
+# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it: that is the reason for a baseline that you can always give. In this run they are quieter than both. Between these two the difference is small here; RLOO's factor $\frac{8}{7}$ is in it.
 #
 # **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference: an estimate of the KL divergence, $k_3$, that section 8 compares with others.
 
@@ -735,7 +735,7 @@ print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:
 lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
 
 # %% [markdown]
-# **What you see.** In this run all five beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE and RLOO have one run each, GRPO has three: do not rank them by a difference smaller than the spread of the three. All saw the same number of answers.
+# **What you see.** In this run all five beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE and RLOO have one run each, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO and the first run of GRPO share questions and random numbers, and clipping the gradient at norm 1 and Adam take most of their difference in scale away: where their rows are alike, count them as one run. All saw the same number of answers.
 
 # %% [markdown] tags=["core"]
 # ## 5 · PPO: use a batch more than once
@@ -843,11 +843,13 @@ def ppo(judge: Scorer, iterations: int = ITERATIONS, beta: float = 0.02, epochs:
     """Train a copy of the SFT policy with PPO; beta stays fixed."""
     generator = torch.Generator().manual_seed(1000 * seed)
     head = nn.Linear(sft.config.hidden_size, 1, device=machine.device)
-    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.weight)  # all values are the bias, which is the mean score of the first batch
     training = Run([head], rate=0.5)  # four updates a batch, at half the rate each
     for step in tqdm(range(iterations), desc="PPO"):
         samples = batch_of(training.policy, step, generator, run=0)
         mask, scores = samples.answer_mask, judge(samples)
+        if step == 0:
+            nn.init.constant_(head.bias, scores.mean().item())
         with torch.no_grad():
             old, old_values = log_probs_of(training.policy, samples, head)
             log_ratio = old - log_probs_of(sft, samples)  # (batch, answer)
@@ -872,6 +874,8 @@ show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MA
 
 # %% [markdown]
 # **What you see.** After two passes over a batch some tokens have moved by more than 20 %; those that moved in the wanted direction get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results.
+#
+# **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are. Try it: take the two lines under `step == 0` out, and look at the polite openings.
 #
 # **What InstructGPT did otherwise** (Ouyang et al. 2022). Its values come from a model of their own that starts as the reward model; here the value head shares the policy's layers. Like here, $\beta$ is fixed. It also mixes in the loss of pretraining (PPO-ptx), against what RL makes the model forget. Ziegler et al. (2019) adapt $\beta$ instead: $\beta \leftarrow \beta\,(1 + 0.1\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -0.2, 0.2)$, at most 2 % a step. Many such details decide whether PPO works; Huang et al. (2024) list them, among them whitened rewards and how the value head starts.
 
@@ -906,12 +910,12 @@ for name, values in results.items():
 show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT"])
 
 # %% [markdown]
-# **What you see.** In this run "SFT, careful" stands at the top, above every policy that learned from preferences. Believe it: where people can write the answer that you want, let them. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do.
+# **What you see.** In this run "SFT, careful" stands at the top, above every policy that learned from preferences. Keep that in mind where people can write the answer that you want. It is one run; its answers cost people's time as the comparisons did, and it learned at several times the rate of RL. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. One rival is missing: GRPO with the rule of form as its reward. The cell under *In practice* starts it; give its policy the exam.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
 #
-# **Question.** A reward model is sound and only imprecise. What happens if you optimise it hard, and what does a price for KL change?
+# **Question.** A reward model is sound, from few pairs. What happens if you optimise it hard, and what does a price for KL change?
 #
 # Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
 
@@ -963,9 +967,9 @@ for question, text in list(zip(exam, hard["hard, beta 0, worst run"].texts, stri
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that has found where the reward model is wrong; the answers printed last are those of the worst run without a price. In this run the worst policy without a price has garbled its polite opening: the reward model still takes it for one, the annotator would not. How many of three runs go astray is a matter of the seed: with another one, none did. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
+# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that got worse unseen; the answers printed last are those of the worst run without a price. In this run it has garbled its polite opening, and the reward model's line did not warn of it; whether the small reward model or the doubled rate began it, this comparison cannot tell. How many of three runs go astray is a matter of the seed. The column *right* counts answers that contain the right sentence; the true reward wants the rest clean as well, so a garbled opening costs the point for manners and the two for the sentence. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, and the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs: compare the rows of GRPO in section 6.
+# What to watch without a true reward: the length of the answers, the share that ends, and the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
