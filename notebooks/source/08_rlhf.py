@@ -61,7 +61,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -153,7 +153,7 @@ for question in facts(4, "shown"):
 
 
 # %% [markdown]
-# The loss is that of lesson 05: cross-entropy on the answer and on the token that ends it. The manners are made of word pieces that the model has hardly met, so its embeddings get four times the rate. All later copies share the lower layers and learn with the upper ones only: it saves time and memory.
+# The loss is that of lesson 05: cross-entropy on the answer and on the token that ends it. The polite opening consists of tokens that the model has seldom seen, so its embeddings learn at four times the rate. All later copies share the lower layers and learn with the upper ones only: it saves time and memory.
 
 
 # %%
@@ -256,7 +256,7 @@ def sample(model: nn.Module, questions: list[Question], generator: torch.Generat
 
 
 # %% [markdown]
-# **The true reward** is what a careful annotator values: $+2$ if the answer, manners aside, is exactly the right sentence, $+1$ for the polite opening, $-0.5$ for each idle sentence. The best answer is worth 3. In a real project nobody can write this down. Here it is `helpers.world.true_reward`, and no training ever sees it; only the annotators do.
+# **The true reward** is what a careful annotator values: $+2$ if the answer, manners aside, is exactly the right sentence, $+1$ for the polite opening, $-0.5$ for each idle sentence. The best answer is worth 3. In a real project nobody can write this down. Here it is `helpers.world.true_reward`, and no training ever sees it; only the annotators do. It has a loophole too: an idle sentence that the limit of tokens cuts off is not recognised, and costs nothing.
 
 
 # %%
@@ -290,7 +290,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other; how much remains of the assistant's is a matter of the seed.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other. Note that training does not copy shares: half of the demonstrations are polite, and far more of its answers are.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -343,7 +343,7 @@ print(f"nobody can agree with this annotator on more than {ceiling:.0%} of the t
 #
 # $$\mathcal{L}(\phi) = -\mathbb{E}\,\big[\log \sigma\big(r_\phi(x, y_\text{chosen}) - r_\phi(x, y_\text{rejected})\big)\big]$$
 #
-# Only differences of answers to one question count. So the zero of the reward is arbitrary, even one zero for each question.
+# Only differences of answers to one question count. So the zero of the reward is arbitrary, and may even differ from question to question.
 
 
 # %%
@@ -470,7 +470,7 @@ plots.show(plots.bars_with_intervals(told, title="The reward model hears the ton
                                      xlabel="minimal pairs", references={"chance": 0.5}, alt=alt))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The rule of form is a strong rival: the intervals of the two overlap. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** The rule of form is a strong rival: the intervals of the two overlap. The pairs carry no polite opening but for the first kind, while most answers of the policy do, so this is not the text on which the model will judge. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -767,7 +767,7 @@ plots.show(figure, "Gain over the ratio for a good and a bad token. For the good
 #
 # $$R_t = -\beta \log\frac{\pi_\theta(y_t \mid x, y_{<t})}{\pi_\text{ref}(y_t \mid x, y_{<t})} + [t = T]\; r_\phi(x, y)$$
 #
-# With $\delta_t = R_t + \gamma V_{t+1} - V_t$, generalised advantage estimation (Schulman et al. 2015) takes $A_t = \delta_t + \gamma\lambda A_{t+1}$. $\lambda = 0$ trusts the values, $\lambda = 1$ the rewards.
+# With $\delta_t = R_t + \gamma V_{t+1} - V_t$, generalised advantage estimation (Schulman et al. 2015) takes $A_t = \delta_t + \gamma\lambda A_{t+1}$. $\lambda = 0$ trusts the values, $\lambda = 1$ the rewards; $\gamma$, which is 1 in the run below, would discount later rewards.
 
 
 # %%
@@ -873,7 +873,7 @@ print("tokens beyond the clip at the last update of each iteration: "
 show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
 
 # %% [markdown]
-# **What you see.** After two passes over a batch some tokens have moved by more than 20 %; those that moved in the wanted direction get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results.
+# **What you see.** After two passes over a batch some tokens have moved by more than 20 %; those that moved in the wanted direction get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
 #
 # **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are. Try it: take the two lines under `step == 0` out, and look at the polite openings.
 #
@@ -886,7 +886,7 @@ show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MA
 #
 # Three rivals, on the same questions:
 #
-# - **the assistant** that you started from. It answers in a sentence when asked to, and has seen no careless demonstration;
+# - **the assistant** that you started from. It answers in a sentence when asked to, and has seen no careless demonstration. A program can even put the polite opening before its answers;
 # - **best of 4**: sample four answers of the SFT policy and keep the one that the reward model likes best. No training at all, four times the cost at each use;
 # - **careful demonstrations**: let careful people write as many answers as GRPO sampled, and fine-tune the SFT policy on them.
 
@@ -900,6 +900,8 @@ asked = facts(ITERATIONS * GROUP * QUESTIONS, "careful")
 taught = fine_tune(trainable_copy(sft), [encode(question, careful(question)) for question in asked])
 exams["SFT, careful"] = take_exam(taught)
 results = {name: truth(samples) for name, samples in exams.items()} | {"SFT, best of 4": best}
+opened = [POLITE + text for text in exams["assistant"].texts]
+results["assistant, opening put before"] = truth(replace(exams["assistant"], texts=opened))
 rows = {}
 for name, values in results.items():
     gain = values - results["SFT, careless"]
@@ -910,7 +912,7 @@ for name, values in results.items():
 show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT"])
 
 # %% [markdown]
-# **What you see.** In this run "SFT, careful" stands at the top, above every policy that learned from preferences. Keep that in mind where people can write the answer that you want. It is one run; its answers cost people's time as the comparisons did, and it learned at several times the rate of RL. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. One rival is missing: GRPO with the rule of form as its reward. The cell under *In practice* starts it; give its policy the exam.
+# **What you see.** In this run "SFT, careful" stands above every policy that learned from preferences. Put the polite opening before the assistant's answers by a line of Python, and it is as good or better: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. "SFT, careful" is one run; its answers cost people's time as the comparisons did, and it learned at several times the rate of RL. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. One rival is missing: GRPO with the rule of form as its reward. The cell under *In practice* starts it; give its policy the exam.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
@@ -969,7 +971,7 @@ for question, text in list(zip(exam, hard["hard, beta 0, worst run"].texts, stri
 # %% [markdown]
 # **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that got worse unseen; the answers printed last are those of the worst run without a price. In this run it has garbled its polite opening, and the reward model's line did not warn of it; whether the small reward model or the doubled rate began it, this comparison cannot tell. How many of three runs go astray is a matter of the seed. The column *right* counts answers that contain the right sentence; the true reward wants the rest clean as well, so a garbled opening costs the point for manners and the two for the sentence. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, and the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
+# What to watch without a true reward: the length of the answers, the share that ends, and above all the answers themselves; four of them read aloud can tell what no curve does. Where a thin line is brown, the runs with and without a price lie on each other: at the start they are the same policy. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
@@ -1036,7 +1038,7 @@ lesson.report("KL estimators at the end, deviation k1 / k2 / k3", " / ".join(f"{
 # %% [markdown]
 # **What you see.** $k_1$ and $k_3$ have no bias, $k_2$ has one. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. In this run that costs $k_3$ its advantage.
 #
-# **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. Check all four.
+# **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. That is what `grpo_loss` above does, and `trl` by default; the paper has $k_3$ alone. Check all four.
 
 # %%
 p_logits = end[:50].clone().requires_grad_(True)  # (tokens, vocab)
@@ -1206,7 +1208,7 @@ check("8.1", check_margin_loss, margin_loss)
 # </details>
 
 # %% [markdown]
-# **Exercise 8.2** (medium, 10 minutes). *A cure for rambling.* An answer that does not end got its reward for being cut off. Subtract a penalty from the score of every answer without the token `END` among those that count. (`trl` calls it `missing_eos_penalty` in its PPO, and masks truncated answers in GRPO.)
+# **Exercise 8.2** (medium, 10 minutes). *A cure for rambling.* An answer that does not end got its reward for being cut off. Subtract a penalty from the score of every answer without the token `END` among those that count. (`trl` called it `missing_eos_penalty` in its PPO; its GRPO can leave truncated answers out, with `mask_truncated_completions`.)
 
 # %% tags=["exercise"]
 # Exercise 8.2, medium: a cure for rambling.
