@@ -919,7 +919,7 @@ show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT
 #
 # **Question.** A reward model is sound, from few pairs. What happens if you optimise it hard, and what does a price for KL change?
 #
-# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
+# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
 
 # %%
 small_model = fit_reward_model(train_pairs[: lesson.scaled(100, 16)], epochs=3)

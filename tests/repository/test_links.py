@@ -20,6 +20,7 @@ HOSTS = frozenset(
         "colab.research.google.com",
         "github.com",
         "huggingface.co",
+        "iclr-blogposts.github.io",
         "joschu.net",
         "keepachangelog.com",
         "semver.org",
