@@ -28,6 +28,7 @@ def lesson() -> nbformat.NotebookNode:
     return new_notebook(cells=cells)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(sandbox.missing()), reason=f"no sandbox: {sandbox.missing()}")
 def test_the_grader_says_of_each_student_what_should_be_said(tmp_path):
     notebooks, handed_in = tmp_path / "notebooks", tmp_path / "handed_in"
