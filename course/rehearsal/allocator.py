@@ -124,12 +124,14 @@ class Allocator:
     def _run(self, small: bool, size: int) -> list[Block]:
         """Neighbours that are not in use and together large enough, at the lowest address with pages to be had."""
         run: list[Block] = []
+        together = 0
         for block in _chain(self._first[small]):
             if not block.free:
-                run = []
+                run, together = [], 0
                 continue
             run.append(block)
-            if sum(part.size for part in run) >= size and not all(part.mapped for part in run):
+            together += block.size
+            if together >= size and not all(part.mapped for part in run):
                 break
         return run
 

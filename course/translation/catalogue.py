@@ -4,6 +4,7 @@ A catalogue belongs to a document: a page of the book, a lesson, README.md, or t
 message that several documents have stands in the first of them. Only this module knows which language it is.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,11 +126,9 @@ def update() -> list[Path]:
 def write(name: str, catalogue: Catalog) -> bool:
     """Write the catalogue, one line a message; whether that changed the file."""
     path = CATALOGUES / f"{name}.po"
-    beside = path.with_suffix(".new")
-    with beside.open("wb") as file:
-        write_po(file, catalogue, width=0, ignore_obsolete=True, include_previous=True)
-    text = HEADER.sub("", beside.read_text(encoding="utf-8"))
-    beside.unlink()
+    written = io.BytesIO()
+    write_po(written, catalogue, width=0, ignore_obsolete=True, include_previous=True)
+    text = HEADER.sub("", written.getvalue().decode())
     if path.exists() and path.read_text(encoding="utf-8") == text:
         return False
     write_atomically(path, text)
