@@ -111,14 +111,17 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Course:
         ("07_unknown", "failed: unknown parameter seed: the cell tagged parameters must assign it"),
     ],
 )
+@pytest.mark.slow
 def test_a_bad_notebook_is_one_line_that_says_what_happened(bad: Course, name: str, line: str) -> None:
     assert statuses(bad.result)[name] == line
 
 
+@pytest.mark.slow
 def test_an_unreadable_notebook_is_one_line_that_names_the_file(bad: Course) -> None:
     assert statuses(bad.result)["08_unreadable"].startswith("failed: 08_unreadable.ipynb is not a readable notebook (")
 
 
+@pytest.mark.slow
 def test_notebooks_after_the_bad_ones_still_run_and_the_exit_status_is_1(bad: Course) -> None:
     assert statuses(bad.result)["01_good"] == statuses(bad.result)["09_large"] == "ok"
     assert bad.result.returncode == 1
@@ -127,11 +130,13 @@ def test_notebooks_after_the_bad_ones_still_run_and_the_exit_status_is_1(bad: Co
     assert len(bad.result.stdout.splitlines()) == 10  # one a notebook, and the last
 
 
+@pytest.mark.slow
 def test_parameters_reach_the_notebook(bad: Course) -> None:
     executed = nbformat.read(bad.out / "01_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "cpu 7 \n"
 
 
+@pytest.mark.slow
 def test_the_row_counts_cells_and_measures_time_and_memory(bad: Course) -> None:
     good, raises, large = (row(bad.out, name) for name in ("01_good", "02_raises", "09_large"))
     assert (good["cells_run"], good["cells"], raises["cells_run"], raises["cells"]) == (2, 2, 3, 4)
@@ -139,6 +144,7 @@ def test_the_row_counts_cells_and_measures_time_and_memory(bad: Course) -> None:
     assert large["seconds"] > 1
 
 
+@pytest.mark.slow
 def test_the_report_is_well_formed_and_its_links_resolve(bad: Course) -> None:
     page = ElementTree.fromstring((bad.out / "report.html").read_text())
     assert len(page.findall(".//tr")) == 10
@@ -148,11 +154,13 @@ def test_the_report_is_well_formed_and_its_links_resolve(bad: Course) -> None:
     assert 'ValueError: red <b> & "x"' in "".join(page.itertext())
 
 
+@pytest.mark.slow
 def test_the_report_holds_no_path_of_the_machine(bad: Course) -> None:
     for name in ("report.json", "report.html"):
         assert not notebooks.MACHINE_PATH.search((bad.out / name).read_text())
 
 
+@pytest.mark.slow
 def test_nothing_but_report_notebooks_and_logs_stays_in_the_folder(bad: Course) -> None:
     assert {path.suffix or path.name for path in bad.out.iterdir()} == {".ipynb", ".log", ".json", ".html", ".lock"}
 
@@ -160,6 +168,7 @@ def test_nothing_but_report_notebooks_and_logs_stays_in_the_folder(bad: Course) 
 # What has passed is not run again
 
 
+@pytest.mark.slow
 def test_only_what_has_changed_is_run_again(tmp_path: Path) -> None:
     folder, out = tmp_path / "notebooks", tmp_path / "out"
     source = "from pathlib import Path\nwith Path('runs').open('a') as file:\n    file.write('x')"
@@ -231,6 +240,7 @@ def test_the_key_changes_with_what_the_lesson_reaches_and_with_nothing_else(tmp_
 # Runs that are interrupted
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_process_behind_and_the_next_one_continues(tmp_path: Path) -> None:
     folder, out = tmp_path / "notebooks", tmp_path / "out"
     write_notebook(folder / "01_quick.ipynb", "1")
@@ -329,6 +339,7 @@ def refreshed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return folder, before, run("refresh", "--notebooks", folder, "--out", folder / "out")
 
 
+@pytest.mark.slow
 def test_refresh_writes_outputs_back_and_nothing_that_execution_leaves_behind(refreshed) -> None:
     folder, before, result = refreshed
     assert statuses(result)["01_lesson"] == "ok"
@@ -373,6 +384,7 @@ def test_the_readme_shows_the_headline_figure_of_each_lesson_that_has_one(tmp_pa
     assert 'alt="A line &amp; a point."' in line
 
 
+@pytest.mark.slow
 def test_refresh_writes_the_measured_budget(refreshed) -> None:
     folder, _, _ = refreshed
     notebook = nbformat.read(folder / "01_lesson.ipynb", as_version=4)
@@ -384,6 +396,7 @@ def test_refresh_writes_the_measured_budget(refreshed) -> None:
     assert notebook.metadata.workbook.source_hash == notebooks.source_hash(notebook)
 
 
+@pytest.mark.slow
 def test_refresh_leaves_a_notebook_that_fails_untouched(refreshed) -> None:
     folder, before, result = refreshed
     said = statuses(result)
@@ -395,6 +408,7 @@ def test_refresh_leaves_a_notebook_that_fails_untouched(refreshed) -> None:
     assert result.returncode == 1
 
 
+@pytest.mark.slow
 def test_a_refreshed_notebook_is_unchanged_for_the_next_run(refreshed) -> None:
     folder, _, _ = refreshed
     result = run("run", "--notebooks", folder, "--out", folder / "out", "--only", "01")
@@ -484,6 +498,7 @@ def test_list_as_markdown_is_a_table_with_links_and_badges(folder: Path, capsys:
     assert lines[3].startswith(f"{begin}01 | [![Open in")
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_is_running(tmp_path: Path) -> None:
     folder = tmp_path / "notebooks"
     write_notebook(folder / "01_slow.ipynb", "import time\ntime.sleep(1)")

@@ -24,6 +24,8 @@ from helpers.models import load_model, tiny_config
 from helpers.profiles import get_profile
 from helpers.training import TrainConfig, train
 
+pytestmark = pytest.mark.slow
+
 BASE, TOKENIZER = load_model(get_profile("cpu"))
 STEPS, BATCH = 10, 4
 COMMON = {  # for the trainers of the libraries; a literal, which tests/test_drift.py can read

@@ -112,6 +112,7 @@ def test_the_check_of_the_attempts_finds_greedy_choices_and_overdrawn_batteries(
     prove_check(EXERCISES["15.3"], WORLD, wrong)
 
 
+@pytest.mark.slow
 def test_the_check_of_ten_labels_finds_wasted_stolen_and_invented_labels() -> None:
     """Over a stand-in for the model: it knows the texts that it was shown, and goes east after all others."""
     depot_states = {goal: WORLD["states"](Layout((0, 0), goal, OPEN)) for goal in WORLD["GOALS"]}

@@ -48,6 +48,7 @@ def test_a_schedule_warms_up_to_its_peak_and_ends_where_it_says(schedule: str) -
         assert all(factor == 1.0 for factor in factors[10:128]) and factors[150] < 0.4
 
 
+@pytest.mark.slow
 def test_a_cell_gives_the_same_numbers_in_another_process_and_others_on_another_seed(tmp_path: Path) -> None:
     with processes(1) as executor:
         results = run_sweep(

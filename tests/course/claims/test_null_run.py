@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from course.claims.null_run import STARTUP
 from helpers.profiles import ROOT
 
@@ -37,6 +39,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_models_are_untrained_optimisers_idle_and_curves_are_fitted_all_the_same() -> None:
     run = subprocess.run([sys.executable, "-c", STARTUP + CODE], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.endswith("done\n"), run.stderr

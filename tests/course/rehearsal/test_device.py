@@ -11,6 +11,8 @@ import pytest
 
 from helpers.profiles import ROOT
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import copy, gc, json, sys
 import torch
