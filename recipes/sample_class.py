@@ -66,9 +66,9 @@ def hand_in(folder: Path, plan: Plan, seed: int, *, forge: bool = False) -> None
     rows = make_tasks(f"{folder.name}/{seed}", plan.rows_per_kind, held_out=False)
     examples = [encode_chat(tokenizer, row.input, row.reference) for row in rows]
     batches = PaddedBatches(examples, BATCH_SIZE, tokenizer.pad_token_id, seed=seed)
-    settings = {"weight_decay": 0.0, "schedule": "linear", "warmup_steps": 2, "progress": False}
+    settings = {"weight_decay": 0.0, "schedule": "linear", "progress": False, "seed": seed}
     if plan.steps:
-        train(model, batches, TrainConfig(plan.steps, LEARNING_RATE, seed=seed, **settings))
+        train(model, batches, TrainConfig(plan.steps, LEARNING_RATE, warmup_steps=max(1, plan.steps // 20), **settings))
     tasks = public_tasks()
     answers = answer_tasks(model.eval(), tokenizer, [task.input for task in tasks], plan.decoding)
     length = sum(len(example["input_ids"]) for example in examples) / len(examples)

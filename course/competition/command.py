@@ -12,6 +12,7 @@ from course.competition.answering import reproduced
 from course.competition.blind import blind, unblind
 from course.competition.board import attempt, final_board, grades_of, live_board
 from course.competition.ranking import interval, resampled_means
+from course.competition.retraining import compare
 from course.competition.secret import commit, read_secret
 from course.competition.submission import read_submission
 from course.runner.run import locked
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("check", read_submission, "say of each folder whether it can be handed in"),
         ("score", score, "grade the handed-in answers to the public tasks"),
         ("reproduce", reproduce, "decode the public tasks again from the weights"),
+        ("retrain", retrain, "train again by the recipe, and compare the scores"),
     ):
         action = actions.add_parser(name, help=summary)
         action.add_argument("folders", type=Path, nargs="+", help="submissions")
@@ -66,7 +68,7 @@ def _add_hidden(action: argparse.ArgumentParser) -> None:
 
 
 def command(options: argparse.Namespace) -> int:
-    """Exit status 1 if a submission of check, score or reproduce was refused."""
+    """Exit status 1 if a submission of check, score, reproduce or retrain was refused."""
     return options.act(options) or 0
 
 
@@ -92,6 +94,11 @@ def score(folder: Path) -> str:
 def reproduce(folder: Path) -> str:
     """How many answers come out of the weights again."""
     return f"{reproduced(read_submission(folder), OUT / 'answers')} of {len(public_tasks())} answers reproduced"
+
+
+def retrain(folder: Path) -> str:
+    """The score that was handed in, and that of an adapter trained again."""
+    return compare(read_submission(folder), OUT / "answers")
 
 
 def write_hidden(options: argparse.Namespace) -> None:

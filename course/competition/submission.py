@@ -46,6 +46,7 @@ class Submission:
     decoding: Decoding
     lora: LoraConfig
     adapter: dict[str, torch.Tensor]
+    rows: list[dict[str, str]]  # of training
     answers: list[str]  # to the public tasks, in their order
     key: str  # hash of what decides about its answers: base, adapter and decoding
 
@@ -116,13 +117,13 @@ def read_submission(folder: Path) -> Submission:
     lora = read_lora(folder / "adapter" / "adapter_config.json")
     content = read_plain(folder / "adapter" / "adapter_model.safetensors", LARGEST_ADAPTER)
     adapter = read_tensors(content, "adapter_model.safetensors", expected_shapes(recipe.base, lora))
-    check_rows(folder / "train.jsonl")
+    rows = read_rows(folder / "train.jsonl")
     answers = read_answers(folder / "submission.jsonl")
     if not read_text(folder / "report.md", LARGEST_REPORT).strip():
         refuse("report.md is empty")
     decides = [recipe.base_sha256, lora.r, lora.lora_alpha, sorted(lora.target_modules), lora.use_rslora]
     key = hashlib.sha256(json.dumps([decides, asdict(decoding)]).encode() + content).hexdigest()
-    return Submission(recipe, decoding, lora, adapter, answers, key)
+    return Submission(recipe, decoding, lora, adapter, rows, answers, key)
 
 
 def checked(key: str, value: Any, name: str) -> Any:
@@ -179,14 +180,15 @@ def expected_shapes(base: str, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def check_rows(path: Path) -> None:
-    """Training rows are instructions with an answer, or with a chosen and a rejected one, and hold no public task."""
-    texts = []
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Training rows: instructions with an answer, or with a chosen and a rejected one. They hold no public task."""
+    rows = []
     for place, row in enumerate(read_values(path, LARGEST_ROWS, MOST_ROWS), start=1):
         keys = ("instruction", "answer") if "answer" in row else ("instruction", "chosen", "rejected")
-        texts.append("\n".join(text_in(row, key, LONGEST_ROW, f"row {place} of {path.name}") for key in keys))
-    if copied := tasks_in(texts, public_tasks()):
+        rows.append({key: text_in(row, key, LONGEST_ROW, f"row {place} of {path.name}") for key in keys})
+    if copied := tasks_in(["\n".join(row.values()) for row in rows], public_tasks()):
         refuse(f"{path.name} holds {len(copied)} of the public tasks word for word, task {copied[0].task_id} first")
+    return rows
 
 
 def read_answers(path: Path) -> list[str]:
