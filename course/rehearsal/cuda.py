@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 import torch._dynamo  # it looks at every function of torch.cuda once, and must find them as they are
 
-from course.rehearsal import attention, autocast
+from course.rehearsal import attention, autocast, four_bits
 from course.rehearsal.allocator import Allocator
 from course.rehearsal.device import DEVICE, Device, DeviceTensor
 from helpers.memory import GPU
@@ -34,6 +34,7 @@ def install(gpu: GPU, spare: float = 0.0) -> Device:
     _let_modules_move()
     autocast.install()
     attention.install(device.capability)
+    four_bits.install()
     device.__enter__()
     return device
 

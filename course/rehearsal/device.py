@@ -188,7 +188,7 @@ class Device(TorchDispatchMode):
     def run(self, func, args: tuple, kwargs: dict[str, Any]):
         """Carry out one operation."""
         tensors = tensors_of(args) + tensors_of([*kwargs.values()]) if kwargs else tensors_of(args)
-        here = [tensor for tensor in tensors if type(tensor) is DeviceTensor]
+        here = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         asked = kwargs.get("device")
         if not here and (asked is None or asked.type == "cpu" or (asked.type == "meta" and _is_meant(tensors))):
             self._check_generator(kwargs, "cpu")
@@ -224,7 +224,7 @@ class Device(TorchDispatchMode):
 
     def _check(self, packet, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
         """Refuse another device, as a GPU does, in its words."""
-        strangers = [t for t in tensors if type(t) is not DeviceTensor and t.dim() > 0 and t.device.type == "cpu"]
+        strangers = [t for t in tensors if not isinstance(t, DeviceTensor) and t.dim() > 0 and t.device.type == "cpu"]
         if strangers and packet not in CPU_ALLOWED:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
@@ -262,7 +262,7 @@ def _is_meant(tensors: list[torch.Tensor]) -> bool:
 
 
 def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.meta if type(tensor) is DeviceTensor else tensor
+    return tensor.meta if isinstance(tensor, DeviceTensor) else tensor
 
 
 @cache
@@ -276,7 +276,7 @@ def _is_composite(func) -> bool:
 def _to_copy(device: Device, func, args, kwargs):
     source, asked = args[0], kwargs.get("device")
     rest = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory", "non_blocking")}
-    if type(source) is DeviceTensor:
+    if isinstance(source, DeviceTensor):
         if asked is None or asked.type != "cpu":
             return device.carry_out(func, args, rest, [source])
         return func(device.read(source), **rest)
@@ -285,11 +285,11 @@ def _to_copy(device: Device, func, args, kwargs):
 
 def _copy(device: Device, func, args, kwargs):
     target, source, *_ = args
-    if type(target) is not DeviceTensor:
+    if not isinstance(target, DeviceTensor):
         return func(target, device.read(source))
-    if type(source) is not DeviceTensor and source.dim():
+    if not isinstance(source, DeviceTensor) and source.dim():
         source = device.take(source)
-    return device.carry_out(func, (target, source), {}, [t for t in (target, source) if type(t) is DeviceTensor])
+    return device.carry_out(func, (target, source), {}, [t for t in (target, source) if isinstance(t, DeviceTensor)])
 
 
 def _item(device: Device, func, args, kwargs):
@@ -302,15 +302,15 @@ def _index(device: Device, func, args, kwargs):
     found = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
-            numbers = device.numbers.read(index.meta) if type(index) is DeviceTensor else index
+            numbers = device.numbers.read(index.meta) if isinstance(index, DeviceTensor) else index
             found += map(device.take, numbers.nonzero().unbind(1))
-        elif index is None or type(index) is DeviceTensor:
+        elif index is None or isinstance(index, DeviceTensor):
             found.append(index)
         else:  # on `meta` is what PyTorch made of a Python list: its numbers are lost
             found.append(device.place(index) if index.is_meta else device.take(index))
     arguments = (source, found, *rest)
     device._check(func.overloadpacket, tensors_of([source, *rest]), kwargs)
-    here = [tensor for tensor in tensors_of(arguments) if type(tensor) is DeviceTensor]
+    here = [tensor for tensor in tensors_of(arguments) if isinstance(tensor, DeviceTensor)]
     return device.carry_out(func, arguments, kwargs, here)
 
 
@@ -319,7 +319,7 @@ def _by_numbers(device: Device, func, args, kwargs):
     device._check(func.overloadpacket, tensors_of(args), kwargs)
 
     def fetch(tensor: torch.Tensor) -> torch.Tensor:
-        return device.numbers.read(tensor.meta) if type(tensor) is DeviceTensor else tensor
+        return device.numbers.read(tensor.meta) if isinstance(tensor, DeviceTensor) else tensor
 
     settings = {name: convert(value, fetch) for name, value in kwargs.items()}
     return convert(func(*convert(args, fetch), **settings), device.take)

@@ -112,6 +112,25 @@ found["own generator"] = tuple(torch.rand(3, device="cuda", generator=generator)
 parameter = layer.weight
 layer.half().float().cpu()
 found["moved in place"] = layer.weight is parameter and parameter.device.type == "cpu"
+
+# Four bits
+from peft import LoraConfig, get_peft_model
+from helpers.models import load_in_4_bit
+from helpers.profiles import ROOT
+before = memory.allocated
+four_bit = load_in_4_bit(ROOT / "data" / "shima-4m", "cuda", torch.float16)
+held = memory.allocated - before
+whole = AutoModelForCausalLM.from_pretrained(ROOT / "data" / "shima-4m")
+matrices = sum(m.weight.numel() for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n)
+rest = sum(parameter.numel() for parameter in whole.parameters()) - matrices
+found["bits of a weight"] = (held - 2 * rest) * 8 / matrices
+tuned = get_peft_model(four_bit, LoraConfig(r=2, target_modules="all-linear"))
+ids = torch.arange(12).view(2, 6).cuda()
+tuned(input_ids=ids, labels=ids).loss.backward()
+found["adapters with gradients"] = {p.requires_grad for p in tuned.parameters() if p.grad is not None} == {True}
+before = memory.allocated
+again = copy.deepcopy(four_bit)
+found["packed copies are packed"] = memory.allocated - before
 print(json.dumps(found))
 """
 
@@ -176,3 +195,9 @@ def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(fou
 def test_the_device_has_generators_and_modules_move_in_place(found):
     assert found["own generator"] == [3]
     assert found["moved in place"]
+
+
+def test_weights_in_four_bits_take_what_they_take_and_carry_gradients_to_adapters(found):
+    assert 4.127 < found["bits of a weight"] < 4.4  # codes, scales, and for each matrix the tables of both
+    assert found["adapters with gradients"]
+    assert 2e6 < found["packed copies are packed"] < 4e6
