@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 import torch._dynamo  # it looks at every function of torch.cuda once, and must find them as they are
+from torch.utils._device import DeviceContext
 
 from course.rehearsal import attention, autocast, four_bits
 from course.rehearsal.allocator import Allocator
@@ -32,6 +33,7 @@ def install(gpu: GPU, spare: float = 0.0) -> Device:
     device = Device(allocator, tuple(gpu.compute_capability))
     _replace_torch_cuda(gpu, allocator, device)
     _let_modules_move()
+    _follow_default_device(device)
     autocast.install()
     attention.install(device.capability)
     four_bits.install()
@@ -118,6 +120,20 @@ def _let_modules_move() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self.to(DEVICE)
     torch.Tensor.to = _to
     torch.tensor, torch.as_tensor = _made_on_the_cpu(torch.tensor), _made_on_the_cpu(torch.as_tensor)
+
+
+def _follow_default_device(device: Device) -> None:
+    """While `with torch.device(...)` chooses where a tensor is made, the device knows it."""
+    make = DeviceContext.__torch_function__
+
+    def make_and_tell(context, *arguments, **settings):
+        before, device.default = device.default, context.device
+        try:
+            return make(context, *arguments, **settings)
+        finally:
+            device.default = before
+
+    DeviceContext.__torch_function__ = make_and_tell
 
 
 def _made_on_the_cpu(make):

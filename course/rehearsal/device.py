@@ -146,6 +146,7 @@ class Device(TorchDispatchMode):
         self.addresses: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage -> address
         self.numbers = values.Values()
         self.generators: dict[int, torch.Generator] = {}  # of the device, by address; PyTorch wraps them anew
+        self.default: torch.device | None = None  # where a `with torch.device(...)` around the operation makes tensors
         self.reads = 0  # how often the CPU waited for numbers of the device
         self.emulated: set[str] = set()  # operations in a format that the device lacks
 
@@ -258,7 +259,7 @@ def _is_meant(tensors: list[torch.Tensor]) -> bool:
     if torch._C._current_graph_task_id() != -1:
         return False
     built = bool(tensors) and all(tensor.device.type == "meta" for tensor in tensors)
-    return built or torch.utils._device.CURRENT_DEVICE == META
+    return built or Device.current.default == META
 
 
 def _meta_of(tensor: torch.Tensor) -> torch.Tensor:

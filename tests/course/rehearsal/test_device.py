@@ -120,7 +120,9 @@ from helpers.profiles import ROOT
 before = memory.allocated
 four_bit = load_in_4_bit(ROOT / "data" / "shima-4m", "cuda", torch.float16)
 held = memory.allocated - before
-whole = AutoModelForCausalLM.from_pretrained(ROOT / "data" / "shima-4m")
+with torch.device("meta"):
+    whole = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "data" / "shima-4m"))
+found["shapes alone"] = memory.allocated - before - held
 matrices = sum(m.weight.numel() for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n)
 rest = sum(parameter.numel() for parameter in whole.parameters()) - matrices
 found["bits of a weight"] = (held - 2 * rest) * 8 / matrices
@@ -195,6 +197,10 @@ def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(fou
 def test_the_device_has_generators_and_modules_move_in_place(found):
     assert found["own generator"] == [3]
     assert found["moved in place"]
+
+
+def test_a_model_of_shapes_alone_takes_no_memory(found):
+    assert found["shapes alone"] == 0
 
 
 def test_weights_in_four_bits_take_what_they_take_and_carry_gradients_to_adapters(found):
