@@ -58,7 +58,9 @@ def cast(value, dtype: torch.dtype):
     keep = dtype != torch.float32 and value.dtype == torch.float32 and value.requires_grad and value.is_leaf
     if not (keep and torch.is_autocast_cache_enabled()):
         return value.to(dtype)
-    if (kept := _copies.get(id(value))) is None or kept[0]() is not value:
+    kept = _copies.get(id(value))
+    # a copy that was made without gradients does not serve where there are some
+    if kept is None or kept[0]() is not value or (torch.is_grad_enabled() and not kept[1].requires_grad):
         kept = _copies[id(value)] = (weakref.ref(value), value.to(dtype))
     return kept[1]
 

@@ -113,6 +113,13 @@ parameter = layer.weight
 layer.half().float().cpu()
 found["moved in place"] = layer.weight is parameter and parameter.device.type == "cpu"
 
+# A look without gradients before a step
+layer = torch.nn.Linear(4, 2).cuda()
+with torch.autocast("cuda", torch.float16):
+    with torch.no_grad():
+        layer(torch.ones(1, 4, device="cuda"))
+    found["gradients after a look"] = layer(torch.ones(1, 4, device="cuda")).requires_grad
+
 # Four bits
 from peft import LoraConfig, get_peft_model
 from helpers.models import load_in_4_bit
@@ -177,6 +184,10 @@ def test_a_format_that_the_device_lacks_is_noted(found):
 
 def test_autocast_takes_the_formats_of_cuda(found):
     assert found["formats"] == ["float16", "float32", "float32", "float32", "float16", "float16", "float16"]
+
+
+def test_autocasts_copies_made_without_gradients_do_not_hide_those_of_a_step(found):
+    assert found["gradients after a look"]
 
 
 def test_a_product_of_fp16_may_be_added_in_fp32(found):
