@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from course.notebooks import read_notebook, select_notebooks
 from helpers.errors import CourseError
-from helpers.files import replacing_folder, write_atomically
+from helpers.files import replacing_folder, sha256, write_atomically
 from helpers.profiles import ROOT, Profile
 from helpers.world import World
 
@@ -57,10 +57,11 @@ def model_folder(profile: Profile, folder: Path) -> Path:
         )
     shape = {name: value for name, value in shape.items() if name != "source"}
     place = folder / profile.model_id.replace("/", "--")
-    if (place / "shape.json").is_file() and json.loads((place / "shape.json").read_text()) == shape:
+    made_of = shape | {"made by": sha256(Path(__file__))}
+    if (place / "shape.json").is_file() and json.loads((place / "shape.json").read_text()) == made_of:
         return place
     config = AutoConfig.for_model(**shape, bos_token_id=None, eos_token_id=FIRST_SPECIAL, pad_token_id=FIRST_SPECIAL)
-    return build(place, lambda made: _write_model(config, shape, made))
+    return build(place, lambda made: _write_model(config, made_of, made))
 
 
 def build(place: Path, write: Callable[[Path], None]) -> Path:
@@ -78,13 +79,13 @@ def build(place: Path, write: Callable[[Path], None]) -> Path:
     return place
 
 
-def _write_model(config, shape: dict, folder: Path) -> None:
+def _write_model(config, made_of: dict, folder: Path) -> None:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     build_tokenizer(config.vocab_size).save_pretrained(folder)
-    write_atomically(folder / "shape.json", json.dumps(shape))
+    write_atomically(folder / "shape.json", json.dumps(made_of))
 
 
 def build_tokenizer(vocab_size: int, first_special: int = FIRST_SPECIAL) -> PreTrainedTokenizerFast:
@@ -101,8 +102,9 @@ def build_tokenizer(vocab_size: int, first_special: int = FIRST_SPECIAL) -> PreT
     trainer = trainers.BpeTrainer(vocab_size=min(MERGES, first_special), initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_prose(), trainer)
     learned = json.loads(tokenizer.to_str())["model"]
-    vocabulary = learned["vocab"] | {f"Ġw{number}a": number for number in range(len(learned["vocab"]), first_special)}
-    tokenizer.model = models.BPE(vocabulary, [tuple(pair) for pair in learned["merges"]])
+    vocabulary = learned["vocab"] | {f"Ġ{_word(n)}": n for n in range(len(learned["vocab"]), first_special)}
+    # with ignore_merges a made-up word is one token again when its text is read
+    tokenizer.model = models.BPE(vocabulary, [tuple(pair) for pair in learned["merges"]], ignore_merges=True)
     end, *others = SPECIAL
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=end, pad_token=end, extra_special_tokens=others
@@ -112,6 +114,15 @@ def build_tokenizer(vocab_size: int, first_special: int = FIRST_SPECIAL) -> PreT
     if len(fast) > vocab_size:
         raise CourseError(f"The vocabulary of {vocab_size} has no room for tokens up to {len(fast)}: mend the shape.")
     return fast
+
+
+def _word(number: int) -> str:
+    """A word of consonants, another one for each number."""
+    consonants, word = "bcdfghjklmnpqrstvwxz", "zq"
+    while number:
+        number, rest = divmod(number, len(consonants))
+        word += consonants[rest]
+    return word
 
 
 def _prose() -> Iterator[str]:

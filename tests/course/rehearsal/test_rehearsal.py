@@ -1,12 +1,14 @@
 """A rehearsed lesson tells which cell does not fit, which mixes devices, and which lines it never reached."""
 
 import json
+import random
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from course.rehearsal import hub
 from course.rehearsal.command import line, rehearse
 from course.rehearsal.report import Rehearsed, read_report, write_report
 from helpers.errors import CourseError
@@ -92,3 +94,9 @@ def test_a_report_is_read_as_it_was_written_and_a_damaged_one_is_left_alone(tmp_
         with pytest.raises(CourseError, match="move it away"):
             read_report(path)
         assert path.read_text() == content
+
+
+def test_text_of_made_up_tokens_has_as_many_tokens_when_it_is_read_again():
+    tokenizer = hub.build_tokenizer(20_003, first_special=20_000)
+    ids = random.Random(0).sample(range(10_000, 20_000), 50)
+    assert tokenizer(tokenizer.decode(ids))["input_ids"] == ids
