@@ -37,9 +37,14 @@ class Params4bit(DeviceTensor, metaclass=_Either):
     """Packed codes (number of weights / 2, 1) with their state, or weights that wait to be packed."""
 
     def to(self, *arguments, **settings) -> torch.Tensor:
-        """Packed if it is not yet, as bitsandbytes does when weights reach a device."""
+        """Packed if it is not yet, as bitsandbytes does when weights reach a device; itself if nothing changes."""
         if self.bnb_quantized:
-            return _placed(super().to(*arguments, **settings), self.requires_grad, _settings(self))
+            moved = super().to(*arguments, **settings)
+            if moved is self:
+                return self
+            state = copy.deepcopy(self.quant_state)
+            state.to(moved.device)
+            return Params4bit(moved, self.requires_grad, **_settings(self) | {"quant_state": state})
         codes, state = functional.quantize_4bit(
             self.detach(),
             blocksize=self.blocksize,
@@ -52,6 +57,10 @@ class Params4bit(DeviceTensor, metaclass=_Either):
         return _placed(codes, self.requires_grad, _settings(self) | {"quant_state": state, "bnb_quantized": True})
 
     cuda = to
+
+    def detach(self) -> torch.Tensor:
+        """The same memory, and still packed: PyTorch makes parameters of what this returns."""
+        return _placed(super().detach(), False, _settings(self))
 
     def __deepcopy__(self, memo: dict) -> torch.Tensor:
         """A copy with memory of its own."""

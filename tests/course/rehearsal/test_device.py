@@ -140,6 +140,9 @@ found["adapters with gradients"] = {p.requires_grad for p in tuned.parameters() 
 before = memory.allocated
 again = copy.deepcopy(four_bit)
 found["packed copies are packed"] = memory.allocated - before
+packed = four_bit.model.layers[0].mlp.up_proj.weight
+four_bit.to("cuda")
+found["moving in place changes nothing"] = four_bit.model.layers[0].mlp.up_proj.weight is packed
 print(json.dumps(found))
 """
 
@@ -218,3 +221,4 @@ def test_weights_in_four_bits_take_what_they_take_and_carry_gradients_to_adapter
     assert 4.127 < found["bits of a weight"] < 4.4  # codes, scales, and for each matrix the tables of both
     assert found["adapters with gradients"]
     assert 2e6 < found["packed copies are packed"] < 4e6
+    assert found["moving in place changes nothing"]
