@@ -326,6 +326,16 @@ def _by_numbers(device: Device, func, args, kwargs):
     return convert(func(*convert(args, fetch), **settings), device.take)
 
 
+def _multinomial(device: Device, func, args, kwargs):
+    """Draws by probabilities that are known, or any."""
+    source, number, *_ = args
+    if device.numbers.of(source.meta) is not None:
+        return _by_numbers(device, func, args, kwargs)
+    device._check_generator(kwargs, "cuda")
+    drawn = device.numbers.random.integers(0, source.shape[-1], (*source.shape[:-1], number))
+    return device.take(torch.as_tensor(drawn))
+
+
 SPECIAL: dict[object, Callable] = {
     aten._to_copy: _to_copy,
     aten.copy_: _copy,
@@ -336,7 +346,8 @@ SPECIAL: dict[object, Callable] = {
     aten._index_put_impl_: _index,
     **dict.fromkeys(
         (aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount,
-         aten.equal, aten.repeat_interleave, aten.histc, aten.multinomial),
+         aten.equal, aten.repeat_interleave, aten.histc),
         _by_numbers,
     ),
+    aten.multinomial: _multinomial,
 }  # fmt: skip

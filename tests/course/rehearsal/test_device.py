@@ -101,6 +101,8 @@ kept = ids[ids != -100]
 found["numbers"] = [ids.tolist(), (ids != -100).sum().item(), len(kept), ids.clamp(min=0).sum(1).tolist()]
 found["reads"] = device.reads
 token = layer(x).argmax(-1)
+drawn = torch.multinomial(torch.softmax(torch.randn(4, 2**19, device="cuda"), -1), 2)  # more than are made up
+found["drawn"] = [tuple(drawn.shape), max(drawn.flatten().tolist()) < 2**19]
 found["made up"] = [0 <= number < 8 for number in token.tolist()] + [token.tolist() == token.tolist()]
 total = torch.zeros(4, 4, device="cuda")
 torch.addmm(total, x.half(), x.half().T, out_dtype=torch.float32, out=total)
@@ -206,6 +208,7 @@ def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(fo
 
 def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(found):
     assert all(found["made up"])
+    assert found["drawn"] == [[4, 2], True]
 
 
 def test_the_device_has_generators_and_modules_move_in_place(found):
