@@ -112,7 +112,10 @@ def _let_modules_move() -> None:
 
     def set_data(self: torch.Tensor, other: torch.Tensor) -> None:
         if isinstance(other, DeviceTensor):
-            torch.utils.swap_tensors(self, parameter(other, requires_grad=self.requires_grad))
+            packed = isinstance(self, four_bits.ON_THE_CPU)
+            torch.utils.swap_tensors(
+                self, four_bits.placed_as(self, other) if packed else parameter(other, self.requires_grad)
+            )
         else:
             data.__set__(self, other)
 

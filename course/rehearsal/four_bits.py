@@ -76,6 +76,11 @@ def install() -> None:
     nn.Params4bit = nn.modules.Params4bit = Params4bit
 
 
+def placed_as(weight: ON_THE_CPU, data: DeviceTensor) -> Params4bit:
+    """What becomes of a weight of the CPU that is given memory of the device."""
+    return _placed(data, weight.requires_grad, _settings(weight))
+
+
 def _settings(weight: Params4bit) -> dict:
     return {name: getattr(weight, name) for name in SETTINGS}
 

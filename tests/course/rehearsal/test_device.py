@@ -142,6 +142,9 @@ found["adapters with gradients"] = {p.requires_grad for p in tuned.parameters() 
 before = memory.allocated
 again = copy.deepcopy(four_bit)
 found["packed copies are packed"] = memory.allocated - before
+import bitsandbytes as bnb
+layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float16).to("cuda")
+found["packed on the way"] = [tuple(layer.weight.shape), str(layer(torch.ones(1, 64).half().cuda()).device)]
 packed = four_bit.model.layers[0].mlp.up_proj.weight
 four_bit.to("cuda")
 found["moving in place changes nothing"] = four_bit.model.layers[0].mlp.up_proj.weight is packed
@@ -225,3 +228,4 @@ def test_weights_in_four_bits_take_what_they_take_and_carry_gradients_to_adapter
     assert found["adapters with gradients"]
     assert 2e6 < found["packed copies are packed"] < 4e6
     assert found["moving in place changes nothing"]
+    assert found["packed on the way"] == [[2048, 1], "cuda:0"]
