@@ -193,7 +193,7 @@ class Device(TorchDispatchMode):
         asked = kwargs.get("device")
         if not here and (asked is None or asked.type == "cpu" or (asked.type == "meta" and _is_meant(tensors))):
             self._check_generator(kwargs, "cpu")
-            return func(*args, **kwargs)
+            return func(*args, **kwargs | {"pin_memory": False} if kwargs.get("pin_memory") else kwargs)
         if _is_composite(func):  # in inference mode nobody has taken it apart before
             with self:
                 return func.decompose(*args, **kwargs)

@@ -108,6 +108,7 @@ total = torch.zeros(4, 4, device="cuda")
 torch.addmm(total, x.half(), x.half().T, out_dtype=torch.float32, out=total)
 found["added in float32"] = str(total.dtype)
 found["a list picks rows"] = [tuple(x[[0, 2, 2]].shape), str(x[[0, 2, 2]].device)]
+found["pinned"] = torch.empty(2, pin_memory=True).to("cuda").shape[0]
 found["there and back"] = torch.equal(torch.arange(5.0).cuda().cpu(), torch.arange(5.0))
 generator = torch.Generator("cuda").manual_seed(0)
 found["own generator"] = tuple(torch.rand(3, device="cuda", generator=generator).shape)
@@ -207,6 +208,7 @@ def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(fo
     assert found["reads"] == 3
     assert found["a list picks rows"] == [[3, 8], "cuda:0"]
     assert found["there and back"]
+    assert found["pinned"] == 2
 
 
 def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(found):
