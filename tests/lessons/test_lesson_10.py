@@ -50,6 +50,12 @@ def test_the_check_of_double_quantise_finds_a_forgotten_mean_and_wrong_groups(le
         planted(exercise.solution, ", 8)", ", 4)"),
         planted(exercise.solution, "view(-1, block)", "view(block, -1)"),
         planted(exercise.solution, "largest.mean()", "largest.min()"),
+        planted(
+            exercise.solution,
+            "codes, scales = absmax((largest - mean).view(-1, block), 8)",
+            "codes, scales = absmax((largest - mean)[None], 8)\n"
+            "    codes, scales = codes.view(-1, block), scales.expand(len(largest) // block, 1)",
+        ),
     ]
     prove_check(exercise, lesson, wrong)
 
@@ -61,6 +67,9 @@ def test_the_check_of_3_bits_finds_wrong_orders_and_whole_bytes(lesson):
         planted(exercise.solution, "number >> (21 - 3 * i) & 7", "number >> (3 * i) & 7"),
         planted(exercise.solution, "(16, 8, 0)", "(0, 8, 16)"),
         planted(exercise.solution, "& 7", "& 15"),
+        planted(
+            exercise.solution, "for i in range(8)], 1).flatten().to(torch.uint8)", "for i in range(8)], 1).flatten()"
+        ),
         exercise.stub.replace("    raise NotImplementedError", "    return codes.to(torch.uint8)", 1).replace(
             "    raise NotImplementedError", "    return packed"
         ),
@@ -80,13 +89,17 @@ def test_the_check_of_gptq_in_order_finds_other_orders_and_columns_left_permuted
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_the_draft_length_finds_sums_that_are_off_by_one_and_free_drafts(lesson):
+def test_the_check_of_the_draft_length_finds_equal_chances_free_passes_and_sums_that_are_off_by_one(lesson):
     exercise = EXERCISES["10.4"]
     wrong = [
-        planted(exercise.solution, "range(k + 1))", "range(k))"),
-        planted(exercise.solution, "/ (k * c + 1)", "/ (c + 1)"),
-        planted(exercise.solution, "range(most + 1)]", "range(1, most + 1)]"),
-        planted(exercise.solution, "sum(a**i for i in range(k + 1))", "(1 - a ** (k + 1)) / (1 - a)"),
+        planted(exercise.solution, "stands *= chance", "stands = chance**k"),
+        planted(exercise.solution, "stands *= chance", "stands = (sum(kept) / len(kept)) ** k"),
+        planted(exercise.solution, "stands *= chance", "stands = chance"),
+        planted(exercise.solution, "tokens = stands = 1.0", "tokens, stands = 0.0, 1.0"),
+        planted(exercise.solution, "(k * c + v[k])", "(c + v[k])"),
+        planted(exercise.solution, "(k * c + v[k])", "(k * c + 1)"),
+        planted(exercise.solution, "(k * c + v[k])", "(k * c + v[k - 1])"),
+        planted(exercise.solution, "speedups = [1.0]", "speedups = [0.0]"),
     ]
     prove_check(exercise, lesson, wrong)
 
@@ -117,7 +130,9 @@ def test_the_check_of_random_rows_finds_guesses_that_are_missing_and_draws_that_
     draw = "torch.randint(base.config.vocab_size, (number, length))"
     wrong = [
         planted(exercise.solution, "PREDICTION = 0.8", "PREDICTION = None"),
+        planted(exercise.solution, "PREDICTION = 0.8", "PREDICTION = True"),
         planted(exercise.solution, draw, f"{draw}.float()"),
+        planted(exercise.solution, draw, "torch.randint(base.config.vocab_size - 1, (number, length))"),
         planted(exercise.solution, draw, "torch.randint(256, (number, length))"),
         planted(exercise.solution, draw, "torch.randint(base.config.vocab_size, (number, 1)).expand(-1, length // 2)"),
         planted(exercise.solution, draw, "torch.arange(number * length).view(number, length) % base.config.vocab_size"),
