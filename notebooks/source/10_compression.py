@@ -83,7 +83,7 @@ from helpers.data import collate, instruction_dataset, pack, text_dataset
 from helpers.evaluation import bootstrap_interval, exact_match, score
 from helpers.exercises import check, expect_close, expect_equal, expect_shape, expect_true
 from helpers.generation import answer_instructions
-from helpers.lesson import PRECISIONS, Lesson, show_table
+from helpers.lesson import Lesson, show_table
 from helpers.models import load_assistant, load_model
 from helpers.training import TrainConfig, train
 from helpers.world import CHAT_TASKS, World
@@ -1007,7 +1007,7 @@ def text_stream(run: int, batch_size: int = 8, length: int = 64):
 def recover(model, batches, steps: int, loss_fn, rate: float):
     """Train all weights for a few steps and return the model, ready to be measured."""
     config = TrainConfig(
-        lesson.scaled(steps), learning_rate=rate, precision=PRECISIONS[machine.dtype],
+        lesson.scaled(steps), learning_rate=rate, precision=lesson.precision,
         warmup_steps=3, schedule="linear", weight_decay=0.0, progress=False, seed=seed,
     )  # fmt: skip
     train(model.float(), batches, config, loss_fn=loss_fn)
