@@ -310,9 +310,7 @@ for layer in linears(base).values():
         elsewhere += (other_code & ~at_a_half).sum().item()
 print(f"{differing:,} of {total:,} weights get another code from torch")
 lesson.equal("weights with another code than torch's, away from exact halves", elsewhere)
-
-# %%
-table = {}
+table = {}  # now the model's loss with such weights
 for block in BLOCKS:
     for bits in BITS:
         table[block, bits] = measure(compressed(base, to_nearest(bits, block)))
@@ -774,42 +772,19 @@ def group_codes(model, found: dict, bits: int) -> dict[str, tuple[Tensor, Tensor
     return {name: gptq(w, found[name]["moments"], bits, GROUP) for name, w in weights.items()}
 
 
-def output_error(change: Tensor, moments: Tensor) -> float:
-    """Squared error of a layer's outputs on the calibration tokens, for a change (out, in) of its weight."""
-    return ((change @ moments) * change).sum().item()
-
-
-def mean_output_error(model, smaller, found: dict) -> float:
-    """Relative error of the outputs of a linear layer, mean over the layers."""
-    errors, others = [], linears(smaller)
-    for name, layer in linears(model).items():
-        weight, moments = layer.weight.detach().float(), found[name]["moments"]
-        change = others[name].weight.detach().float() - weight
-        errors.append(math.sqrt(output_error(change, moments) / output_error(weight, moments)))
-    return float(np.mean(errors))
-
-
 gptq_in_groups = {bits: group_codes(base, statistics, bits) for bits in (4, 3, 2)}
-
-# %%
-methods = {"round to nearest": lambda bits: to_nearest(bits, "channel")}
-methods |= {"GPTQ": partial(by_gptq, statistics), "GPTQ, white inputs": partial(by_gptq, whites)}
-methods["round, groups of 64"] = lambda bits: to_nearest(bits, GROUP)
+methods = {"GPTQ": partial(by_gptq, statistics), "GPTQ, white inputs": partial(by_gptq, whites)}
 methods["GPTQ, groups of 64"] = lambda bits: lambda name, _: from_codes(*gptq_in_groups[bits][name])
-away = {("round to nearest", bits): table["channel", bits] for bits in BITS}
-away |= {("round, groups of 64", bits): table[GROUP, bits] for bits in BITS}  # measured in section 2
-errors, rows = {}, {}
+away = {("round to nearest", bits): table["channel", bits] for bits in BITS}  # measured in section 2
+away |= {("round, groups of 64", bits): table[GROUP, bits] for bits in BITS}
 for label, method in methods.items():
     for bits in (4, 3, 2):
-        smaller = compressed(base, method(bits))
-        errors[label, bits] = mean_output_error(base, smaller, statistics)
-        if (label, bits) not in away:
-            away[label, bits] = measure(smaller)
-    rows[label] = [f"{errors[label, bits]:.1%}" for bits in (4, 3, 2)]
-    rows[label] += [f"{mean(away[label, bits], AWAY):.4f}" for bits in (4, 3, 2)]
+        away[label, bits] = measure(compressed(base, method(bits)))
+rows = {}
+for label in dict.fromkeys(label for label, _ in away):
+    rows[label] = [f"{mean(away[label, bits], AWAY):.4f}" for bits in (4, 3, 2)]
     rows[label] += [f"{math.exp(mean(away[label, bits])):.3f}" for bits in (4, 3, 2)]
-print("error of the outputs, KL from the full model (nats), perplexity, each at 4, 3 and 2 bits")
-show_table(rows, [f"{name} {bits}" for name in ("error", "KL", "ppl") for bits in (4, 3, 2)])
+show_table(rows, [f"{name}, {bits} bits" for name in ("KL", "perplexity") for bits in (4, 3, 2)])
 
 # %%
 def share_left(bits: int, label: str, of: str = "round to nearest") -> float:
@@ -830,7 +805,7 @@ for bits in (4, 3, 2):
     lesson.report(f"both in groups, GPTQ against rounding, {bits} bits: divergence lower by", change)
     print(f"both in groups, {bits} bits: GPTQ leaves {left:.0%} of the divergence, lower by {change}")
 curves = {}
-for label in methods:
+for label in rows:
     spent = [bits_a_weight(bits, GROUP if "groups" in label else "channel") for bits in (4, 3, 2)]
     curves[label] = (spent, [mean(away[label, bits], AWAY) for bits in (4, 3, 2)])
 alt = "Divergence over bits: GPTQ lies below rounding, per channel and in groups; on white inputs it lies on it."
@@ -1440,46 +1415,31 @@ plots.show(figure, alt)
 
 # %%
 four_bit_kind = Int4Linear if ON_CPU else PackedLinear
-if ON_CPU:
-    eight = replaced(base, lambda _, layer: Int8Linear(layer))
-else:
-    eight = packed_model(base, 8, partial(nearest_codes, bits=8))
+eight = packed_model(base, 8, partial(nearest_codes, bits=8))
 versions = {
     "16 bits": copy.deepcopy(base).to(half),
-    "8 bits": eight,
+    "8 bits": replaced(base, lambda _, layer: Int8Linear(layer)) if ON_CPU else eight,
     "4 bits, rounded": packed_model(base, 4, nearest_codes, four_bit_kind),
     "4 bits, GPTQ": packed_model(base, 4, lambda name, _: gptq_in_groups[4][name], four_bit_kind),
     "2 bits, GPTQ": packed_model(base, 2, lambda name, _: gptq_in_groups[2][name]),
     "2:4, SparseGPT": copy.deepcopy(two_four).to(half),
     "student of half the layers": copy.deepcopy(students["logits", 0]).to(half),
 }
-
-
-def speeds(models: dict, new_tokens: int = 24) -> dict[str, np.ndarray]:
-    """Tokens per second of plain greedy decoding (texts,); the models take turns on each text."""
-    found = {label: [] for label in models}
-    for model in models.values():
-        plain_decoding(model, starts[0], 2)  # warms up
-    for start in starts:
-        for label, model in models.items():
-            found[label].append(new_tokens / timed(plain_decoding, model, start, new_tokens)[0])
-    return {label: np.array(values) for label, values in found.items()}
-
-
-# %%
-per_second = speeds(versions | {"as loaded": base})
+turns, new = {label: [] for label in versions}, 24
+for start in [starts[0][:2], *starts]:  # the first is short, and warms up
+    for label, model in versions.items():
+        turns[label].append(new / timed(plain_decoding, model, start, new)[0])
+per_second = {label: np.array(values[1:]) for label, values in turns.items()}  # tokens a second, (texts,)
 results, rows = {}, {}
 for label, model in versions.items():
     size = sparse_bytes if "2:4" in label else file_bytes(stored(model))
-    own = measure(model)
-    above, speed = lower(own, full), np.quantile(per_second[label], [0.5, 0.25, 0.75])
-    results[label] = (size / 1e6, above, speed)
-    rows[label] = [f"{size / 1e6:.2f} MB", f"{math.exp(mean(own)):.2f}", nats(above, ".4f"),
+    own, speed = measure(model), np.quantile(per_second[label], [0.5, 0.25, 0.75])
+    results[label] = (size / 1e6, lower(own, full), speed)
+    rows[label] = [f"{size / 1e6:.2f} MB", f"{math.exp(mean(own)):.2f}", nats(results[label][1], ".4f"),
                    f"{speed[0]:.0f} ({speed[1]:.0f} to {speed[2]:.0f})"]  # fmt: skip
     shown = f"{rows[label][0]}, {rows[label][2]}, {rows[label][3]}"
     lesson.report(f"{label}: file, loss above the base, tokens per second", shown)
 show_table(rows, ["file", "perplexity", "loss above the base", "tokens/s (quartiles)"])
-print(f"as loaded, in {machine.dtype}: {np.median(per_second['as loaded']):.0f} tokens/s")
 for one, other in (("2:4, SparseGPT", "16 bits"), ("4 bits, GPTQ", "4 bits, rounded")):
     low, middle, high = np.quantile(per_second[one] / per_second[other], [0.25, 0.5, 0.75])
     shown = f"{middle:.2f} ({low:.2f} to {high:.2f})"
@@ -1803,6 +1763,11 @@ lesson.claim("NF4: error of the weights over the better of FP4 and absmax; contr
 # AWQ (Lin et al. 2024): some columns of $x$ are large, and errors in their weights cost more. Multiply these weights by $s_j > 1$ before rounding and divide $x_j$ by the same $s_j$: they get a finer grid, relative to their size. With $s_j = (\text{mean } |x_j|)^{\alpha}$ there is one number to find, and a grid search takes the $\alpha$ with the smallest error of the outputs. As with SmoothQuant the division can be folded into whatever comes before the layer; here the scaled and rounded weight is divided again at once, which computes the same function. The planted outliers are those of section 9.
 
 # %%
+def output_error(change: Tensor, moments: Tensor) -> float:
+    """Squared error of a layer's outputs on the calibration tokens, for a change (out, in) of its weight."""
+    return ((change @ moments) * change).sum().item()
+
+
 def awq(weight: Tensor, seen: dict[str, Tensor], bits: int) -> Tensor:
     """Round to nearest after scaling the columns, one grid a channel; seen = statistics of the inputs."""
     size = seen["inputs"].abs().mean(0).clamp(min=1e-4)  # (in,)
