@@ -229,7 +229,7 @@ lesson.report("the assistant before: right answers", str(full_accuracy))
 #
 # $$\text{absmax:}\quad s = \frac{\max |w|}{2^{b-1}-1},\quad c = \mathrm{round}(w/s) \qquad\qquad \text{zero point:}\quad s = \frac{\max w - \min w}{2^b - 1},\quad c = \mathrm{round}(w/s + z)$$
 #
-# $\hat w = s\,c$ or $s\,(c - z)$ is what the model computes with afterwards; $z = \mathrm{round}(-\min w / s)$ is the code of zero. Absmax is symmetric and wastes codes if the weights lie on one side. The zero point uses all codes and costs one more number a block.
+# $\hat w = s\,c$ or $s\,(c - z)$ is what the model computes with afterwards; $z = \mathrm{round}(-\min w / s)$ is the code of zero. Absmax is symmetric: where the weights lie on one side, as in the example below, it wastes codes. The zero point uses all codes and costs one more number a block.
 #
 # The error of a weight is at most $s/2$, so **the largest weight of a block sets the error of all others**. That is why the size of the block matters: one for the whole tensor, one for each row (*channel*: all weights of one output), or one for each group of 64 along a row.
 
@@ -643,7 +643,7 @@ if ON_CPU:
 #
 # Then column $i$ leaves the problem, and $H^{-1}$ must be taken over the columns that remain: one step of Gaussian elimination. All rows of $W$ share $H$, so all rows can go through the columns in the same order.
 #
-# **The Cholesky form** (Frantar et al. 2023): the rows of $H^{-1}$ that the eliminations will produce are, up to scale, the rows of the upper Cholesky factor $U$ with $H^{-1} = U^\top U$. One factorisation replaces all eliminations, and it is far more stable: $\delta = -\frac{w_i - \hat w_i}{U_{ii}}\, U_{i, i:}$. A *damping* of 1 % of the mean diagonal is added to $H$ first.
+# **The Cholesky form** (Frantar et al. 2023): eliminating column after column is what a Cholesky factorisation does. So one factorisation, $H^{-1} = U^\top U$ with $U$ upper triangular, gives all the rows that the eliminations would give, up to scale, and it is far more stable: $\delta = -\frac{w_i - \hat w_i}{U_{ii}}\, U_{i, i:}$. A *damping* of 1 % of the mean diagonal is added to $H$ first.
 
 # %%
 def upper_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
@@ -1634,7 +1634,7 @@ for label, model in cures.items():
                  change[0], at_least=0.05, control=lower(plain_8, own)[0], form=".3f")  # fmt: skip
 
 # %% [markdown]
-# The control of each claim is the model without planted outliers: there is nothing to cure, and nothing is gained.
+# The control of each claim is the model without planted outliers: there is nothing to cure, and nothing is gained. Each cure brings back about all that was lost, so nothing here ranks them.
 #
 # **The library.** `bitsandbytes` does the same for `load_in_8bit=True`. Compare the codes that it stores, on the inputs of one planted layer. It rounds the inputs to 16 bits first, so give yours the same ones.
 
@@ -1761,7 +1761,7 @@ lesson.claim("NF4: error of the weights over the better of FP4 and absmax; contr
              best[0], at_most=0.95, control=best[1], form=".2f")  # fmt: skip
 
 # %% [markdown]
-# NF4 is closer to the weights than FP4 and absmax integers; on uniform weights equal steps are better, so it is the distribution of the weights that it fits. "Each code is used equally often" would be a nice reason, and it is not so: see the shares above (Yoshida 2023 shows why, and that it is not what makes a code good). Integers with a zero point are about as close as NF4, and hardware computes with them directly. The scale of MXFP4 can only be a power of two, and its error lies between those of absmax integers and FP4. Between 8 bits of either kind the loss does not tell.
+# NF4 is closer to the weights than FP4 and absmax integers; on uniform weights equal steps are better, so it is the distribution of the weights that it fits. "Each code is used equally often" would be a nice reason, and it is not so: see the shares above (Yoshida 2023 shows why, and that it is not what makes a code good). Integers with a zero point are about as close as NF4, and hardware computes with them directly. The scale of MXFP4 can only be a power of two, and its error lies between those of absmax integers and FP4. Between 8 bits of either kind the loss does not tell. The table does not count the scales: a quarter of a bit a weight for absmax (16 bits for 64 weights) and MXFP4, three eighths with a zero point, and half a bit for NF4 and FP4, whose maxima have 32 bits.
 
 # %% [markdown] tags=["further"]
 # ## 11 · AWQ: protect the columns that matter
