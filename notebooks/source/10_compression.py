@@ -64,6 +64,7 @@ budget = 1.0  # share of all training steps and questions; claims are asserted f
 
 # %%
 import copy
+import functools
 import math
 import time
 from collections import Counter
@@ -646,6 +647,7 @@ if ON_CPU:
 # **The Cholesky form** (Frantar et al. 2023): eliminating column after column is what a Cholesky factorisation does. So one factorisation, $H^{-1} = U^\top U$ with $U$ upper triangular, gives all the rows that the eliminations would give, up to scale, and it is far more stable: $\delta = -\frac{w_i - \hat w_i}{U_{ii}}\, U_{i, i:}$. A *damping* of 1 % of the mean diagonal is added to $H$ first.
 
 # %%
+@functools.cache  # the same moments serve at several widths
 def upper_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
     """U (in, in), upper triangular, with U^T U = (H + damping)^-1."""
     more = damping * moments.diagonal().mean().double()
@@ -821,7 +823,7 @@ figure.axes[0].set_xticks([2, 3, 4])
 plots.show(figure, alt)
 
 # %% [markdown]
-# Compare the rows. Per channel GPTQ leaves about half of the divergence of rounding, at each width. With white inputs the gain is gone, as the derivation says. In groups it gains as well, by how much the lines above say. The perplexity hardly shows any of it at 4 and 3 bits, since so little is lost in the first place: this is why the claims are about the divergence. The figure compares at equal bits. There, GPTQ per channel lies below rounding in groups. Both together are best at 3 bits and more; near 2 bits, in this run, groups no longer pay for their scales once GPTQ is at work.
+# Compare the rows. Per channel GPTQ leaves about half of the divergence of rounding, at each width. With white inputs the gain is gone, as the derivation says. In groups it gains at 4 and 3 bits as well; whether it does at 2 bits, the interval of the last line says. The perplexity hardly shows any of it at 4 and 3 bits, since so little is lost in the first place: this is why the claims are about the divergence. The figure compares at equal bits. There, GPTQ per channel lies below rounding in groups. Both together are best at 3 bits and more; near 2 bits, in this run, groups no longer pay for their scales once GPTQ is at work.
 #
 # (As published, GPTQ compresses layer after layer and takes the inputs of each from the model whose earlier layers are already compressed. Here all inputs come from the full model.)
 
@@ -1456,7 +1458,7 @@ alt = "Loss above the full model, and tokens per second, over the size of the fi
 PLACES = (  # of labels, where they would lie on others
     {"16 bits": ((-8, 6), "right"), "4 bits, GPTQ": ((-8, -14), "right")},
     {
-        "16 bits": ((-8, 8), "right"),
+        "16 bits": ((8, -3), "left"),
         "4 bits, GPTQ": ((-8, -14), "right"),
         "4 bits, rounded": ((-8, 6), "right"),
         "2:4, SparseGPT": ((8, -14), "left"),
@@ -1471,8 +1473,8 @@ for place, (label, (size, above, speed)) in enumerate(results.items()):
         axes.errorbar(size, middle, bars, fmt="o", color=plots.COLORS[place], capsize=3,
                       markerfacecolor="white" if dense else None)  # fmt: skip
         where, side = PLACES[axes is right].get(label, ((8, 6), "left"))
-        axes.annotate(label + ", timed dense" * dense, (size, middle), where, textcoords="offset points",
-                      fontsize=9, color=plots.COLORS[place], ha=side)  # fmt: skip
+        axes.annotate("2:4, timed dense" if dense else label, (size, middle), where, fontsize=9,
+                      textcoords="offset points", color=plots.COLORS[place], ha=side)  # fmt: skip
 left.set_yscale("symlog", linthresh=1e-3)
 left.set_ylabel("loss above the base (nats per token)")
 right.set_ylabel("tokens per second (quartiles)")

@@ -1,6 +1,7 @@
 """Lesson 10: its checks tell right from wrong answers, and its cells run on a model in hub format."""
 
 import ast
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -30,7 +31,14 @@ def lesson() -> dict:
     wanted = {"absmax", "zero_point", "gptq", "from_codes", "pack_bits", "unpack_bits", "pack_2_4", "unpack_2_4"}
     wanted |= {"distribution", "keep_or_replace", "keep_largest", "to_4_bits", "from_4_bits", "sparse_gpt"}
     wanted |= {"upper_factor", "mean", "NgramDrafter", "speculative", "plain_decoding", "advance", "forget"}
-    names: dict = {"math": math, "np": np, "torch": torch, "Tensor": torch.Tensor, "F": torch.nn.functional}
+    names: dict = {
+        "math": math,
+        "np": np,
+        "torch": torch,
+        "Tensor": torch.Tensor,
+        "F": torch.nn.functional,
+        "functools": functools,
+    }
     names |= {"Counter": Counter, "DynamicCache": DynamicCache, "LOSS": 0, "AWAY": 1}
     found = set()
     for cell in notebooks.read_notebook(NOTEBOOK).cells:
