@@ -1,6 +1,7 @@
 """Lesson 10: its checks tell right from wrong answers, and its cells run on a model in hub format."""
 
 import ast
+import functools
 import math
 from collections import Counter
 from pathlib import Path
@@ -30,7 +31,14 @@ def lesson() -> dict:
     wanted = {"absmax", "zero_point", "gptq", "from_codes", "pack_bits", "unpack_bits", "pack_2_4", "unpack_2_4"}
     wanted |= {"distribution", "keep_or_replace", "keep_largest", "to_4_bits", "from_4_bits", "sparse_gpt"}
     wanted |= {"upper_factor", "mean", "NgramDrafter", "speculative", "plain_decoding", "advance", "forget"}
-    names: dict = {"math": math, "np": np, "torch": torch, "Tensor": torch.Tensor, "F": torch.nn.functional}
+    names: dict = {
+        "math": math,
+        "np": np,
+        "torch": torch,
+        "Tensor": torch.Tensor,
+        "F": torch.nn.functional,
+        "functools": functools,
+    }
     names |= {"Counter": Counter, "DynamicCache": DynamicCache, "LOSS": 0, "AWAY": 1}
     found = set()
     for cell in notebooks.read_notebook(NOTEBOOK).cells:
@@ -50,6 +58,12 @@ def test_the_check_of_double_quantise_finds_a_forgotten_mean_and_wrong_groups(le
         planted(exercise.solution, ", 8)", ", 4)"),
         planted(exercise.solution, "view(-1, block)", "view(block, -1)"),
         planted(exercise.solution, "largest.mean()", "largest.min()"),
+        planted(
+            exercise.solution,
+            "codes, scales = absmax((largest - mean).view(-1, block), 8)",
+            "codes, scales = absmax((largest - mean)[None], 8)\n"
+            "    codes, scales = codes.view(-1, block), scales.expand(len(largest) // block, 1)",
+        ),
     ]
     prove_check(exercise, lesson, wrong)
 
@@ -61,6 +75,9 @@ def test_the_check_of_3_bits_finds_wrong_orders_and_whole_bytes(lesson):
         planted(exercise.solution, "number >> (21 - 3 * i) & 7", "number >> (3 * i) & 7"),
         planted(exercise.solution, "(16, 8, 0)", "(0, 8, 16)"),
         planted(exercise.solution, "& 7", "& 15"),
+        planted(
+            exercise.solution, "for i in range(8)], 1).flatten().to(torch.uint8)", "for i in range(8)], 1).flatten()"
+        ),
         exercise.stub.replace("    raise NotImplementedError", "    return codes.to(torch.uint8)", 1).replace(
             "    raise NotImplementedError", "    return packed"
         ),
@@ -80,13 +97,17 @@ def test_the_check_of_gptq_in_order_finds_other_orders_and_columns_left_permuted
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_the_draft_length_finds_sums_that_are_off_by_one_and_free_drafts(lesson):
+def test_the_check_of_the_draft_length_finds_equal_chances_free_passes_and_sums_that_are_off_by_one(lesson):
     exercise = EXERCISES["10.4"]
     wrong = [
-        planted(exercise.solution, "range(k + 1))", "range(k))"),
-        planted(exercise.solution, "/ (k * c + 1)", "/ (c + 1)"),
-        planted(exercise.solution, "range(most + 1)]", "range(1, most + 1)]"),
-        planted(exercise.solution, "sum(a**i for i in range(k + 1))", "(1 - a ** (k + 1)) / (1 - a)"),
+        planted(exercise.solution, "stands *= chance", "stands = chance**k"),
+        planted(exercise.solution, "stands *= chance", "stands = (sum(kept) / len(kept)) ** k"),
+        planted(exercise.solution, "stands *= chance", "stands = chance"),
+        planted(exercise.solution, "tokens = stands = 1.0", "tokens, stands = 0.0, 1.0"),
+        planted(exercise.solution, "(k * c + v[k])", "(c + v[k])"),
+        planted(exercise.solution, "(k * c + v[k])", "(k * c + 1)"),
+        planted(exercise.solution, "(k * c + v[k])", "(k * c + v[k - 1])"),
+        planted(exercise.solution, "speedups = [1.0]", "speedups = [0.0]"),
     ]
     prove_check(exercise, lesson, wrong)
 
@@ -117,7 +138,9 @@ def test_the_check_of_random_rows_finds_guesses_that_are_missing_and_draws_that_
     draw = "torch.randint(base.config.vocab_size, (number, length))"
     wrong = [
         planted(exercise.solution, "PREDICTION = 0.8", "PREDICTION = None"),
+        planted(exercise.solution, "PREDICTION = 0.8", "PREDICTION = True"),
         planted(exercise.solution, draw, f"{draw}.float()"),
+        planted(exercise.solution, draw, "torch.randint(base.config.vocab_size - 1, (number, length))"),
         planted(exercise.solution, draw, "torch.randint(256, (number, length))"),
         planted(exercise.solution, draw, "torch.randint(base.config.vocab_size, (number, 1)).expand(-1, length // 2)"),
         planted(exercise.solution, draw, "torch.arange(number * length).view(number, length) % base.config.vocab_size"),
