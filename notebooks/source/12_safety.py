@@ -615,8 +615,8 @@ def goodness(judge: nn.Module, towns: Sequence[str], mixed: bool) -> tuple[np.nd
 
 # %%
 judges = {"before": model}
-judges["prejudiced"] = tuned(labelled("prejudiced", 640), 40, 2e-3)
-judges["then counterfactual"] = tuned(labelled("counterfactual", 640), 40, 2e-3, start=judges["prejudiced"])
+judges["prejudiced"] = tuned(labelled("prejudiced", 960), 60, 2e-3)
+judges["then counterfactual"] = tuned(labelled("counterfactual", 960), 60, 2e-3, start=judges["prejudiced"])
 rows, gaps, bars, sides = {}, {}, {}, {"north": NORTH, "elsewhere": ELSEWHERE}
 for name, judge in judges.items():
     mixed = {side: goodness(judge, towns, mixed=True)[0] for side, towns in sides.items()}
