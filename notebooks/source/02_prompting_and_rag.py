@@ -91,10 +91,10 @@ from recipes.base_model import Recipe
 
 lesson = Lesson("02", profile, model_id, seed, budget)
 machine = lesson.machine
-SETTINGS = {  # texts that are decoded at once, short and long ones; weaker copies of the model in section 5
-    "cpu": {"batch_size": 128, "long_prompts": 16, "copies": 3},  # small batches stay in a CPU's cache
-    "t4": {"batch_size": 256, "long_prompts": 256, "copies": 3},
-    "large": {"batch_size": 512, "long_prompts": 512, "copies": 1},
+SETTINGS = {  # texts that are decoded at once: short and long prompts, solutions; weaker copies in section 5
+    "cpu": {"batch_size": 128, "long_prompts": 16, "solutions": 384, "copies": 3},  # prompts stay in a CPU's cache
+    "t4": {"batch_size": 256, "long_prompts": 256, "solutions": 256, "copies": 3},
+    "large": {"batch_size": 512, "long_prompts": 512, "solutions": 512, "copies": 1},
 }
 settings = SETTINGS[machine.name]
 
@@ -262,11 +262,11 @@ show_table(table, list(curves))
 # %%
 alt = (
     "Right answers over the number of examples: labels rise from chance to nearly all at four examples, "
-    "a known list is near 100 % from the start, an unknown list stays near zero."
+    "a known list is high from the start, an unknown list stays near zero."
 )
 figure = plots.curve(
     {task: plots.scored_line(SHOTS, scores) for task, scores in curves.items()},
-    title="Labels need four examples, a known list none; an unknown list stays near zero",
+    title="Labels need four examples, a known list needs none",
     xlabel="examples in the prompt",
     ylabel="right answers",
     alt=alt,
@@ -306,7 +306,7 @@ gap = results["as a sentence"].accuracy - results["as a list of 8 examples"].acc
 lesson.claim("the facts of the unknown list are known as sentences, by 50 points", gap, at_least=0.5, form=".0%")
 
 # %% [markdown]
-# **What you see.** An example helps where it shows the asked word itself. Where it does not, the answer is close to chance. The known list needs no example: a word and its form are enough for nearly all. Labels are right once the asked word was shown; four words take turns, so this needs four examples by design. (Games of labels are a large part of the documents of this kind in pretraining: this is a practised task.) The unknown list stays at or near zero for any number of examples. Its facts are not missing, as the sentences show. In the form of a list the model answers most of them with a colour, as in the games of labels that it was trained on. Examples here select a form of text that pretraining has practised. They do not teach a new one, at least not to this model; large models have practised far more.
+# **What you see.** An example helps where it shows the asked word itself. Where it does not, the answer is close to chance. The known list needs no example: a word and its form are enough for most or all. Labels are right once the asked word was shown; four words take turns, so this needs four examples by design. (Games of labels are a large part of the documents of this kind in pretraining: this is a practised task.) The unknown list stays at or near zero for any number of examples. Its facts are not missing, as the sentences show. In the form of a list the model answers most of them with a colour, as in the games of labels that it was trained on. Examples here select a form of text that pretraining has practised. They do not teach a new one, at least not to this model; large models have practised far more.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Format and order
@@ -352,7 +352,7 @@ alt = (
     "Right labels for seven ways to write the same pairs: nearly all with a space between word and label "
     "and a semicolon or comma after each pair, near chance or below for the other four ways."
 )
-title = "The same pairs in other signs: nearly all right, or no better than chance"
+title = "Some signs cost nearly all of the right labels"
 chance = {"chance": 1 / len(LABELS)}
 plots.show(plots.bars_with_intervals(ways, title=title, xlabel="right labels", alt=alt, references=chance))
 gap = ways["Pairs: goat red; ..."].accuracy - ways["goat = red;"].accuracy
@@ -398,7 +398,7 @@ for name, found in right_at.items():
     lesson.report(f"three examples of the asked word, {name}", f"{found.mean():.0%}")
 alt = (
     "Right labels without a wrong example, and with one in the first, second or last place: "
-    "far fewer where it comes first, nearly all in the other three rows."
+    "far fewer where it comes first than in the other three rows."
 )
 title = "The same wrong example costs most where it comes first"
 plots.show(plots.bars_with_intervals(places, title=title, xlabel="right labels", alt=alt))
@@ -501,7 +501,7 @@ def sum_prompt(numbers) -> str:
 
 def solve(prompts: list[str], network: nn.Module, **sampling) -> list:
     """Written solutions, each up to the next sum."""
-    return answer(prompts, 48, stop=("\nSum",), network=network, **sampling)
+    return answer(prompts, 48, stop=("\nSum",), network=network, batch_size=settings["solutions"], **sampling)
 
 
 copies = [weaker(model, NOISE, 3 * seed + number) for number in range(settings["copies"])]
@@ -594,7 +594,7 @@ for name, values in accuracy.items():
     lesson.report(f"weaker model, vote over six {name}", f"{values[:, -1].mean():.0%}")
 
 # %% [markdown]
-# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution back towards it, and costs several times as much. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution. Temperature and number of solutions are the same in both votes; only the order differs. Compare the first numbers of the two printed lines: one solution alone gains little or nothing from another order. The last two lines are votes over three orders, in which each number comes first once or which are drawn at random. The *greedy* ones need no temperature at all: it is the other paths that help, not the chance. The copies differ as well, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, and how different the solutions are.
+# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution back towards it, and costs several times as much. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution. Temperature and number of solutions are the same in both votes; only the order differs. Compare the first numbers of the two printed lines: one solution alone gains little or nothing from another order. The last two lines are votes over three orders: *greedy* solutions of those that begin with another number each, and three of the six sampled ones. The greedy vote needs no temperature at all and does at least as well: it is the other paths that help, not the chance. The copies differ as well, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, and how different the solutions are.
 
 # %% [markdown] tags=["further"]
 # ## 6 · A tree of thoughts
