@@ -48,6 +48,14 @@ def test_the_check_of_the_masked_loss_is_proven() -> None:
         planted(solution, "-torch.inf", "0.0"),  # a score of 0 still counts
         planted(solution, "answers & ~own", "answers.T & ~own"),
         planted(solution, " / temperature", ""),
+        planted(solution, "answers & ~own", "answers.any(0) & ~own"),  # a chunk that answers any question goes for all
+        planted(solution, "questions @ chunks.T", "chunks @ questions.T"),  # ranks the questions for a chunk
+        planted(  # a chunk that also answers counts as right, instead of not at all
+            solution,
+            "return F.cross_entropy(similarity, torch.arange(len(questions), device=similarity.device))",
+            "return (similarity.logsumexp(1) - (questions @ chunks.T / temperature)"
+            ".masked_fill(~(answers | own), -torch.inf).logsumexp(1)).mean()",
+        ),
     ]
     prove_check(EXERCISES["2.2"], NAMES, wrong)
 
@@ -62,6 +70,13 @@ def test_the_check_of_diverse_retrieval_is_proven() -> None:
         planted(
             solution, "similarity if len(order) == 1 else torch.maximum", "torch.maximum"
         ),  # negative ones become 0
+        planted(solution, "int(worth.argmax())", "int(worth.argmax()) if order else 0"),  # begins with the first chunk
+        planted(solution, "trade * relevance - (1 - trade)", "(1 - trade) * relevance - trade"),
+        planted(  # the mean over all picks
+            solution,
+            "similarity if len(order) == 1 else torch.maximum(nearest, similarity)",
+            "(vectors @ vectors[order].T).mean(1)",
+        ),
     ]
     prove_check(EXERCISES["2.3"], NAMES, wrong)
 
