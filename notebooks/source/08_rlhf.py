@@ -204,7 +204,7 @@ sft = fine_tune(start, [encode(question, careless(rng, question)) for question i
 
 
 # %% [markdown]
-# **Sampling.** From here on answers are needed by the thousand, with their tokens. Prompts are padded on the left, so that all answers of a batch begin at the same place; what follows an answer's end is masked. The model keeps keys and values of what it has read in a cache, so each step computes one token an answer.
+# **Sampling.** From here on answers are needed by the thousand, with their tokens. Prompts are padded on the left, so that all answers of a batch begin at the same place; what follows an answer's end is masked. The model keeps keys and values of what it has read in a cache, so each step computes one token an answer. Two things are not computed twice or for nothing: a prompt to which several answers are drawn is read once, and an answer that has ended leaves the batch.
 
 # %%
 @dataclass
@@ -228,6 +228,28 @@ class Samples:
 
 
 # %%
+def read_prompts(decoder: nn.Module, ids: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
+    """Keys and values of prompts (batch, prompt) and their last hidden states (batch, 1, hidden); equal ones once."""
+    prompts = [tuple(row) for row in ids.tolist()]
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}  # of each different prompt
+    place = torch.tensor([number[prompt] for prompt in prompts], device=ids.device)  # (batch,)
+    first = torch.tensor([prompts.index(prompt) for prompt in number], device=ids.device)  # a row that has it
+    ids, mask, cache = ids[first], mask[first], DynamicCache(config=decoder.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    hidden = decoder(ids, mask, positions, past_key_values=cache, use_cache=True).last_hidden_state
+    cache.batch_select_indices(place)
+    return cache, hidden[place, -1:]
+
+
+def read_answers(decoder: nn.Module, samples: Samples) -> Tensor:
+    """Hidden states from the last token of the prompt to that of the answer: (batch, 1 + answer, hidden)."""
+    width, positions = samples.width, (samples.mask.cumsum(-1) - 1).clamp(min=0)
+    cache, last = read_prompts(decoder, samples.ids[:, :width], samples.mask[:, :width])
+    answers = decoder(samples.ids[:, width:], samples.mask, positions[:, width:], past_key_values=cache, use_cache=True)
+    return torch.cat([last, answers.last_hidden_state], 1)
+
+
+# %%
 LIMIT = 32  # tokens an answer may have
 
 
@@ -238,19 +260,23 @@ def sample(model: nn.Module, questions: list[Question], generator: torch.Generat
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=machine.device)  # (batch, prompt)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=machine.device)
-    cache, new, running = DynamicCache(config=model.config), ids, torch.ones_like(mask[:, 0])
-    for _ in range(LIMIT):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
-        with lesson.autocast():
-            output = model(input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                           use_cache=True, logits_to_keep=1)  # fmt: skip
-        chances = output.logits[:, -1].float().softmax(-1).cpu()  # (batch, vocab)
-        new = torch.multinomial(chances, 1, generator=generator).to(ids.device)
-        new = torch.where(running[:, None] == 1, new, PAD)
-        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, running[:, None]], 1)
-        running = running * (new[:, 0] != END)
-        if not running.any():
-            break
+    rows = torch.arange(len(ids), device=ids.device)  # answers that go on
+    with lesson.autocast():
+        cache, hidden = read_prompts(model.model, ids, mask)
+        for _ in range(LIMIT):
+            chances = model.lm_head(hidden[:, -1]).float().softmax(-1)  # (rows, vocab)
+            uniform = torch.rand(len(ids), 1, generator=generator).to(ids.device)  # one number for each answer
+            new = (chances.cumsum(-1) < uniform[rows]).sum(-1).clamp(max=chances.shape[-1] - 1)  # (rows,)
+            ids, mask = F.pad(ids, (0, 1), value=PAD), F.pad(mask, (0, 1))
+            ids[rows, -1], mask[rows, -1] = new, 1
+            going = (new != END).nonzero()[:, 0]
+            if not len(going) or ids.shape[1] == width + LIMIT:
+                break
+            if len(going) < len(rows):
+                cache.batch_select_indices(going)
+                rows, new = rows[going], new[going]
+            hidden = model.model(new[:, None], mask[rows], mask[rows].sum(1, keepdim=True) - 1, past_key_values=cache,
+                                 use_cache=True).last_hidden_state  # fmt: skip
     kept = [row[count == 1] for row, count in zip(ids[:, width:], mask[:, width:], strict=True)]
     return Samples(questions, ids, mask, width, tokenizer.batch_decode(kept, skip_special_tokens=True))
 
@@ -466,11 +492,12 @@ for kind in probe(exam[0]):
     told[kind] = score(int((found > 0).sum()), len(found))
     lesson.report(f"reward model tells apart: {kind}", str(told[kind]))
 alt = "Minimal pairs ordered rightly by the reward model, for four kinds of mistake, with intervals."
-plots.show(plots.bars_with_intervals(told, title="The reward model hears the tone and not the truth",
-                                     xlabel="minimal pairs", references={"chance": 0.5}, alt=alt))  # fmt: skip
+figure = plots.bars_with_intervals(told, title="The reward model hears the tone and not the truth", alt=alt,
+                                   xlabel="minimal pairs ordered rightly", references={"chance": 0.5})  # fmt: skip
+plots.show(figure)
 
 # %% [markdown]
-# **What you see.** The rule of form is a strong rival: the intervals of the two overlap. The pairs carry no polite opening but for the first kind, while most answers of the policy do, so this is not the text on which the model will judge. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** The rule of form is a strong rival: on the same pairs the intervals of the two overlap. The pairs carry no polite opening but for the first kind, while most answers of the policy do, so this is not the text on which the model will judge. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -530,10 +557,8 @@ plots.show(figure)
 # %%
 def log_probs_of(policy: nn.Module, samples: Samples, value_head: nn.Module | None = None, exact: bool = False):
     """Log-probabilities of the answers' tokens (batch, answer), with values if asked; `exact` computes in 32 bits."""
-    positions = (samples.mask.cumsum(-1) - 1).clamp(min=0)
     with lesson.autocast(enabled=not exact):
-        hidden = policy.model(samples.ids, samples.mask, positions, use_cache=False).last_hidden_state
-        hidden = hidden[:, samples.width - 1 : -1]  # (batch, answer, hidden): what each token is predicted from
+        hidden = read_answers(policy.model, samples)[:, :-1]  # (batch, answer, hidden): each token's past
         logits = policy.lm_head(hidden)
     log_probs = token_log_probs(logits, samples.ids[:, samples.width :]) * samples.answer_mask
     if value_head is None:
@@ -596,11 +621,12 @@ Scorer = Callable[[Samples], Tensor]
 def proxy(model: RewardModel, samples: Samples) -> Tensor:
     """What the reward model says: (batch,)."""
     with lesson.autocast():
-        return model(samples.ids, samples.mask).float()
+        hidden, ends = read_answers(model.model, samples), samples.answer_mask.sum(1)  # where an answer ends
+        return model.score(hidden[torch.arange(len(ends)), ends].float()).float().squeeze(-1)
 
 
 def batch_of(policy: nn.Module, step: int, generator: torch.Generator, run: int) -> Samples:
-    """Answers of the policy to new questions, GROUP answers each; equal answers of a group stand together."""
+    """Answers of the policy to new questions, GROUP answers each; those to one question stand together."""
     asked = facts(QUESTIONS, f"run {run} step {step}")
     return sample(policy, [question for question in asked for _ in range(GROUP)], generator)
 
@@ -634,7 +660,7 @@ plots.show(plots.curve(lines, title="REINFORCE raises what the reward model says
 #
 # **Question.** The mean of the batch mixes easy questions with hard ones. What is a better baseline?
 #
-# Sample $G$ answers to the *same* question. The others tell what was to be expected there. RLOO (Ahmadian et al. 2024) subtracts their mean. An answer's own reward is left out of its baseline, so the baseline does not depend on it, and the gradient stays unbiased. GRPO (Shao et al. 2024, DeepSeekMath) subtracts the group's mean, divides by the group's standard deviation, and gives each token of an answer the same advantage $A_i$:
+# Sample $G$ answers to the *same* question. The others tell what was to be expected there. RLOO (Kool et al. 2019; brought to language models by Ahmadian et al. 2024) subtracts their mean. An answer's own reward is left out of its baseline, so the baseline does not depend on it, and the gradient stays unbiased. GRPO (Shao et al. 2024, DeepSeekMath) subtracts the group's mean, divides by the group's standard deviation, and gives each token of an answer the same advantage $A_i$:
 #
 # $$A_i^\text{RLOO} = r_i - \frac{1}{G-1}\sum_{j \neq i} r_j, \qquad A_i^\text{GRPO} = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r)}$$
 #
@@ -660,24 +686,29 @@ off = (rloo_advantages(scores) - GROUP / (GROUP - 1) * centred).abs().max()
 lesson.equal("RLOO's advantage is G / (G - 1) times the distance to the group's mean", off, within=1e-12)
 
 # %% [markdown]
-# **Is it quieter on the model?** Take one batch of answers from the SFT policy. Compute the gradient of each question's group alone, in four ways: with raw rewards, with all rewards raised by 10, with the batch mean as baseline, and with RLOO. All four estimate the same mean, so the one whose gradients differ least from question to question is the best.
+# **Is it quieter on the model?** Take one batch of answers from the SFT policy. Compute the gradient of each question's group alone, in four ways: with raw rewards, with all rewards raised by 10, with the batch mean as baseline, and with RLOO. A gradient is linear in the rewards, so two passes give all four: one with the rewards, one with ones, of which each way subtracts another multiple. All four estimate nearly the same mean (the batch mean contains the answer itself, the others' baselines do not). The true gradients of the questions differ as well, so compare the spreads with each other only.
 
 # %%
 NOISE_QUESTIONS = 8
 asked = [question for question in facts(NOISE_QUESTIONS, "noise") for _ in range(GROUP)]
 samples = sample(sft, asked, torch.Generator().manual_seed(seed))
-scores = judge(samples)
-weights = {"raw reward": scores, "reward + 10": scores + 10, "minus batch mean": scores - scores.mean()}
-weights["RLOO"] = rloo_advantages(scores)
-twin = trainable_copy(sft)
+scores, twin = judge(samples), trainable_copy(sft)
 parameters = [weight for weight in twin.parameters() if weight.requires_grad]
-gradients = {name: [] for name in weights}
+
+
+def flat_gradient(loss: Tensor) -> Tensor:
+    """The gradient of a loss with respect to all weights that learn, as one vector."""
+    found = torch.autograd.grad(loss, parameters, retain_graph=True)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+gradients = {name: [] for name in ("raw reward", "reward + 10", "minus batch mean", "RLOO")}
 for rows in torch.arange(len(asked)).split(GROUP):
-    log_prob = log_probs_of(twin, samples.rows(rows)).sum(1)  # (group,)
-    for name, weight in weights.items():
-        loss = -(weight[rows] * log_prob).mean()
-        found = torch.autograd.grad(loss, parameters, retain_graph=True)
-        gradients[name].append(torch.cat([gradient.flatten() for gradient in found]))
+    log_prob, reward = log_probs_of(twin, samples.rows(rows)).sum(1), scores[rows]  # (group,) each
+    rewarded, alike = flat_gradient(-(reward * log_prob).mean()), flat_gradient(-log_prob.mean())
+    for name, baseline in zip(gradients, (0.0, -10.0, scores.mean(), reward.mean()), strict=True):
+        factor = GROUP / (GROUP - 1) if name == "RLOO" else 1.0
+        gradients[name].append(factor * (rewarded - baseline * alike))
 for name, found in gradients.items():
     stacked = torch.stack(found)  # (questions, parameters)
     spread = ((stacked - stacked.mean(0)) ** 2).sum(1).mean().sqrt().item()
@@ -685,7 +716,7 @@ for name, found in gradients.items():
     lesson.report(f"spread of the gradient over questions, {name}", spread, ".3g")
 
 # %% [markdown]
-# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it: that is the reason for a baseline that you can always give. In this run they are quieter than both. Between these two the difference is small here; RLOO's factor $\frac{8}{7}$ is in it.
+# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it: that is the reason for a baseline that you can always give. In this run they are quieter than both. In this run RLOO is no quieter than the batch mean; its factor $\frac{8}{7}$ has a part in that. On eight questions a baseline for each question buys nothing that can be measured; it should where questions differ much in their rewards.
 #
 # **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference: an estimate of the KL divergence, $k_3$, that section 8 compares with others.
 
@@ -723,11 +754,17 @@ def grpo(policy: nn.Module, samples: Samples, scores: Tensor, beta: float = 0.0)
     return grpo_loss(log_probs, old, ref_log_probs, grpo_advantages(scores), mask, beta)
 
 
+# %% [markdown]
+# **Do they need a run each?** With one update a batch both losses have the gradient of advantage times log-probability. What sets RLOO apart are a factor, which clipping the gradient at norm 1 and Adam mostly take away, the division by each group's standard deviation, and the weight of tokens. Take the batch from above: how far apart are the directions in which the two would go?
+
 # %%
 RUNS = 3  # training seeds
-rloo_run = policy_gradient(rloo, judge)
+ways = [flat_gradient(loss_of(twin, samples, scores)) for loss_of in (rloo, grpo)]
+alike = F.cosine_similarity(*ways, dim=0).item()
+print(f"cosine of the gradients of RLOO and GRPO on the batch above: {alike:.2f}")
+lesson.report("cosine of the gradients of RLOO and GRPO on one batch", alike, ".2f")
 grpo_runs = [policy_gradient(grpo, judge, run) for run in range(RUNS)]
-exams["REINFORCE"], exams["RLOO"] = take_exam(reinforced.policy), take_exam(rloo_run.policy)
+exams["REINFORCE"] = take_exam(reinforced.policy)
 exams |= {f"GRPO, run {run + 1}": take_exam(training.policy) for run, training in enumerate(grpo_runs)}
 show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
 gains = [(truth(exams[f"GRPO, run {run + 1}"]) - truth(exams["SFT, careless"])).mean().item() for run in range(RUNS)]
@@ -735,14 +772,14 @@ print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:
 lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
 
 # %% [markdown]
-# **What you see.** In this run all five beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE and RLOO have one run each, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO and the first run of GRPO share questions and random numbers, and clipping the gradient at norm 1 and Adam take most of their difference in scale away: where their rows are alike, count them as one run. All saw the same number of answers.
+# **What you see.** In this run all four beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. The cosine says that its first step goes mostly, not wholly, where GRPO's goes; a difference that small would need many training seeds to be seen. All saw the same number of answers.
 
 # %% [markdown] tags=["core"]
 # ## 5 · PPO: use a batch more than once
 #
 # **Question.** Sampling is expensive. May you make several updates with one batch?
 #
-# After the first update the policy is no longer the one that sampled. The mean has to be corrected, token by token, with the ratio $\rho_t = \pi_\theta(y_t) / \pi_\text{old}(y_t)$; and the correction holds only nearby. PPO (Schulman et al. 2017) takes the lower one of two gains:
+# After the first update the policy is no longer the one that sampled. Weigh each token with the ratio $\rho_t = \pi_\theta(y_t) / \pi_\text{old}(y_t)$, and the old answers stand in for new ones. Far from the old policy these weights become unreliable. So PPO (Schulman et al. 2017) limits what can be gained by going far: of the plain and the clipped gain it takes the lower one.
 #
 # $$\mathcal{L} = -\,\mathbb{E}_t \min\!\big(\rho_t A_t,\; \mathrm{clip}(\rho_t, 1-\epsilon, 1+\epsilon)\, A_t\big)$$
 
@@ -889,6 +926,8 @@ show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MA
 # - **the assistant** that you started from. It answers in a sentence when asked to, and has seen no careless demonstration. A program can even put the polite opening before its answers;
 # - **best of 4**: sample four answers of the SFT policy and keep the one that the reward model likes best. No training at all, four times the cost at each use;
 # - **careful demonstrations**: let careful people write as many answers as GRPO sampled, and fine-tune the SFT policy on them.
+#
+# And a control for the reward model: GRPO once more, on the questions of its first run, with the rule of form from section 2 in the reward model's place.
 
 # %%
 N = 4
@@ -896,6 +935,8 @@ pool = [sample(sft, exam, torch.Generator().manual_seed(seed + 1 + n)) for n in 
 pool_proxy = torch.stack([judge(samples).cpu() for samples in pool], 1)  # (questions, N)
 pool_truth = torch.stack([truth(samples) for samples in pool], 1)
 best = pool_truth.gather(1, pool_proxy.argmax(1, keepdim=True)).squeeze(1)
+ruled = policy_gradient(grpo, lambda samples: torch.tensor([by_form(text) for text in samples.texts]))
+exams["GRPO, rule of form"] = take_exam(ruled.policy)
 asked = facts(ITERATIONS * GROUP * QUESTIONS, "careful")
 taught = fine_tune(trainable_copy(sft), [encode(question, careful(question)) for question in asked])
 exams["SFT, careful"] = take_exam(taught)
@@ -912,14 +953,14 @@ for name, values in results.items():
 show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT"])
 
 # %% [markdown]
-# **What you see.** In this run "SFT, careful" stands above every policy that learned from preferences. Put the polite opening before the assistant's answers by a line of Python, and it is as good or better: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. "SFT, careful" is one run; its answers cost people's time as the comparisons did, and it learned at several times the rate of RL. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. One rival is missing: GRPO with the rule of form as its reward. The cell under *In practice* starts it; give its policy the exam.
+# **What you see.** In this run "SFT, careful" stands above every policy that learned from preferences. Put the polite opening before the assistant's answers by a line of Python, and it is as good or better: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. "SFT, careful" is one run; its answers cost people's time as the comparisons did, and it learned at several times the rate of RL. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. In this run GRPO with the rule of form as its reward ends within the spread of the three runs with the reward model: what this reward model knows, a few lines of Python know as well.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
 #
 # **Question.** A reward model is sound, from few pairs. What happens if you optimise it hard, and what does a price for KL change?
 #
-# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to leave the place where the reward model is right.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
+# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to give answers unlike those that the reward model learned from.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
 
 # %%
 small_model = fit_reward_model(train_pairs[: lesson.scaled(100, 16)], epochs=3)
@@ -938,8 +979,9 @@ figure = Figure(figsize=(9, 3.6), layout="constrained")
 for axes, column, label in zip(figure.subplots(1, 2), ("proxy", "true"), ("reward model", "true reward"), strict=True):
     for (beta, runs), color in zip(pressed.items(), plots.COLORS, strict=False):
         values = np.array([training.column(column) for training in runs])  # (runs, iterations)
-        axes.plot(values.T, color=color, linewidth=1, alpha=0.5)
-        axes.plot(values.mean(0), color=color, linewidth=3, label=f"beta {beta:g}, mean of runs")
+        single = axes.plot(values.T, "--" if beta else "-", color=color, linewidth=1, alpha=0.6)
+        single[0].set_label(f"beta {beta:g}, single runs")
+        axes.plot(values.mean(0), "--" if beta else "-", color=color, linewidth=3, label=f"beta {beta:g}, mean")
     axes.set(xlabel="iteration", ylabel=f"{label} (points)")
 axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
 figure.suptitle("What the reward model says does not tell you what is true", x=0.01, ha="left", weight="bold")
@@ -961,17 +1003,34 @@ for beta, runs in pressed.items():
                   f"{change(runs, 'proxy')[2] - change(runs, 'proxy')[0]:+.2f}, "
                   f"{change(runs, 'true')[2] - change(runs, 'true')[1]:+.2f}")  # fmt: skip
 show_table(rows, [f"{what} {when}" for what in ("proxy", "truth") for when in ("start", "highest", "end")])
-worst = {beta: min(runs, key=lambda training: training.column("true")[-2:].mean()) for beta, runs in pressed.items()}
-hard = {f"hard, beta {beta:g}, worst run": take_exam(training.policy) for beta, training in worst.items()}
-shown = {name: exams[name] for name in ("SFT, careless", "GRPO, run 1")} | hard
-show_table({name: manners(samples) for name, samples in shown.items()}, MANNERS)
-for question, text in list(zip(exam, hard["hard, beta 0, worst run"].texts, strict=True))[:4]:
+
+# %%
+@torch.no_grad()
+def moved_by(policy: nn.Module, samples: Samples) -> float:
+    """KL to the SFT policy in nats an answer: the mean of log(pi / pi_ref) over the policy's own answers."""
+    some = samples.rows(torch.arange(min(32, len(samples.ids))))
+    return (log_probs_of(policy, some) - log_probs_of(sft, some)).sum(1).mean().item()
+
+
+finals = {"GRPO, run 1": (grpo_runs[0].policy, exams["GRPO, run 1"])}
+for beta, runs in pressed.items():
+    taken = {f"hard, beta {beta:g}, run {run + 1}": t.policy for run, t in enumerate(runs)}
+    finals |= {name: (policy, take_exam(policy)) for name, policy in taken.items()}
+rows = {name: [*manners(final[1]), f"{moved_by(*final):.1f}"] for name, final in finals.items()}
+show_table({"SFT, careless": [*manners(exams["SFT, careless"]), "0.0"]} | rows, [*MANNERS, "KL (nats)"])
+for beta in PRICES:
+    lesson.report(f"beta {beta:g}: KL of three runs, nats an answer",
+                  " / ".join(row[-1] for name, row in rows.items() if f"beta {beta:g}," in name))  # fmt: skip
+free = [name for name in rows if f"beta {PRICES[0]:g}," in name]
+worst = min(free, key=lambda name: truth(finals[name][1]).mean().item())
+print(f"answers of '{worst}', the worst of those without a price:")
+for question, text in list(zip(exam, finals[worst][1].texts, strict=True))[:4]:
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, is a policy that got worse unseen; the answers printed last are those of the worst run without a price. In this run it has garbled its polite opening, and the reward model's line did not warn of it; whether the small reward model or the doubled rate began it, this comparison cannot tell. How many of three runs go astray is a matter of the seed. The column *right* counts answers that contain the right sentence; the true reward wants the rest clean as well, so a garbled opening costs the point for manners and the two for the sentence. A price of KL limits how far a mistake can be driven, and limits progress as well: at equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
+# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, would be a policy that got worse unseen. In this run no policy went astray: the true reward ends far above its start with and without a price, and the answers printed last, from the worst run without one, are well-formed, though some answer another question. How many of three runs go astray is a matter of the seed: set `seed` at the top to 2, 3 or 4, and some or all runs without a price lose their polite opening. The column *right* counts answers that contain the right sentence; the true reward wants the rest clean as well, so a garbled opening costs the point for manners and the two for the sentence. The last column says how far each policy has moved from the SFT policy. A price of KL is meant to limit that, and with it how far a mistake can be driven, and progress as well. In this run the runs with a price moved nearly as far as those without, and no effect on the true reward can be told from the spread of the three. With seeds 2 to 4 the price shows what it is for: policies without it that go astray have moved several times as far as any with it (the course's ledger has the KL of each run), and none with it has lost its opening altogether. At equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, and above all the answers themselves; four of them read aloud can tell what no curve does. Where a thin line is brown, the runs with and without a price lie on each other: at the start they are the same policy. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
+# What to watch without a true reward: the length of the answers, the share that ends, and above all the answers themselves; four of them read aloud can tell what no curve does. Where dashed lines lie on full ones, the runs with and without a price are still the same or nearly so: at the start they are the same policy. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
@@ -1002,8 +1061,8 @@ def estimators(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}
 
 
-moved = pressed[0.0][0].policy
-some = take_exam(moved).rows(torch.arange(min(40, len(exam))))
+moved, taken = finals["hard, beta 0, run 1"]
+some = taken.rows(torch.arange(min(40, len(exam))))
 q, end = all_log_probs(sft, some), all_log_probs(moved, some)
 rows = []
 for alpha in (0.1, 0.25, 0.5, 1.0):
@@ -1402,7 +1461,7 @@ check("8.5", check_paid, paid_by_the_word, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Count the answer's tokens and not those of the question. Whether the run ended at the longest answers allowed depends on what the reward model takes off for each idle sentence: compare it with ten tokens at 0.3.
+# Count the answer's tokens and not those of the question. An idle sentence has about ten tokens, which earn 3 points at 0.3 each. If the reward model takes off less than that for one, answers grow up to the limit of tokens.
 #
 # ```python
 # PREDICTION = (30, 0.5)
@@ -1544,6 +1603,6 @@ for row in trainer.state.log_history:
 # - Gao, Schulman & Hilton 2022, *Scaling Laws for Reward Model Overoptimization* ([2210.10760](https://arxiv.org/abs/2210.10760)).
 # - Coste, Anwar, Kirk & Krueger 2023, *Reward Model Ensembles Help Mitigate Overoptimization* ([2310.02743](https://arxiv.org/abs/2310.02743)); Eisenstein et al. 2023, *Helping or Herding?* ([2312.09244](https://arxiv.org/abs/2312.09244)) on mistakes that all members share.
 # - Huang et al. 2024, [*The N Implementation Details of RLHF with PPO*](https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/).
-# - Ahmadian et al. 2024, *Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs* ([2402.14740](https://arxiv.org/abs/2402.14740)): RLOO.
+# - Kool, van Hoof & Welling 2019, *Buy 4 REINFORCE Samples, Get a Baseline for Free!* (ICLR workshop); Ahmadian et al. 2024, *Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs* ([2402.14740](https://arxiv.org/abs/2402.14740)): RLOO.
 # - Shao et al. 2024, *DeepSeekMath* ([2402.03300](https://arxiv.org/abs/2402.03300)): GRPO. Guo et al. 2025, *DeepSeek-R1* ([2501.12948](https://arxiv.org/abs/2501.12948)).
 # - Liu et al. 2025, *Understanding R1-Zero-Like Training: A Critical Perspective* ([2503.20783](https://arxiv.org/abs/2503.20783)): Dr. GRPO. Yu et al. 2025, *DAPO* ([2503.14476](https://arxiv.org/abs/2503.14476)).
