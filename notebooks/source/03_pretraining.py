@@ -1138,6 +1138,10 @@ def random_positions(generator: random.Random) -> list[int]:
     starts = range(0, SHORT, STRETCH)
     return [start + generator.randrange(start == 0, STRETCH) for start in starts]
 
+
+HIDDEN_IN_TEST = random_positions(random.Random(f"{seed}/0"))  # the same for all
+LATE = [place for place in HIDDEN_IN_TEST if place >= SHORT // 2]  # these are compared
+
 # %%
 def train_with(name: str, num_steps: int) -> list[dict[str, float]]:
     """Train the small model; its loss on hidden tokens of unseen text, eight times."""
@@ -1148,9 +1152,7 @@ def train_with(name: str, num_steps: int) -> list[dict[str, float]]:
         return loss.sum() / (loss != 0).sum()
 
     def evaluate(model) -> dict[str, float]:
-        hidden = random_positions(random.Random(f"{seed}/0"))  # the same for all
-        places = [place for place in hidden if place >= SHORT // 2]
-        return {"loss": objective(model, unseen, hidden)[:, places].mean().item()}
+        return {"loss": objective(model, unseen, HIDDEN_IN_TEST)[:, LATE].mean().item()}
 
     torch.manual_seed(seed)
     build = EncoderDecoder if name == "sequence-to-sequence" else Transformer
@@ -1171,7 +1173,7 @@ for name, row in losses.items():
     print(f"{name:>21}: " + " ".join(f"{loss:.2f}" for loss in row))
     lesson.report(f"loss on hidden tokens, {name}, one run", f"{row[-1]:.2f} nats")
 counts = torch.bincount(descriptions.flatten(), minlength=TOKENS).float() + 1
-unigram_loss = -(counts / counts.sum()).log()[unseen[:, SHORT // 2 :]].mean().item()
+unigram_loss = -(counts / counts.sum()).log()[unseen[:, LATE]].mean().item()
 print(f"{'unigram':>21}: {unigram_loss:.2f}")
 alt = "Loss on hidden tokens of unseen text over steps for four objectives; masked is "
 alt += "the highest and stays near the unigram's loss."
