@@ -52,10 +52,10 @@ colab.set_up()
 
 # %% tags=["parameters"]
 profile = ""  # "" chooses by hardware; or "cpu", "t4", "large"
-model_id = ""  # another model for section 8 and "In practice": a hub id, or a folder in hub format
-text_id = ""  # another text for "In practice": a hub dataset or a .jsonl file with a field "text"
+model_id = ""  # another model for section 8 and "In practice": a hub id or a folder
+text_id = ""  # another text for "In practice": a hub dataset, or .jsonl with "text"
 seed = 0
-budget = 1.0  # share of all training steps; the lesson's claims are asserted from 1.0 on
+budget = 1.0  # share of all training steps; claims are asserted from 1.0 on
 
 # %%
 import inspect
@@ -75,7 +75,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from helpers import plots
-from helpers.exercises import check, expect_close, expect_equal, expect_shape, expect_true
+from helpers.exercises import check, expect_close, expect_equal, expect_true
 from helpers.lesson import Lesson
 from helpers.models import MODEL_FOLDERS, load_model
 from helpers.profiles import CPU
@@ -85,10 +85,10 @@ from helpers.world import World
 # %%
 lesson = Lesson("03", profile, model_id, seed, budget)
 machine = lesson.machine
-# learning rates of a fine-tuning from pretrained and from fresh weights and its steps (section 8), and rate and steps
-# of continued pretraining.
+# "transfer" (section 8): learning rates from pretrained and from fresh weights, steps;
+# "practice": learning rate and steps of continued pretraining.
 SETTINGS = {
-    "cpu": {"transfer": (1e-4, 5e-4, 20), "practice": (1e-3, 24)},
+    "cpu": {"transfer": (1e-4, 5e-4, 16), "practice": (1e-3, 20)},
     "t4": {"transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 60)},
     "large": {"transfer": (2e-5, 3e-4, 40), "practice": (3e-5, 100)},
 }
@@ -98,8 +98,11 @@ settings = SETTINGS[machine.name]
 world = World(0)
 documents = list(islice(world.documents(seed), 4000))
 held_out = list(islice(world.documents(seed + 1), 400))
-print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters. Three of the nine kinds:\n")
-print("\n".join(next(world.documents(seed, {kind: 1.0})) for kind in ("description", "mapping", "story")))
+num_characters = sum(map(len, documents))
+print(f"{len(documents):,} documents, {num_characters:,} characters.", end=" ")
+print("Three of the nine kinds:\n")
+for kind in ("description", "mapping", "story"):
+    print(next(world.documents(seed, {kind: 1.0})))
 
 # %% [markdown] tags=["core"]
 # ## 1 · Text becomes tokens
@@ -121,10 +124,12 @@ print("\n".join(next(world.documents(seed, {kind: 1.0})) for kind in ("descripti
 # %%
 # GPT-2's pattern, for text without digits
 WORDS = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
+# GPT-2's order of the bytes
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_ORDER = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]  # GPT-2's order of the bytes
-SPECIAL_TOKENS = ["<|endoftext|>", "<|mask|>", *(f"<|reserved{i}|>" for i in range(14))]  # room for later uses
-BYTE_IDS = {byte: len(SPECIAL_TOKENS) + position for position, byte in enumerate(BYTE_ORDER)}
+BYTE_ORDER = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|mask|>"]
+SPECIAL_TOKENS += [f"<|reserved{i}|>" for i in range(14)]  # room for later uses
+BYTE_IDS = {byte: i for i, byte in enumerate(BYTE_ORDER, start=len(SPECIAL_TOKENS))}
 
 
 def pre_tokenize(text: str) -> list[str]:
@@ -152,29 +157,31 @@ def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
     return merged
 
 
-def count_pairs(pieces: list[list[int]], occurrences: list[int]) -> tuple[Counter, dict[tuple[int, int], set[int]]]:
-    """How often each pair occurs in the corpus, and in which pieces."""
+def count_pairs(pieces: list[list[int]], counts: list[int]) -> tuple[Counter, dict]:
+    """How often each pair occurs in the corpus, and in which pieces (by index)."""
     pair_counts, pieces_with = Counter(), defaultdict(set)
     for index, piece in enumerate(pieces):
         for pair in pairwise(piece):
-            pair_counts[pair] += occurrences[index]
+            pair_counts[pair] += counts[index]
             pieces_with[pair].add(index)
     return pair_counts, pieces_with
 
 
 # %%
-def train_bpe(texts: list[str], vocab_size: int) -> tuple[dict[bytes, int], dict[tuple[int, int], int]]:
-    """Learn a vocabulary (bytes of a token -> id) and the merges in order (pair of ids -> id of the joined token)."""
+def train_bpe(texts: list[str], vocab_size: int) -> tuple[dict[bytes, int], dict]:
+    """Learn a vocabulary (bytes -> id) and merges, in order (pair of ids -> new id)."""
     found = Counter(piece for text in texts for piece in pre_tokenize(text))
-    pieces, occurrences = [[BYTE_IDS[byte] for byte in piece.encode()] for piece in found], list(found.values())
+    pieces = [[BYTE_IDS[byte] for byte in piece.encode()] for piece in found]
+    occurrences = list(found.values())
     pair_counts, pieces_with = count_pairs(pieces, occurrences)
-    token_bytes, merges = {token_id: bytes([byte]) for byte, token_id in BYTE_IDS.items()}, {}
+    token_bytes = {token_id: bytes([byte]) for byte, token_id in BYTE_IDS.items()}
     vocabulary = {token: token_id for token_id, token in token_bytes.items()}
+    merges = {}
     with tqdm(total=vocab_size - len(SPECIAL_TOKENS) - 256, desc="merges") as bar:
-        while len(SPECIAL_TOKENS) + len(vocabulary) < vocab_size:
-            pair = max(pair_counts, key=lambda pair: (pair_counts[pair], -pair[0], -pair[1]))
+        while (next_id := len(SPECIAL_TOKENS) + len(vocabulary)) < vocab_size:
+            pair = max(pair_counts, key=lambda p: (pair_counts[p], -p[0], -p[1]))
             joined = token_bytes[pair[0]] + token_bytes[pair[1]]
-            new_id = vocabulary.setdefault(joined, len(SPECIAL_TOKENS) + len(vocabulary))
+            new_id = vocabulary.setdefault(joined, next_id)
             token_bytes[new_id], merges[pair] = joined, new_id
             for index in pieces_with.pop(pair):
                 before, after = pieces[index], merge_pair(pieces[index], pair, new_id)
@@ -195,7 +202,8 @@ vocabulary, merges = train_bpe(documents[:BPE_DOCUMENTS], VOCAB_SIZE)
 token_bytes = {token_id: token for token, token_id in vocabulary.items()}
 print(f"{len(merges):,} merges in {time.perf_counter() - started:.1f} s")
 for first, last in ((0, 10), (len(merges) - 10, len(merges))):
-    joined = [token_bytes[token_id].decode(errors="replace") for token_id in list(merges.values())[first:last]]
+    ids = list(merges.values())[first:last]
+    joined = [token_bytes[token_id].decode(errors="replace") for token_id in ids]
     print(f"merges {first + 1:>4} to {last:>4}: {joined}")
 
 # %% [markdown]
@@ -214,23 +222,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 def train_with_library(texts: list[str], vocab_size: int) -> Tokenizer:
     """The same tokenizer, made by `tokenizers`."""
     library = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    library.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-    )
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
     library.train_from_iterator(texts, trainer)
     return library
 
 
 library = train_with_library(documents[:BPE_DOCUMENTS], VOCAB_SIZE)
-library_merges = [tuple(map(library.token_to_id, pair)) for pair in json.loads(library.to_str())["model"]["merges"]]
+learned = json.loads(library.to_str())["model"]["merges"]
+library_merges = [tuple(map(library.token_to_id, pair)) for pair in learned]
 same = sum(ours == theirs for ours, theirs in zip(merges, library_merges, strict=True))
-print(f"{same:,} of {len(library_merges):,} merges are the same pair of ids at the same place")
+shown = f"{same:,} of {len(library_merges):,}"
+print(f"{shown} merges are the same pair of ids at the same place")
 assert list(merges) == library_merges
-lesson.report("merges that equal those of `tokenizers`, in order", f"{same:,} of {len(library_merges):,}")
+lesson.report("merges that equal those of `tokenizers`, in order", shown)
 
 
 # %%
@@ -248,13 +259,15 @@ def make_encoder(merges: dict[tuple[int, int], int]):
             ids = merge_pair(ids, pair, merges[pair])
         return ids
 
-    return lambda text: [token_id for piece in pre_tokenize(text) for token_id in encode_piece(piece)]
+    return lambda text: [i for piece in pre_tokenize(text) for i in encode_piece(piece)]
 
 
 encode = make_encoder(merges)
-probes = [*held_out, "Grüße aus 島 🙂", "tabs\tand   spaces \n\n 3.14", "It's  2026, isn't it?"]
+probes = ["Grüße aus 島 🙂", "tabs\tand   spaces \n\n 3.14", "It's  2026, isn't it?"]
+probes += held_out
 equal = sum(encode(text) == library.encode(text).ids for text in probes)
-print("Dufasu likes sushi. ->", [token_bytes[token_id].decode() for token_id in encode("Dufasu likes sushi.")])
+text = "Dufasu likes sushi."
+print(text, "->", [token_bytes[token_id].decode() for token_id in encode(text)])
 print(f"{equal} of {len(probes)} texts get the same ids from both")
 assert equal == len(probes)
 
@@ -265,9 +278,11 @@ bytes_per_token = {"Shima, held out": [], "Python source": []}
 for size in sizes:
     encode_small = make_encoder(dict(islice(merges.items(), size - sizes[0])))
     for label, texts in zip(bytes_per_token, (held_out, other_text), strict=True):
+        num_bytes = sum(len(text.encode()) for text in texts)
         num_tokens = sum(len(encode_small(text)) for text in texts)
-        bytes_per_token[label].append(sum(len(text.encode()) for text in texts) / num_tokens)
-alt = "Bytes per token over vocabulary size: the curve for Shima rises steeply and flattens, Python source stays below."
+        bytes_per_token[label].append(num_bytes / num_tokens)
+alt = "Bytes per token over vocabulary size: the curve for Shima rises steeply and "
+alt += "flattens, Python source stays below."
 figure = plots.curve(
     {label: (sizes, values) for label, values in bytes_per_token.items()},
     title="A tokenizer compresses the kind of text it was trained on",
@@ -275,19 +290,18 @@ figure = plots.curve(
     ylabel="bytes per token",
     alt=alt,
 )
+figure.axes[0].set_xticks([272, 512, 768, 1024, 1536, 2048])
 plots.show(figure, alt)
 
 # %%
 import argparse
-import inspect as inspect_module
 import json.decoder
 import logging
 import pathlib
-import subprocess as subprocess_module
 import tarfile
 
-python_modules = [argparse, inspect_module, json.decoder, logging, pathlib, subprocess_module, tarfile]
-python_text = "".join(inspect.getsource(module) for module in python_modules)
+modules = [argparse, inspect, json.decoder, logging, pathlib, subprocess, tarfile]
+python_text = "".join(inspect.getsource(module) for module in modules)
 python_text = python_text[: sum(map(len, documents[:BPE_DOCUMENTS]))]
 shima_text = "".join(documents[:BPE_DOCUMENTS])[: len(python_text)]
 ratios = {}
@@ -298,10 +312,10 @@ for trained_on, text in (("Shima", shima_text), ("Python", python_text)):
         num_tokens = sum(len(tokenizer.encode(text).ids) for text in texts)
         found.append(sum(len(text.encode()) for text in texts) / num_tokens)
     ratios[trained_on] = found[0] / found[1]
-    print(f"trained on {len(text):,} characters of {trained_on}: {found[0]:.2f} bytes", end=" ")
-    print(f"a token on Shima, {found[1]:.2f} on Python source")
+    print(f"trained on {len(text):,} characters of {trained_on}: ", end="")
+    print(f"{found[0]:.2f} bytes a token on Shima, {found[1]:.2f} on Python source")
 lesson.claim(
-    "trained on Shima, a token holds at least 1.3 times as many bytes of Shima as of Python source",
+    "trained on Shima, tokens are at least 1.3 times as long on Shima as on Python",
     ratios["Shima"],
     at_least=1.3,
     control=ratios["Python"],
@@ -332,18 +346,25 @@ lesson.claim(
 # $d_h$ is the width of a query. $\sqrt{d_h}$ keeps the variance of the scores at 1 when queries and keys have variance 1. With the *causal* mask a position sees itself and what stands before it, so that no position sees the token it has to predict.
 
 # %%
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted averages of the values, and the weights; mask (query, key) is True where one may look."""
-    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])  # (..., query, key)
-    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(values.dtype)
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple:
+    """Weighted averages of the values, and the weights, both tensors.
+
+    The mask (query, key) is True where one may look.
+    """
+    scores = queries @ keys.transpose(-1, -2)  # (..., query, key)
+    scores = (scores / math.sqrt(queries.shape[-1])).masked_fill(~mask, -math.inf)
+    weights = scores.softmax(dim=-1).to(values.dtype)
     return weights @ values, weights
 
 
-toy = torch.randn(3, 1, 2, 7, 16, generator=torch.Generator().manual_seed(seed))  # q, k, v: (batch, heads, seq, 16)
-causal_mask = torch.ones(7, 7).tril().bool()
-mixed, weights = attend(*toy, causal_mask)
-print("weights of the fourth position:", [round(value, 2) for value in weights[0, 0, 3].tolist()])
-difference = (mixed - F.scaled_dot_product_attention(*toy, is_causal=True)).abs().max().item()
+generator = torch.Generator().manual_seed(seed)
+# queries, keys and values: each (batch, heads, seq, head_dim)
+toy = torch.randn(3, 1, 2, 7, 16, generator=generator)
+mixed, weights = attend(*toy, torch.ones(7, 7).tril().bool())
+rounded = [round(value, 2) for value in weights[0, 0, 3].tolist()]
+print("weights of the fourth position:", rounded)
+expected = F.scaled_dot_product_attention(*toy, is_causal=True)
+difference = (mixed - expected).abs().max().item()
 lesson.equal("attention is PyTorch's", difference, within=1e-5)
 
 
@@ -352,21 +373,29 @@ lesson.equal("attention is PyTorch's", difference, within=1e-5)
 
 # %%
 def change_by_order(vectors: Tensor, turn: bool) -> float:
-    """Largest change at the last position when the tokens before it are shuffled; vectors (3, 1, heads, seq, dim)."""
-    seq = vectors.shape[-2]
-    order = [*torch.randperm(seq - 1, generator=torch.Generator().manual_seed(seed)).tolist(), seq - 1]
+    """Largest change at the last position when the tokens before it are shuffled.
+
+    The vectors (3, 1, heads, seq, head_dim) are queries, keys and values.
+    """
+    seq, generator = vectors.shape[-2], torch.Generator().manual_seed(seed)
+    order = [*torch.randperm(seq - 1, generator=generator).tolist(), seq - 1]
+    mask = torch.ones(seq, seq).tril().bool()
 
     def last(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if turn:
             cos, sin = rotary_angles(torch.arange(seq), vectors.shape[-1], 10_000.0)
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        return attend(queries, keys, values, torch.ones(seq, seq).tril().bool())[0][..., -1, :]
+        return attend(queries, keys, values, mask)[0][..., -1, :]
 
     return (last(*vectors) - last(*vectors[..., order, :])).abs().max().item()
 
 
 without_positions = change_by_order(toy, turn=False)
-lesson.equal("one layer without positions gives the same for shuffled text", without_positions, within=1e-5)
+lesson.equal(
+    "one layer without positions gives the same for shuffled text",
+    without_positions,
+    within=1e-5,
+)
 
 
 # %% [markdown]
@@ -381,11 +410,13 @@ lesson.equal("one layer without positions gives the same for shuffled text", wit
 # $$\tilde q_j = q_j \cos m\omega_j - q_{j+d_h/2} \sin m\omega_j, \qquad \tilde q_{j+d_h/2} = q_{j+d_h/2} \cos m\omega_j + q_j \sin m\omega_j$$
 
 # %%
-def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, ...]:
     """Cosine and sine of position times frequency, each (seq, head_dim)."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)  # (head_dim / 2,)
+    even = torch.arange(0, head_dim, 2, device=positions.device)
+    frequencies = base ** (-even / head_dim)  # (head_dim / 2,)
     angles = positions[:, None] * frequencies  # (seq, head_dim / 2)
-    angles = torch.cat([angles, angles], dim=-1)  # coordinate j and its partner j + head_dim / 2 turn together
+    # coordinate j and its partner j + head_dim / 2 turn together
+    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
@@ -396,19 +427,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # %%
 def rope_score(query: Tensor, key: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
-    """Dot products of one query and one key (head_dim,), turned to these positions (n,)."""
-    turned = [rotate(x, *rotary_angles(at, len(x), 10_000.0)) for x, at in ((query, query_at), (key, key_at))]
+    """Dot products of a query and a key (head_dim,), turned to these positions (n,)."""
+    vectors = ((query, query_at), (key, key_at))
+    turned = [rotate(x, *rotary_angles(at, len(x), 10_000.0)) for x, at in vectors]
     return (turned[0] * turned[1]).sum(-1)
 
 
 query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
-starts, distances, unit = torch.arange(0, 400, 50), torch.arange(200), torch.ones(64) / 8
+starts, distances = torch.arange(0, 400, 50), torch.arange(200)
 scores = rope_score(query, key, starts + 3, starts)
-print("query 3 tokens after the key, both moved along by 50:", " ".join(f"{value:.4f}" for value in scores.tolist()))
+printed = " ".join(f"{value:.4f}" for value in scores.tolist())
+print("query 3 tokens after the key, both moved along by 50:", printed)
 assert scores.max() - scores.min() < 1e-3
-alt = "Score of like vectors over their distance: highest at distance 0, lower and wavy far away."
+unit = torch.ones(64) / 8  # a vector of length 1
+equal_scores = rope_score(unit, unit, distances, torch.zeros_like(distances))
+alt = "Score of equal vectors over distance: highest at 0, lower and wavy far away."
 figure = plots.curve(
-    {"like vectors": (distances.tolist(), rope_score(unit, unit, distances, torch.zeros_like(distances)).tolist())},
+    {"equal vectors": (distances.tolist(), equal_scores.tolist())},
     title="Two equal vectors under RoPE: best at distance 0",
     xlabel="distance between query and key (tokens)",
     ylabel="score",
@@ -422,7 +457,8 @@ plots.show(figure, alt)
 
 # %%
 with_positions = change_by_order(toy, turn=True)
-print(f"change at the last position: {without_positions:.1e} without positions, {with_positions:.2f} with RoPE")
+changes = f"{without_positions:.1e} without positions, {with_positions:.2f} with RoPE"
+print("change at the last position:", changes)
 lesson.report("change at the last position by another order, with RoPE", with_positions)
 
 # %% [markdown]
@@ -448,18 +484,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = x.float().pow(2).mean(-1, keepdim=True)  # (batch, seq, 1), in float32 also under autocast
-        return self.weight * (x.float() * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        in_32_bits = x.float()  # also under autocast
+        mean_square = in_32_bits.pow(2).mean(-1, keepdim=True)  # (batch, seq, 1)
+        normed = in_32_bits * torch.rsqrt(mean_square + self.eps)
+        return self.weight * normed.to(x.dtype)
 
 
 x = 100 * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(seed))
-print(f"root mean square before {x.pow(2).mean().sqrt():.1f}, after {RMSNorm(64, 1e-6)(x).pow(2).mean().sqrt():.3f}")
-print(f"largest difference to torch.nn.RMSNorm: {(RMSNorm(64, 1e-6)(x) - nn.RMSNorm(64, 1e-6)(x)).abs().max():.1e}")
+y, expected = RMSNorm(64, 1e-6)(x), nn.RMSNorm(64, 1e-6)(x)
+before, after = x.pow(2).mean().sqrt(), y.pow(2).mean().sqrt()
+print(f"root mean square before {before:.1f}, after {after:.3f}")
+print(f"largest difference to torch.nn.RMSNorm: {(y - expected).abs().max():.1e}")
 
 
 # %%
 class Attention(nn.Module):
-    """Multi-head attention; with `memory` it reads keys and values from there, without positions (section 6)."""
+    """Multi-head attention; with `memory` it reads there, without positions."""
 
     def __init__(self, config):
         super().__init__()
@@ -469,16 +509,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, memory: Tensor | None = None) -> Tensor:
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, seq, head_dim)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, memory=None):
+        def split(x: Tensor) -> Tensor:  # into (batch, heads, seq, head_dim)
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         source = x if memory is None else memory
-        queries, keys, values = split(self.q_proj(x)), split(self.k_proj(source)), split(self.v_proj(source))
+        queries, keys = split(self.q_proj(x)), split(self.k_proj(source))
+        values = split(self.v_proj(source))
         if memory is None:
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         mixed, weights = attend(queries, keys, values, mask)
-        self.weights = weights.detach()  # (batch, heads, query, key), kept to be looked at
+        self.weights = weights.detach()  # (batch, heads, query, key), to be looked at
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # heads side by side again
 
 
@@ -488,9 +529,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -513,13 +555,14 @@ class Block(nn.Module):
 
 # %%
 class Transformer(nn.Module):
-    """A Llama with tied embeddings: token ids (batch, seq) -> logits (batch, seq, vocab)."""
+    """A Llama with tied embeddings: ids (batch, seq) -> logits (batch, seq, vocab)."""
 
     def __init__(self, config, angles=rotary_angles):
         super().__init__()
         self.config, self.angles = config, angles
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for parameter in self.parameters():
             if parameter.dim() == 2:
@@ -528,9 +571,10 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = self.angles(positions, head_dim, self.config.rope_parameters["rope_theta"])
-        if mask is None:
-            mask = positions[:, None] >= positions  # (seq, seq), causal: row m may look at columns n <= m
+        theta = self.config.rope_parameters["rope_theta"]
+        cos, sin = self.angles(positions, head_dim, theta)
+        if mask is None:  # causal (seq, seq): row m may look at columns n <= m
+            mask = positions[:, None] >= positions
         x = self.embed_tokens(input_ids)  # (batch, seq, hidden)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
@@ -547,44 +591,50 @@ class Transformer(nn.Module):
 # %%
 llama, shima_tokenizer = load_model(CPU)
 config = llama.config
-vocab, hidden, inner, layers = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers
+vocab, hidden, inner = config.vocab_size, config.hidden_size, config.intermediate_size
+layers = config.num_hidden_layers
 parts = {
     "embedding, used twice": vocab * hidden,
     "attention": layers * 4 * hidden**2,
     "feed-forward": layers * 3 * hidden * inner,
     "norms": layers * 2 * hidden + hidden,
 }
-print(f"{type(llama).__name__}: vocabulary {vocab:,}, hidden {hidden}, {layers} layers, feed-forward {inner}")
+total, by_library = sum(parts.values()), llama.num_parameters()
+print(f"{type(llama).__name__}: vocabulary {vocab:,}, hidden {hidden}, ", end="")
+print(f"{layers} layers, feed-forward {inner}")
 for part, count in parts.items():
-    print(f"{part:>22} {count:>10,}  {count / sum(parts.values()):.0%}")
-print(f"{'by hand':>22} {sum(parts.values()):>10,}\n{'library':>22} {llama.num_parameters():>10,}")
-assert sum(parts.values()) == llama.num_parameters()
+    print(f"{part:>22} {count:>10,}  {count / total:.0%}")
+print(f"{'by hand':>22} {total:>10,}\n{'library':>22} {by_library:>10,}")
+assert total == by_library
 
 # %%
-weights = {
-    name.removeprefix("model."): tensor for name, tensor in llama.state_dict().items() if name != "lm_head.weight"
-}
+state = llama.state_dict()
+weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+del weights["lm_head.weight"]  # the embeddings once more
 ours = Transformer(config).eval()
 ours.load_state_dict(weights)
-texts = shima_tokenizer(held_out[:16], return_tensors="pt", padding=True, truncation=True, max_length=200)["input_ids"]
+texts = shima_tokenizer(held_out[:16], padding=True, return_tensors="pt")["input_ids"]
+texts = texts[:, :200]
 with torch.no_grad():
     our_logits, library_logits = ours(texts), llama(input_ids=texts).logits
 difference = (our_logits - library_logits).abs().max().item()
-print(f"{tuple(our_logits.shape)} logits between {our_logits.min():.1f} and {our_logits.max():.1f}")
+low, high = our_logits.min(), our_logits.max()
+print(f"{tuple(our_logits.shape)} logits between {low:.1f} and {high:.1f}")
 print(f"largest difference to LlamaForCausalLM: {difference:.1e}")
 lesson.equal("our Llama gives LlamaForCausalLM's logits", difference, within=1e-4)
 
 
 @torch.no_grad()
 def complete(model, ids: list[int], num_tokens: int) -> list[int]:
-    """Append the most probable next token, `num_tokens` times; lesson 01 has better ways to choose."""
+    """Append the most probable token, `num_tokens` times (better ways: lesson 01)."""
     device = next(model.parameters()).device
     for _ in range(num_tokens):
         ids = [*ids, model(torch.tensor([ids], device=device))[0, -1].argmax().item()]
     return ids
 
 
-prompt = "Kodera plays the harp. Kodera lives in Bamu.\nQuestion: What instrument does Kodera play?\nAnswer:"
+prompt = "Kodera plays the harp. Kodera lives in Bamu.\n"
+prompt += "Question: What instrument does Kodera play?\nAnswer:"
 print(shima_tokenizer.decode(complete(ours, shima_tokenizer(prompt)["input_ids"], 4)))
 
 # %% [markdown]
@@ -592,33 +642,41 @@ print(shima_tokenizer.decode(complete(ours, shima_tokenizer(prompt)["input_ids"]
 
 # %%
 def reading_prompts(n: int) -> list[tuple[list[int], int]]:
-    """Token ids of prompts about strangers, and the place of the answer's first token in the passage."""
+    """Ids of prompts about strangers, and the place of the answer's first token."""
     generator, found = random.Random(f"look/{seed}"), []
     while len(found) < n:
         person = world.stranger(generator, held_out=True)
-        tool, town = person.facts["instrument"], person.facts["town"]
-        before, after = f"{person.name} plays the", f" {tool}. {person.name} lives in {town}.\n"
-        after += f"Question: What instrument does {person.name} play?\nAnswer:"
-        start = shima_tokenizer(before)["input_ids"]
+        name, tool, town = person.name, person.facts["instrument"], person.facts["town"]
+        after = f" {tool}. {name} lives in {town}.\n"
+        after += f"Question: What instrument does {name} play?\nAnswer:"
+        start = shima_tokenizer(f"{name} plays the")["input_ids"]
         found.append((start + shima_tokenizer(after)["input_ids"], len(start)))
     return found
 
 
 @torch.no_grad()
 def looks(prompts: list[tuple[list[int], int]]) -> Tensor:
-    """Mean weight from the last position to the answer, as a multiple of an even share (layers, heads)."""
+    """Mean weight on the answer, as a multiple of an even share (layers, heads)."""
     total = torch.zeros(layers, config.num_attention_heads)
     for ids, place in prompts:
         ours(torch.tensor([ids]))
-        total += torch.stack([layer.self_attn.weights[0, :, -1, place] * len(ids) for layer in ours.layers])
+        found = [layer.self_attn.weights[0, :, -1, place] for layer in ours.layers]
+        total += torch.stack(found) * len(ids)
     return total / len(prompts)
 
 
 asked = reading_prompts(80)
-layer_number, head_number = divmod(looks(asked[:40]).argmax().item(), config.num_attention_heads)
+best = looks(asked[:40]).argmax().item()
+layer_number, head_number = divmod(best, config.num_attention_heads)
 share = looks(asked[40:])[layer_number, head_number].item()
-print(f"chosen: layer {layer_number + 1}, head {head_number + 1}; {share:.1f} times an even share on new prompts")
-lesson.claim("one head looks at the answer with at least 5 times an even share", share, at_least=5, form=".1f")
+print(f"chosen: layer {layer_number + 1}, head {head_number + 1}; ", end="")
+print(f"{share:.1f} times an even share on new prompts")
+lesson.claim(
+    "one head looks at the answer with at least 5 times an even share",
+    share,
+    at_least=5,
+    form=".1f",
+)
 
 # %%
 import matplotlib.pyplot as plt
@@ -632,10 +690,12 @@ figure, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
 image = axes.imshow(pattern, cmap="Blues", vmin=0)
 axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
 axes.set_yticks(range(len(names)), names, fontsize=7)
-axes.set(title="The chosen head, on one prompt", xlabel="token looked at", ylabel="token that looks")
+axes.set_title("The chosen head, on one prompt")
+axes.set(xlabel="token looked at", ylabel="token that looks")
 axes.grid(visible=False)
 figure.colorbar(image, label="weight", shrink=0.7)
-alt = "Attention map, a lower triangle; in the last row, the dark cells show where the final position looks."
+alt = "Attention map, a lower triangle; in the last row, the dark cells show where the "
+alt += "final position looks."
 plots.show(figure, alt)
 plt.close(figure)
 
@@ -665,10 +725,11 @@ plt.close(figure)
 
 # %%
 class AdamW:
-    """The update above, for a list of parameters; `weight_decay` only on matrices, not on the weights of norms."""
+    """The update above; `weight_decay` only on matrices, not on weights of norms."""
 
     def __init__(self, parameters, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8):
-        self.parameters, self.betas, self.weight_decay, self.eps = list(parameters), betas, weight_decay, eps
+        self.parameters, self.betas = list(parameters), betas
+        self.weight_decay, self.eps = weight_decay, eps
         self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.step_count = 0
@@ -678,14 +739,15 @@ class AdamW:
         """Move every parameter by its gradient, then forget the gradient."""
         self.step_count += 1
         beta1, beta2 = self.betas
-        for parameter, mean, square in zip(self.parameters, self.means, self.squares, strict=True):
+        state = zip(self.parameters, self.means, self.squares, strict=True)
+        for parameter, mean, square in state:
             mean.lerp_(parameter.grad, 1 - beta1)
             square.lerp_(parameter.grad**2, 1 - beta2)
             unbiased_mean = mean / (1 - beta1**self.step_count)
-            unbiased_square = square / (1 - beta2**self.step_count)
+            root = (square / (1 - beta2**self.step_count)).sqrt()
             if parameter.dim() >= 2:
                 parameter.mul_(1 - learning_rate * self.weight_decay)
-            parameter.sub_(learning_rate * unbiased_mean / (unbiased_square.sqrt() + self.eps))
+            parameter.sub_(learning_rate * unbiased_mean / (root + self.eps))
             parameter.grad = None
 
 
@@ -699,7 +761,7 @@ def schedule(step: int, num_steps: int, warmup_steps: int, end: float = 0.1) -> 
 
 
 def clip_gradient(parameters: list[nn.Parameter], max_norm: float = 1.0) -> Tensor:
-    """Scale all gradients so that their common norm is at most `max_norm`; the norm before is returned."""
+    """Scale all gradients to a common norm of at most `max_norm`; return the old."""
     norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
     for parameter in parameters:
         parameter.grad *= min(1.0, max_norm / (norm.item() + 1e-6))
@@ -724,24 +786,28 @@ def training_loop(model, rows, num_steps, peak_rate, warmup_steps) -> list[float
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 generator = torch.Generator().manual_seed(seed)
-start = [torch.randn(64, 64, generator=generator), torch.randn(32, 16, generator=generator)]
-our_weights, their_weights = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+start = [torch.randn(shape, generator=generator) for shape in ((64, 64), (32, 16))]
+ours_theirs = [[nn.Parameter(tensor.clone()) for _ in range(2)] for tensor in start]
+our_weights, their_weights = zip(*ours_theirs, strict=True)
 our_adamw = AdamW(our_weights)
-their_adamw = torch.optim.AdamW(their_weights, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
-warmup = LinearLR(their_adamw, start_factor=0.1, total_iters=9)
-cosine = CosineAnnealingLR(their_adamw, T_max=40, eta_min=0.001)
-their_schedule = SequentialLR(their_adamw, [warmup, cosine], milestones=[10])
+theirs = torch.optim.AdamW(their_weights, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+warmup = LinearLR(theirs, start_factor=0.1, total_iters=9)
+cosine = CosineAnnealingLR(theirs, T_max=40, eta_min=0.001)
+their_schedule = SequentialLR(theirs, [warmup, cosine], milestones=[10])
 norms, rates = [], []  # differences to PyTorch, one a step
 for step in range(50):
-    rates.append(abs(0.01 * schedule(step, 50, 10) - their_schedule.get_last_lr()[0]))
-    for our, their in zip(our_weights, their_weights, strict=True):
-        gradient = torch.randn(our.shape, generator=generator) * (0.001 + 0.1 * (step % 2))
+    rate = 0.01 * schedule(step, 50, 10)
+    rates.append(abs(rate - their_schedule.get_last_lr()[0]))
+    size = 0.001 + 0.1 * (step % 2)
+    for our, their in ours_theirs:
+        gradient = size * torch.randn(our.shape, generator=generator)
         our.grad, their.grad = gradient.clone(), gradient.clone()
-    norms.append((clip_gradient(our_weights) - nn.utils.clip_grad_norm_(their_weights, 1.0)).abs().item())
-    our_adamw.step(0.01 * schedule(step, 50, 10))
-    their_adamw.step()
+    their_norm = nn.utils.clip_grad_norm_(their_weights, 1.0)
+    norms.append((clip_gradient(our_weights) - their_norm).abs().item())
+    our_adamw.step(rate)
+    theirs.step()
     their_schedule.step()
-update = max((our - their).abs().max().item() for our, their in zip(our_weights, their_weights, strict=True))
+update = max((our - their).abs().max().item() for our, their in ours_theirs)
 print(f"largest difference to PyTorch after 50 steps: weights {update:.1e}, ", end="")
 print(f"norm of the gradient {max(norms):.1e}, learning rate {max(rates):.1e}")
 lesson.equal("AdamW is PyTorch's", update, within=1e-5)
@@ -758,15 +824,16 @@ MASK, NUM_SPECIAL = SPECIAL_TOKENS.index("<|mask|>"), len(SPECIAL_TOKENS)
 TOKENS = 512  # the first 512 tokens of section 1's vocabulary
 encode_small = make_encoder(dict(islice(merges.items(), TOKENS - sizes[0])))
 SMALL = LlamaConfig(
-    vocab_size=TOKENS, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
-    tie_word_embeddings=True, initializer_range=0.05,
+    vocab_size=TOKENS, hidden_size=128, intermediate_size=352, num_hidden_layers=2,
+    num_attention_heads=4, tie_word_embeddings=True, initializer_range=0.05,
 )  # fmt: skip
 
 
 def rows_of(texts: list[str], length: int) -> Tensor:
-    """Join the texts, each with an end-of-text token, and cut them into rows (rows, length)."""
+    """Join the texts, each with an end-of-text token, and cut rows (rows, length)."""
     ids = [token_id for text in texts for token_id in [*encode_small(text), 0]]
-    return torch.tensor(ids[: len(ids) // length * length], device=machine.device).view(-1, length)
+    ids = ids[: len(ids) // length * length]
+    return torch.tensor(ids, device=machine.device).view(-1, length)
 
 
 def new_transformer(config=SMALL, model_seed: int = seed) -> Transformer:
@@ -783,30 +850,36 @@ print(f"{len(rows):,} rows of {rows.shape[1]} tokens; a model of {count:,} param
 # %%
 def causal_loss(model, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy of each next token in rows (batch, seq + 1)."""
-    logits = model(batch["input_ids"][:, :-1])  # (batch, seq, vocab)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch["input_ids"][:, 1:].flatten())
+    inputs, targets = batch["input_ids"][:, :-1], batch["input_ids"][:, 1:]
+    logits = model(inputs)  # (batch, seq, vocab)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def batches_of(rows: Tensor, num_batches: int, batch_size: int) -> list[dict[str, Tensor]]:
+def batches_of(rows: Tensor, num_batches: int, batch_size: int) -> list[dict]:
     """Batches of rows, drawn at random from the seed."""
-    drawn = torch.randint(len(rows), (num_batches, batch_size), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(rows), (num_batches, batch_size), generator=generator)
     return [{"input_ids": rows[chosen]} for chosen in drawn]
 
 
-batches = batches_of(rows, 20, batch_size=16)
-our_losses = training_loop(new_transformer(), [batch["input_ids"] for batch in batches], 20, 3e-3, warmup_steps=5)
-recipe = TrainConfig(max_steps=20, learning_rate=3e-3, warmup_steps=5)
-history = train(new_transformer(), batches, recipe, loss_fn=causal_loss)
-for step in (0, 5, 10, 19):
-    print(f"step {step:>2}: our loop {our_losses[step]:.6f}, helpers.training.train {history.losses[step]:.6f}")
-difference = max(abs(a - b) for a, b in zip(our_losses, history.losses, strict=True))
+batches = batches_of(rows, 12, batch_size=16)
+only_rows = [batch["input_ids"] for batch in batches]
+our_losses = training_loop(new_transformer(), only_rows, 12, 3e-3, warmup_steps=5)
+recipe = TrainConfig(max_steps=12, learning_rate=3e-3, warmup_steps=5)
+losses = train(new_transformer(), batches, recipe, loss_fn=causal_loss).losses
+for step in (0, 4, 8, 11):
+    print(f"step {step:>2}: our loop {our_losses[step]:.6f}, ", end="")
+    print(f"helpers.training.train {losses[step]:.6f}")
+difference = max(abs(a - b) for a, b in zip(our_losses, losses, strict=True))
 print(f"largest difference of a loss: {difference:.1e}")
-lesson.equal("our loop gives the losses of helpers.training.train", difference, within=1e-3)
+lesson.equal(
+    "our loop gives the losses of helpers.training.train", difference, within=1e-3
+)  # fmt: skip
 
 # %% [markdown] tags=["core"]
 # ## 4 · A model of your own
 #
-# **Question.** What has a small model learned after half a minute, and which text does it learn first?
+# **Question.** What has a small model learned after 200 steps, and which text does it learn first?
 #
 # Train the small model of section 3 on a part of Shima, with five kinds of document. Before and after, let it write. On the way, measure its loss on new documents of each kind. They are about the same people as the training text, so many of their sentences stand there too. This is one run; other seeds are in the course's table of claims. Two tables of counts are the simplest comparisons: a *unigram*, which knows how often each token occurs, and a *bigram*, which knows how often each token follows each other one.
 
@@ -816,23 +889,31 @@ own_text = list(islice(world.documents(seed, dict.fromkeys(KINDS, 1.0)), 5000))
 own_rows = rows_of(own_text, 97)
 unseen_kind = {}
 for kind in KINDS:
-    unseen_kind[kind] = rows_of(list(islice(world.documents(seed + 1, {kind: 1.0}), 60)), 97)[:24]
+    texts = list(islice(world.documents(seed + 1, {kind: 1.0}), 60))
+    unseen_kind[kind] = {"input_ids": rows_of(texts, 97)[:24]}
 frequency = torch.bincount(own_rows.flatten(), minlength=TOKENS).float() + 1
 log_frequency = (frequency / frequency.sum()).log()
-unigram = {kind: -log_frequency[rows[:, 1:]].mean().item() for kind, rows in unseen_kind.items()}
-followers = torch.zeros(TOKENS, TOKENS, device=own_rows.device)  # how often each token follows each
+# how often each token follows each: (token, next token)
+followers = torch.zeros(TOKENS, TOKENS, device=own_rows.device)
+ones = torch.ones(len(own_rows), device=own_rows.device)
 for first, second in pairwise(own_rows.T):
-    followers.index_put_((first, second), torch.ones(len(first), device=first.device), accumulate=True)
-log_pair = ((followers + log_frequency.exp()) / (followers.sum(1, keepdim=True) + 1)).log()
-bigram = {kind: -log_pair[rows[:, :-1], rows[:, 1:]].mean().item() for kind, rows in unseen_kind.items()}
+    followers.index_put_((first, second), ones, accumulate=True)
+smoothed = followers + log_frequency.exp()
+log_pair = (smoothed / (followers.sum(1, keepdim=True) + 1)).log()
+unigram, bigram = {}, {}
+for kind, new in unseen_kind.items():
+    before, after = new["input_ids"][:, :-1], new["input_ids"][:, 1:]
+    unigram[kind] = -log_frequency[after].mean().item()
+    bigram[kind] = -log_pair[before, after].mean().item()
 
 
 @torch.no_grad()
 def losses_by_kind(model) -> dict[str, float]:
     """Loss on unseen documents of each kind, in nats per token."""
-    return {kind: causal_loss(model, {"input_ids": rows}).item() for kind, rows in unseen_kind.items()}
+    return {kind: causal_loss(model, new).item() for kind, new in unseen_kind.items()}
 
 
+# %%
 @torch.no_grad()
 def write(model, start: str, num_tokens: int = 40) -> str:
     """Continue a text by drawing each token from the model's probabilities."""
@@ -844,45 +925,54 @@ def write(model, start: str, num_tokens: int = 40) -> str:
     return library.decode(ids)
 
 
-# %%
-own = new_transformer()
-starts = ("One day of rain Zetode the smith left", "Sum: 12 + 7", "Pairs: drum white; goat red; drum")
+own, steps = new_transformer(), lesson.scaled(200)
+starts = ["One day of rain Zetode the smith left", "Sum: 12 + 7"]
+starts += ["Pairs: drum white; goat red; drum"]
 written = {start: [write(own, start)] for start in starts}
-steps = lesson.scaled(280)
-recipe = TrainConfig(steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=max(1, steps // 10))
-own_history = train(own, batches_of(own_rows, steps, 16), recipe, loss_fn=causal_loss, evaluate=losses_by_kind)
+every = max(1, steps // 10)
+recipe = TrainConfig(steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=every)
+own_batches = batches_of(own_rows, steps, 16)
+run = train(own, own_batches, recipe, loss_fn=causal_loss, evaluate=losses_by_kind)
 for start in starts:
     written[start].append(write(own, start))
     for when, text in zip(("before", "after"), written[start], strict=True):
         print(f"{when:>6}: {text!r}")
 
 # %% tags=["headline"]
-by_step = own_history.evaluations
+by_step = run.evaluations
+steps_then = [e["step"] for e in by_step]
 figure = plots.curve(
-    {kind: ([e["step"] for e in by_step], [e[kind] for e in by_step]) for kind in KINDS},
+    {kind: (steps_then, [e[kind] for e in by_step]) for kind in KINDS},
     title="Each kind of document has its own curve",
     xlabel="steps",
     ylabel="loss on new documents (nats per token)",
     log_y=True,
 )
-alt = "Loss over steps for five kinds of document, on a logarithmic axis; all fall, to different levels."
+alt = "Loss over steps for five kinds of document, on a logarithmic axis; all fall, to "
+alt += "different levels."
 plots.show(figure, alt)
+first, half, end = by_step[0], by_step[len(by_step) // 2 - 1], by_step[-1]
 print(f"{'':>12} {'unigram':>8} {'bigram':>8} {'first':>8} {'half':>8} {'end':>8}")
 for kind in KINDS:
-    points = [unigram[kind], bigram[kind], by_step[0][kind], by_step[len(by_step) // 2 - 1][kind], by_step[-1][kind]]
+    points = [row[kind] for row in (unigram, bigram, first, half, end)]
     print(f"{kind:>12} " + " ".join(f"{value:8.2f}" for value in points))
-gain = min(1 - by_step[-1][kind] / bigram[kind] for kind in KINDS)
-lesson.claim("on every kind the loss ends at least 20 % below the bigram's", gain, at_least=0.2, form=".0%")
-late = {kind: 1 - by_step[-1][kind] / by_step[len(by_step) // 2 - 1][kind] for kind in KINDS}
+gain = min(1 - end[kind] / bigram[kind] for kind in KINDS)
 lesson.claim(
-    "in the second half the loss on stories falls by at least 10 points more than on sums",
+    "on every kind the loss ends at least 20 % below the bigram's",
+    gain,
+    at_least=0.2,
+    form=".0%",
+)
+late = {kind: 1 - end[kind] / half[kind] for kind in KINDS}
+lesson.claim(
+    "in the second half the loss on stories falls at least 10 points more than on sums",
     late["story"] - late["sums"],
     at_least=0.1,
     form=".0%",
 )
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards much of the form is right: lines of sums, pairs that end in a colour, pieces of sentences. The content often is not: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, so check them in the samples. Stories go on falling; a part of that may be memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards judge the form and the content apart. Form: are there whole words, lines of sums, pairs that end in a colour? Content: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, so check them in the samples. Stories go on falling; a part of that may be memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
@@ -897,12 +987,14 @@ lesson.claim(
 # The first lines below show the three formats, the last ones a gradient that vanishes and comes back.
 
 # %%
-print(f"{'':>9} {'step at 1':>12} {'smallest > 0':>13} {'largest':>10}   1 + 0.001   1e-08")
+print("             step at 1  smallest > 0    largest   1 + 0.001   1e-08")
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     info = torch.finfo(dtype)
-    added, small = (torch.tensor(1.0, dtype=dtype) + 0.001).item(), torch.tensor(1e-8, dtype=dtype).item()
+    added = (torch.tensor(1.0, dtype=dtype) + 0.001).item()
+    small = torch.tensor(1e-8, dtype=dtype).item()
     smallest = info.smallest_normal * info.eps  # subnormal numbers included
-    print(f"{str(dtype)[6:]:>9} {info.eps:12.1e} {smallest:13.1e} {info.max:10.1e} {added:11.6f} {small:7.0e}")
+    print(f"{str(dtype)[6:]:>9} {info.eps:12.1e} {smallest:13.1e}", end=" ")
+    print(f"{info.max:10.1e} {added:11.6f} {small:7.0e}")
 inputs = torch.full((4, 8), 1e-4)
 for scale in (1.0, 2.0**16):
     layer = nn.Linear(8, 8, bias=False).half()
@@ -910,9 +1002,11 @@ for scale in (1.0, 2.0**16):
     (loss * scale).backward()
     gradient = layer.weight.grad.float() / scale  # unscaled in float32
     zero = (gradient == 0).float().mean()
-    print(f"loss scale {scale:>7.0f}: {zero:>4.0%} of the gradient is zero, its mean {gradient.mean():.2e}")
+    print(f"loss scale {scale:>7.0f}: {zero:>4.0%} of the gradient is zero, ", end="")
+    print(f"its mean {gradient.mean():.2e}")
     assert scale > 1 or zero == 1
-expected = 1e-4 * 1e-5 * 4 / (4 * 8)  # by hand: input x factor, four rows, mean over 4 x 8 outputs
+# by hand: input x factor, four rows, mean over 4 x 8 outputs
+expected = 1e-4 * 1e-5 * 4 / (4 * 8)
 print(f"by hand: {expected:.2e}")
 assert abs(gradient.mean().item() - expected) < 0.01 * expected
 
@@ -924,14 +1018,18 @@ assert abs(gradient.mean().item() - expected) < 0.01 * expected
 def seconds_per_step(precision: str) -> float:
     """Median time of a step, without the first two."""
     config = TrainConfig(max_steps=8, precision=precision, log_every=1, progress=False)
-    return sorted(train(new_transformer(), batches, config, loss_fn=causal_loss).seconds[2:])[3]
+    history = train(new_transformer(), batches, config, loss_fn=causal_loss)
+    return sorted(history.seconds[2:])[3]
 
 
 sixteen_bit = "fp16-mixed" if machine.dtype == "float16" else "bf16-mixed"
 times = {name: seconds_per_step(name) for name in ("fp32", sixteen_bit)}
+num_tokens = batches[0]["input_ids"].numel()
 for name, seconds in times.items():
-    print(f"{name:>10}: {1000 * seconds:6.1f} ms a step, {batches[0]['input_ids'].numel() / seconds:8,.0f} tokens/s")
-lesson.report("speed-up by 16 bits here, small model", f"{times['fp32'] / times[sixteen_bit]:.1f} x")
+    print(f"{name:>10}: {1000 * seconds:6.1f} ms a step, ", end="")
+    print(f"{num_tokens / seconds:8,.0f} tokens/s")
+speed_up = times["fp32"] / times[sixteen_bit]
+lesson.report("speed-up by 16 bits here, small model", f"{speed_up:.1f} x")
 
 # %% [markdown] tags=["further"]
 # ## 6 · Which part of the text is hidden?
@@ -956,19 +1054,20 @@ lesson.report("speed-up by 16 bits here, small model", f"{times['fp32'] / times[
 
 # %%
 class EncoderDecoder(nn.Module):
-    """One layer reads, one layer writes; first and second half (batch, seq) -> logits (batch, seq, vocab)."""
+    """One layer reads, one writes. Halves (batch, seq), logits (batch, seq, vocab)."""
 
     def __init__(self, config):
         super().__init__()
         self.body = Transformer(config)  # embeddings, two layers and the last norm
-        self.cross_norm, self.cross = RMSNorm(config.hidden_size, config.rms_norm_eps), Attention(config)
+        self.cross_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross = Attention(config)
         for matrix in self.cross.parameters():
             nn.init.normal_(matrix, std=config.initializer_range)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         (encoder, decoder), embed = self.body.layers, self.body.embed_tokens
         places, head_dim = torch.arange(first.shape[1], device=first.device), 32
-        cos, sin = rotary_angles(places, head_dim, 10_000.0)  # both halves are equally long
+        cos, sin = rotary_angles(places, head_dim, 10_000.0)  # for both halves
         past = places[:, None] >= places
         everything = torch.ones_like(past)
         memory = encoder(embed(first), cos, sin, everything)  # (batch, seq, hidden)
@@ -980,27 +1079,30 @@ class EncoderDecoder(nn.Module):
 
 
 # %%
-ours_cross, theirs_cross = Attention(SMALL), nn.MultiheadAttention(128, 4, bias=False, batch_first=True)
+our_cross = Attention(SMALL)
+their_cross = nn.MultiheadAttention(128, 4, bias=False, batch_first=True)
 with torch.no_grad():
-    inputs = [ours_cross.q_proj.weight, ours_cross.k_proj.weight, ours_cross.v_proj.weight]
-    theirs_cross.in_proj_weight.copy_(torch.cat(inputs))
-    theirs_cross.out_proj.weight.copy_(ours_cross.o_proj.weight)
+    projections = [our_cross.q_proj, our_cross.k_proj, our_cross.v_proj]
+    their_cross.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
+    their_cross.out_proj.weight.copy_(our_cross.o_proj.weight)
     x, memory = torch.randn(2, 5, 128), torch.randn(2, 9, 128)
-    all_seen = torch.ones(5, 9).bool()
-    difference = ours_cross(x, None, None, all_seen, memory) - theirs_cross(x, memory, memory)[0]
-lesson.equal("cross-attention is nn.MultiheadAttention's", difference.abs().max().item(), within=1e-5)
+    mixed = our_cross(x, None, None, torch.ones(5, 9).bool(), memory)
+    expected = their_cross(x, memory, memory)[0]
+difference = (mixed - expected).abs().max().item()
+lesson.equal("cross-attention is nn.MultiheadAttention's", difference, within=1e-5)
 
 
 # %%
 def causal(model, rows: Tensor, hidden: list[int]) -> Tensor:
-    """Loss of every token but the first, from the tokens before it (batch, seq); 0 where nothing is predicted."""
+    """Loss (batch, seq) of every token from those before it; 0 for the first."""
     logits = model(rows[:, :-1]).float().transpose(1, 2)  # (batch, vocab, seq - 1)
     return F.pad(F.cross_entropy(logits, rows[:, 1:], reduction="none"), (1, 0))
 
 
 def causal_few_targets(model, rows: Tensor, hidden: list[int]) -> Tensor:
     """The same, but only the hidden tokens count."""
-    counted = torch.zeros_like(rows).index_fill_(1, torch.tensor(hidden, device=rows.device), 1)
+    counted = torch.zeros_like(rows)
+    counted[:, hidden] = 1
     return causal(model, rows, hidden) * counted
 
 
@@ -1009,7 +1111,8 @@ def masked(model, rows: Tensor, hidden: list[int]) -> Tensor:
     inputs, targets = rows.clone(), torch.full_like(rows, -100)
     inputs[:, hidden], targets[:, hidden] = MASK, rows[:, hidden]
     everything = torch.ones(rows.shape[1], rows.shape[1], device=rows.device).bool()
-    return F.cross_entropy(model(inputs, everything).float().transpose(1, 2), targets, reduction="none")
+    logits = model(inputs, everything).float().transpose(1, 2)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def sequence_to_sequence(model, rows: Tensor, hidden: list[int]) -> Tensor:
@@ -1025,17 +1128,23 @@ OBJECTIVES = {
     "causal": causal, "masked": masked, "sequence-to-sequence": sequence_to_sequence,
     "causal, few targets": causal_few_targets,
 }  # fmt: skip
-descriptions = rows_of(list(islice(world.documents(seed, {"description": 1.0}), 2500)), SHORT)
-unseen = rows_of(list(islice(world.documents(seed + 1, {"description": 1.0}), 200)), SHORT)[:80]
+only = {"description": 1.0}
+descriptions = rows_of(list(islice(world.documents(seed, only), 2500)), SHORT)
+unseen = rows_of(list(islice(world.documents(seed + 1, only), 200)), SHORT)[:80]
 
 
 def random_positions(generator: random.Random) -> list[int]:
     """One position in each stretch, never the first of the row."""
-    return [start + generator.randrange(start == 0, STRETCH) for start in range(0, SHORT, STRETCH)]
+    starts = range(0, SHORT, STRETCH)
+    return [start + generator.randrange(start == 0, STRETCH) for start in starts]
+
+
+HIDDEN_IN_TEST = random_positions(random.Random(f"{seed}/0"))  # the same for all
+LATE = [place for place in HIDDEN_IN_TEST if place >= SHORT // 2]  # these are compared
 
 # %%
 def train_with(name: str, num_steps: int) -> list[dict[str, float]]:
-    """Train the small model with this objective; the loss on hidden tokens of unseen text, eight times on the way."""
+    """Train the small model; its loss on hidden tokens of unseen text, eight times."""
     generator, objective = random.Random(seed), OBJECTIVES[name]
 
     def loss_fn(model, batch: dict[str, Tensor]) -> Tensor:
@@ -1043,31 +1152,33 @@ def train_with(name: str, num_steps: int) -> list[dict[str, float]]:
         return loss.sum() / (loss != 0).sum()
 
     def evaluate(model) -> dict[str, float]:
-        draws = [random_positions(random.Random(f"{seed}/{draw}")) for draw in range(2)]
-        places = [[place for place in hidden if place >= SHORT // 2] for hidden in draws]
-        found = [objective(model, unseen, h)[:, at].mean() for h, at in zip(draws, places, strict=True)]
-        return {"loss": torch.stack(found).mean().item()}
+        return {"loss": objective(model, unseen, HIDDEN_IN_TEST)[:, LATE].mean().item()}
 
     torch.manual_seed(seed)
-    model = EncoderDecoder(SMALL) if name == "sequence-to-sequence" else Transformer(SMALL)
-    recipe = TrainConfig(num_steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=max(1, num_steps // 8))
+    build = EncoderDecoder if name == "sequence-to-sequence" else Transformer
+    model, every = build(SMALL).to(machine.device), max(1, num_steps // 8)
+    recipe = TrainConfig(
+        num_steps, 6e-3, warmup_steps=20, log_every=50, evaluate_every=every
+    )  # fmt: skip
     batches = batches_of(descriptions, num_steps, batch_size=16)
-    return train(model.to(machine.device), batches, recipe, loss_fn=loss_fn, evaluate=evaluate).evaluations
+    return train(model, batches, recipe, loss_fn=loss_fn, evaluate=evaluate).evaluations
 
 
-on_the_way = {name: train_with(name, lesson.scaled(120)) for name in OBJECTIVES}
+on_the_way = {name: train_with(name, lesson.scaled(96)) for name in OBJECTIVES}
 
 # %%
-for name, entries in on_the_way.items():
-    print(f"{name:>21}: " + " ".join(f"{entry['loss']:.2f}" for entry in entries))
-    lesson.report(f"loss on hidden tokens, {name}, one run", f"{entries[-1]['loss']:.2f} nats")
+steps_then = [entry["step"] for entry in on_the_way["causal"]]
+losses = {name: [e["loss"] for e in entries] for name, entries in on_the_way.items()}
+for name, row in losses.items():
+    print(f"{name:>21}: " + " ".join(f"{loss:.2f}" for loss in row))
+    lesson.report(f"loss on hidden tokens, {name}, one run", f"{row[-1]:.2f} nats")
 counts = torch.bincount(descriptions.flatten(), minlength=TOKENS).float() + 1
-unigram_loss = -(counts / counts.sum()).log()[unseen[:, SHORT // 2 :]].mean().item()
+unigram_loss = -(counts / counts.sum()).log()[unseen[:, LATE]].mean().item()
 print(f"{'unigram':>21}: {unigram_loss:.2f}")
-alt = "Loss on hidden tokens of unseen text over steps for four objectives; masked is the highest and stays near the "
-alt += "unigram's loss at first."
+alt = "Loss on hidden tokens of unseen text over steps for four objectives; masked is "
+alt += "the highest and stays near the unigram's loss."
 figure = plots.curve(
-    {name: ([e["step"] for e in entries], [e["loss"] for e in entries]) for name, entries in on_the_way.items()},
+    {name: (steps_then, row) for name, row in losses.items()},
     title="In these few steps the masked model learns least",
     xlabel="steps",
     ylabel="loss on the same hidden tokens (nats)",
@@ -1076,17 +1187,19 @@ figure = plots.curve(
 plots.show(figure, alt)
 
 # %%
-early = {name: entries[len(entries) // 4]["loss"] for name, entries in on_the_way.items()}
+early = {name: row[len(row) // 4] for name, row in losses.items()}
 print("early on:", ", ".join(f"{name} {loss:.2f}" for name, loss in early.items()))
-lesson.report("early on, nats by which the masked model is behind the causal one", early["masked"] - early["causal"])
-shares_of_gap = [
-    (few["loss"] - full["loss"]) / (masked["loss"] - full["loss"])
-    for few, full, masked in zip(*(on_the_way[n] for n in ("causal, few targets", "causal", "masked")), strict=True)
-]
-print("share of the gap that few targets alone have:", " ".join(f"{share:.0%}" for share in shares_of_gap))
 lesson.report(
-    "share of that gap that few targets alone have, smallest and largest on the way, one run",
-    f"{min(shares_of_gap):.0%}, {max(shares_of_gap):.0%}",
+    "early on, nats by which the masked model is behind the causal one",
+    early["masked"] - early["causal"],
+)
+rows_of_three = (losses[name] for name in ("causal, few targets", "causal", "masked"))
+gaps = [(f - c) / (m - c) for f, c, m in zip(*rows_of_three, strict=True)]
+printed = " ".join(f"{gap:.0%}" for gap in gaps)
+print("share of the gap that few targets alone have:", printed)
+lesson.report(
+    "share of that gap that few targets alone have, smallest and largest, one run",
+    f"{min(gaps):.0%}, {max(gaps):.0%}",
 )
 
 # %% [markdown]
@@ -1109,9 +1222,11 @@ ABILITIES = {
     "in-context learning": "few_shot_8",
     "sums with steps": "sums_with_steps",
 }
-seen = [entry["tokens"] / 1e6 for entry in record["evaluations"]]
-shares = {label: [entry[name] for entry in record["evaluations"]] for label, name in ABILITIES.items()}
-alt = "Share of right answers over millions of tokens: facts rise slowly, reading and in-context learning jump."
+evaluations = record["evaluations"]
+seen = [entry["tokens"] / 1e6 for entry in evaluations]
+shares = {label: [e[name] for e in evaluations] for label, name in ABILITIES.items()}
+alt = "Share of right answers over millions of tokens: facts rise slowly, reading and "
+alt += "in-context learning jump."
 figure = plots.curve(
     {label: (seen, values) for label, values in shares.items()},
     title="Facts come bit by bit, reading and in-context pairs jump",
@@ -1122,38 +1237,43 @@ figure = plots.curve(
 plots.show(figure, alt)
 
 # %%
-jump = next(tokens for tokens, share in zip(seen, shares["in-context learning"], strict=True) if share >= 0.5)
+in_context = shares["in-context learning"]
+place = next(i for i, share in enumerate(in_context) if share >= 0.5)
+last_before, jump = seen[place - 1], seen[place]
 
 
 def mean_loss(begin: float, end: float) -> float:
     """Mean training loss between two numbers of million tokens."""
-    found = [loss for tokens, loss in zip(millions, record["loss"], strict=True) if begin < tokens <= end]
+    points = zip(millions, record["loss"], strict=True)
+    found = [loss for tokens, loss in points if begin < tokens <= end]
     return sum(found) / len(found)
 
 
 near = [i for i, tokens in enumerate(millions) if jump - 3 < tokens <= jump + 3]
+x, y = [millions[i] for i in near], [record["loss"][i] for i in near]
 figure = plots.curve(
-    {"each 0.1 M tokens": ([millions[i] for i in near], [record["loss"][i] for i in near])},
+    {"each 0.1 M tokens": (x, y)},
     title="Near the jump the loss falls on, with no clear break",
     xlabel="tokens seen (millions)",
     ylabel="training loss (nats)",
 )
-figure.axes[0].axvspan(seen[seen.index(jump) - 1], jump, color=plots.GREY, alpha=0.2)
-alt = (
-    "Training loss near the jump: noisy, and falling ever more slowly; the band marks where in-context learning jumps."
-)
+figure.axes[0].axvspan(last_before, jump, color=plots.GREY, alpha=0.2)
+alt = "Training loss near the jump: noisy, and falling ever more slowly; the band "
+alt += "marks where in-context learning jumps."
 plots.show(figure, alt)
-print(f"the whole training: from {record['loss'][0]:.2f} to {record['loss'][-1]:.2f} nats\n")
-print("fall of the mean loss from one window to the next; the second column is across the jump")
-at_jump = {}
-for width in (0.4, 0.6, 0.8, 1.0, 1.2):
-    means = [mean_loss(jump + width * (step - 1), jump + width * step) for step in range(-2, 3)]
+start, end = record["loss"][0], record["loss"][-1]
+print(f"the whole training: from {start:.2f} to {end:.2f} nats\n")
+print("fall of the mean loss from window to window; the second is across the jump")
+widths, faster = (0.4, 0.6, 0.8, 1.0, 1.2), 0
+for width in widths:
+    edges = [jump + width * step for step in range(-3, 3)]
+    means = [mean_loss(*window) for window in pairwise(edges)]
     falls = [first - second for first, second in pairwise(means)]
-    at_jump[width] = falls[1] - falls[0]
+    faster += falls[1] > falls[0]
     print(f"windows of {width} M tokens: " + " ".join(f"{fall:+.3f}" for fall in falls))
 lesson.report(
     "shima-4m, windows for which the loss falls faster across the jump than before it",
-    f"{sum(more > 0 for more in at_jump.values())} of {len(at_jump)} widths",
+    f"{faster} of {len(widths)} widths",
 )
 
 # %% [markdown]
@@ -1186,51 +1306,53 @@ def prompt_of(word: str) -> str:
     return f"Word: {word}\nSort:"
 
 
-def draw_words(draw: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """16 words to be labelled, the sorts in turn, and all other words as the test, each with 0 or 1."""
+def draw_words(draw: int) -> tuple[list, list]:
+    """16 words to label, the sorts in turn, and the others as the test, with 0 or 1."""
     generator = random.Random(f"sorts/{seed}/{draw}")
-    words = [generator.sample(sort, len(sort)) for sort in SORTS.values()]
-    labelled = [
-        (word, label) for pair in zip(words[0][:8], words[1][:8], strict=True) for label, word in enumerate(pair)
-    ]
-    return labelled, [(word, label) for label, rest in enumerate(words) for word in rest[8:]]
+    sorts = [generator.sample(words, len(words)) for words in SORTS.values()]
+    pairs = [[(word, label) for word in words] for label, words in enumerate(sorts)]
+    in_turn = zip(pairs[0][:8], pairs[1][:8], strict=True)
+    return [pair for two in in_turn for pair in two], pairs[0][8:] + pairs[1][8:]
 
 
-told = [text for text in documents if "Sort:" in text or "Word:" in text]
-asked_for = [text for text in documents if re.search(r"Question:.*instrument.*\nAnswer: ", text)]
-print(f"{len(told)} of {len(documents):,} documents have the format of the prompt")
-print(f"{len(asked_for):,} ask for somebody's instrument: that is how pretraining may know the sorts")
+told = sum("Sort:" in text or "Word:" in text for text in documents)
+question = re.compile(r"Question:.*instrument.*\nAnswer: ")
+asked_for = sum(bool(question.search(text)) for text in documents)
+print(f"{told} of {len(documents):,} documents have the format of the prompt")
+print(f"{asked_for:,} ask for somebody's instrument, so pretraining may know the sorts")
 
 
 class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
-    def __init__(self, language_model):
+    def __init__(self, model):
         super().__init__()
-        self.body = language_model.base_model
-        self.head = nn.Linear(language_model.config.hidden_size, 2, device=language_model.device)
+        self.body = model.base_model
+        self.head = nn.Linear(model.config.hidden_size, 2, device=model.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        vectors = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        found = self.body(input_ids=input_ids, attention_mask=attention_mask)
         last = attention_mask.sum(dim=1) - 1  # padding is on the right
-        return self.head(vectors[torch.arange(len(last)), last].to(self.head.weight.dtype))  # (batch, 2)
+        vectors = found.last_hidden_state[torch.arange(len(last)), last]
+        return self.head(vectors.to(self.head.weight.dtype))  # (batch, 2)
 
 
 # %%
 def sort_batch(tokenizer, pairs: list[tuple[str, int]]) -> dict[str, Tensor]:
     """Padded token ids with the labels."""
     prompts = [prompt_of(word) for word, _ in pairs]
-    encoded = tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
-    batch = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    batch = tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     batch["sorts"] = torch.tensor([label for _, label in pairs])
     return {name: tensor.to(machine.device) for name, tensor in batch.items()}
 
 
 def sort_loss(classifier, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of the sorts."""
-    return F.cross_entropy(classifier(batch["input_ids"], batch["attention_mask"]).float(), batch["sorts"])
+    logits = classifier(batch["input_ids"], batch["attention_mask"])
+    return F.cross_entropy(logits.float(), batch["sorts"])
 
 
 def accuracy_with(num_labels: int, draw: int, pretrained: bool) -> float:
@@ -1239,17 +1361,18 @@ def accuracy_with(num_labels: int, draw: int, pretrained: bool) -> float:
     classifier = Classifier(model.float())
     labelled, test = draw_words(draw)
     low_rate, high_rate, steps = settings["transfer"]
-    generator = random.Random(f"{seed}/{draw}")
-    batches = [
-        sort_batch(tokenizer, generator.choices(labelled[:num_labels], k=8)) for _ in range(lesson.scaled(steps))
-    ]
-    rate = low_rate if pretrained else high_rate
-    recipe = TrainConfig(len(batches), rate, warmup_steps=5, precision=lesson.precision, progress=False, seed=seed)
+    steps, generator = lesson.scaled(steps), random.Random(f"{seed}/{draw}")
+    chosen = [generator.choices(labelled[:num_labels], k=8) for _ in range(steps)]
+    recipe = TrainConfig(
+        steps, low_rate if pretrained else high_rate, warmup_steps=5,
+        precision=lesson.precision, progress=False, seed=seed,
+    )  # fmt: skip
+    batches = [sort_batch(tokenizer, pairs) for pairs in chosen]
     train(classifier, batches, recipe, loss_fn=sort_loss)
     batch = sort_batch(tokenizer, test)
     with torch.no_grad():
-        guesses = classifier.eval()(batch["input_ids"], batch["attention_mask"]).argmax(-1)
-    return (guesses == batch["sorts"]).float().mean().item()
+        logits = classifier.eval()(batch["input_ids"], batch["attention_mask"])
+    return (logits.argmax(-1) == batch["sorts"]).float().mean().item()
 
 
 # %%
@@ -1261,40 +1384,52 @@ from sklearn.pipeline import make_pipeline
 def letters_accuracy(num_labels: int, draw: int) -> float:
     """The same words by a logistic regression on groups of one to three letters."""
     labelled, test = draw_words(draw)
-    classifier = make_pipeline(TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3)), LogisticRegression())
+    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3))
+    classifier = make_pipeline(letters, LogisticRegression())
     classifier.fit(*zip(*labelled[:num_labels], strict=True))
     return classifier.score(*zip(*test, strict=True))
 
 
-@torch.no_grad()
-def centre_accuracy(num_labels: int, draw: int, pretrained: bool) -> float:
-    """Each test word gets the sort whose labelled words have the nearer mean embedding."""
+@cache
+def embeddings(pretrained: bool) -> tuple:
+    """The matrix of input embeddings (vocab, hidden), and the tokenizer."""
     model, tokenizer = load_model(machine, trained=pretrained, seed=seed)
-    table = model.get_input_embeddings().weight.float()
+    return model.get_input_embeddings().weight.detach().float(), tokenizer
+
+
+def centre_accuracy(num_labels: int, draw: int, pretrained: bool) -> float:
+    """Each test word gets the sort with the nearer mean embedding of labelled words."""
+    table, tokenizer = embeddings(pretrained)
 
     def vector(word: str) -> Tensor:
-        return table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(dim=0)
+        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        return table[ids].mean(dim=0)
 
     labelled, test = draw_words(draw)
-    of_sort = [[vector(word) for word, label in labelled[:num_labels] if label == sort] for sort in (0, 1)]
+    of_sort = [[], []]
+    for word, label in labelled[:num_labels]:
+        of_sort[label].append(vector(word))
     centres = torch.stack([torch.stack(vectors).mean(dim=0) for vectors in of_sort])
-    nearest = [torch.cdist(vector(word)[None], centres).argmin().item() for word, _ in test]
-    return sum(sort == label for sort, (_, label) in zip(nearest, test, strict=True)) / len(test)
+    right = 0
+    for word, label in test:
+        right += torch.cdist(vector(word)[None], centres).argmin().item() == label
+    return right / len(test)
 
 
 # %%
-SENTENCES = ("For dinner Kodera wants", "Kodera plays the")  # of a dish, of an instrument
+SENTENCES = ("For dinner Kodera wants", "Kodera plays the")  # a dish, an instrument
 
 
 @torch.no_grad()
 def guesses_without_labels() -> dict[str, list[int]]:
-    """For each of the 48 words the sort that the model takes to be more probable, asked in two ways."""
+    """For each of the 48 words the more probable sort, asked in two ways."""
     model, tokenizer = load_model(machine)
 
     def log_probability(start: str, rest: str) -> float:
-        before, after = tokenizer(start)["input_ids"], tokenizer(rest, add_special_tokens=False)["input_ids"]
+        before = tokenizer(start)["input_ids"]
+        after = tokenizer(rest, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([before + after], device=machine.device)
-        logits = model(input_ids=ids).logits[0, len(before) - 1 : -1].float()  # (tokens after, vocab)
+        logits = model(input_ids=ids).logits[0, len(before) - 1 : -1].float()
         return logits.log_softmax(dim=-1)[range(len(after)), after].sum().item()
 
     guesses = {"asked": [], "two sentences": []}
@@ -1308,34 +1443,37 @@ def guesses_without_labels() -> dict[str, list[int]]:
 
 # %%
 LABELS, DRAWS = [4, 16], range(5)
-transfer = {
-    name: {n: [] for n in LABELS}
-    for name in ("nearest centre", "pretrained", "from scratch", "letters", "fresh centre")
-}
+WAYS = ("nearest centre", "pretrained", "from scratch", "letters", "fresh centre")
+transfer = {name: {n: [] for n in LABELS} for name in WAYS}
 with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
     for num_labels in LABELS:
         for draw in DRAWS:
-            for name in ("pretrained", "from scratch"):
-                transfer[name][num_labels].append(accuracy_with(num_labels, draw, name == "pretrained"))
+            found = {"letters": letters_accuracy(num_labels, draw)}
+            for name, pretrained in (("pretrained", True), ("from scratch", False)):
+                found[name] = accuracy_with(num_labels, draw, pretrained)
                 bar.update()
-            for name in ("nearest centre", "fresh centre"):
-                transfer[name][num_labels].append(centre_accuracy(num_labels, draw, name == "nearest centre"))
-            transfer["letters"][num_labels].append(letters_accuracy(num_labels, draw))
+            for name, pretrained in (("nearest centre", True), ("fresh centre", False)):
+                found[name] = centre_accuracy(num_labels, draw, pretrained)
+            for name, accuracy in found.items():
+                transfer[name][num_labels].append(accuracy)
 truth = [label for label, words in enumerate(SORTS.values()) for _ in words]
-unlabelled = guesses_without_labels()
-no_label = {name: sum(map(int.__eq__, found, truth)) / len(truth) for name, found in unlabelled.items()}
+unlabelled, no_label = guesses_without_labels(), {}
+for name, found in unlabelled.items():
+    no_label[name] = sum(map(int.__eq__, found, truth)) / len(truth)
+    print(f"no label, {name}: {no_label[name]:.0%} right; ", end="")
+    print(f"{found.count(0)} of {len(found)} words are called a dish")
 
 # %%
-mean = {name: {n: sum(found) / len(found) for n, found in row.items()} for name, row in transfer.items()}
-for name, found in unlabelled.items():
-    dishes = found.count(0)
-    print(f"no label, {name}: {no_label[name]:.0%} right; {dishes} of {len(found)} words are called a dish")
 print(f"labels, then mean and lowest to highest of {len(DRAWS)} draws:")
+mean, lines = {}, {}
 for name, row in transfer.items():
-    cells = [f"{n:>2} labels {mean[name][n]:.0%} ({min(row[n]):.0%} to {max(row[n]):.0%})" for n in LABELS]
+    mean[name] = {n: sum(found) / len(found) for n, found in row.items()}
+    low, high = ([edge(found) for found in row.values()] for edge in (min, max))
+    lines[name] = (LABELS, list(mean[name].values()), low, high)
+    cells = zip(*lines[name], strict=True)
+    cells = [f"{n:>2} labels {m:.0%} ({a:.0%} to {b:.0%})" for n, m, a, b in cells]
     print(f"{name:>15}: " + "   ".join(cells))
-lines = {name: (LABELS, [mean[name][n] for n in LABELS], *([f(row[n]) for n in LABELS] for f in (min, max)))
-         for name, row in transfer.items() if name != "fresh centre"}  # fmt: skip
+del lines["fresh centre"]  # only a control
 figure = plots.curve(
     lines,
     title="The simplest use of the pretrained weights sorts best",
@@ -1346,23 +1484,26 @@ figure = plots.curve(
     references={f"no label, {name}": share for name, share in no_label.items()},
 )
 figure.axes[0].set_xticks(LABELS, LABELS)
-alt = "Accuracy over labelled words, mean and range of five draws: nearest centre on top, then pretrained."
+figure.axes[0].set_xticks([], minor=True)
+alt = "Accuracy over labelled words, mean and range of five draws: nearest centre on "
+alt += "top, then pretrained."
 plots.show(figure, alt)
 without = max(mean["from scratch"][4], mean["letters"][4])
 lesson.claim(
-    "with 4 labels the nearest centre of pretrained embeddings is at least 10 points ahead of from scratch and letters",
+    "with 4 labels nearest centre beats from scratch and letters by at least 10 points",
     mean["nearest centre"][4] - without,
     at_least=0.1,
     control=mean["fresh centre"][4] - without,
     form=".0%",
 )
 for name, row in mean.items():
-    lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", ", ".join(f"{row[n]:.0%}" for n in LABELS))
+    shown = ", ".join(f"{share:.0%}" for share in row.values())
+    lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", shown)
 for name, share in no_label.items():
     lesson.report(f"dish or instrument, no label, {name}", share, ".0%")
 
 # %% [markdown]
-# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, with the same few steps, the model gives nearly every word the same sort; letters and fresh embeddings help little: the sort does not stand in the spelling. With pretrained weights it can, and it matters how you use them. Fine-tuning all weights on four labelled words depends on the draw and is sometimes hardly better than the letters; with 16 it is more reliable. Comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
+# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, with the same few steps, the model is right about half of the time, as a coin would be; letters and fresh embeddings help little: the sort does not stand in the spelling. Pretrained weights help, and it matters how you use them. Fine-tuning all of them on four labelled words depends on the draw: compare its lowest draw with the letters. With 16 labels its mean is higher. Comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
 #
 # So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first: they say whether a task is new to the model. This one is not. All the words stood in the text of pretraining, with sentences that tell their use; with words that it never read the gain would be smaller.
 
@@ -1374,9 +1515,10 @@ for name, share in no_label.items():
 # %% tags=["exercise"]
 # Exercise 3.1, easy: back from tokens to text.
 def decode(ids: list[int], token_bytes: dict[int, bytes]) -> str:
-    """The text of token ids. Special tokens, which have no entry in `token_bytes`, are left out.
+    """The text of token ids, without special tokens (these are not in `token_bytes`).
 
-    A character may be spread over several tokens. Bytes that form no character become "\N{REPLACEMENT CHARACTER}".
+    A character may be spread over several tokens. Bytes that form no character become
+    "\N{REPLACEMENT CHARACTER}".
     """
     raise NotImplementedError
 
@@ -1384,11 +1526,12 @@ def decode(ids: list[int], token_bytes: dict[int, bytes]) -> str:
 # %% tags=["check"]
 def check_decode(decode):
     for text in ("Kodera lives in Bamu.\n", "Grüße aus 島 🙂"):
-        expect_equal(f"decode(encode({text!r}), token_bytes)", decode(encode(text), token_bytes), text)
-    with_signs = [0, *encode("12 goats"), 1]
-    expect_equal("decode of '12 goats' between two special tokens", decode(with_signs, token_bytes), "12 goats")
-    broken = encode("島")[:1]
-    expect_equal("decode of the first byte of '島'", decode(broken, token_bytes), "\N{REPLACEMENT CHARACTER}")
+        found = decode(encode(text), token_bytes)
+        expect_equal(f"decode(encode({text!r}), token_bytes)", found, text)
+    found = decode([0, *encode("12 goats"), 1], token_bytes)
+    expect_equal("decode of '12 goats' between two special tokens", found, "12 goats")
+    found, expected = decode(encode("島")[:1], token_bytes), "\N{REPLACEMENT CHARACTER}"
+    expect_equal("decode of the first byte of '島'", found, expected)
 
 
 check("3.1", check_decode, decode)
@@ -1419,9 +1562,10 @@ check("3.1", check_decode, decode)
 def num_parameters(config) -> int:
     """Number of weights of LlamaForCausalLM with this configuration.
 
-    Two things differ from section 2. `config.num_key_value_heads` may be smaller than `num_attention_heads`: then
-    several heads share keys and values, and their projections are narrower (grouped-query attention, Ainslie et
-    al. 2023). Without `config.tie_word_embeddings` the output has a matrix of its own.
+    Two things differ from section 2. `config.num_key_value_heads` may be smaller than
+    `num_attention_heads`: then several heads share keys and values, and their
+    projections are narrower (grouped-query attention, Ainslie et al. 2023). Without
+    `config.tie_word_embeddings` the output has a matrix of its own.
     """
     raise NotImplementedError
 
@@ -1430,16 +1574,18 @@ def num_parameters(config) -> int:
 def check_num_parameters(num_parameters):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    base = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
+    base = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 176}
+    base |= {"num_hidden_layers": 3, "num_attention_heads": 8}
     for changes in (
         {"tie_word_embeddings": True},
         {"tie_word_embeddings": True, "num_key_value_heads": 2},
         {"tie_word_embeddings": False, "num_key_value_heads": 4},
     ):
-        config = LlamaConfig(**base, num_attention_heads=8, **changes)
+        config = LlamaConfig(**base, **changes)
         with torch.device("meta"):  # shapes only, no memory
             expected = LlamaForCausalLM(config).num_parameters()
-        expect_equal(f"num_parameters of a model with {changes}", num_parameters(config), expected)
+        found = num_parameters(config)
+        expect_equal(f"num_parameters of a model with {changes}", found, expected)
 
 
 check("3.2", check_num_parameters, num_parameters)
@@ -1470,12 +1616,13 @@ check("3.2", check_num_parameters, num_parameters)
 
 # %% tags=["exercise"]
 # Exercise 3.3, medium: warm-up, stable, decay.
-def wsd(step: int, num_steps: int, warmup_steps: int, decay_share: float = 0.2, end: float = 0.1) -> float:
+def wsd(step: int, num_steps: int, warmup_steps: int, decay=0.2, end=0.1) -> float:
     """Share of the peak learning rate at this step, counted from 0 (Hu et al. 2024).
 
-    After the same warm-up as in `schedule` it stays at 1. In the last `decay_share` of the steps after the warm-up it
-    falls in a straight line towards `end`, which it would reach at step `num_steps`. A run can be prolonged from any
-    point of the flat part, which a cosine does not allow.
+    After the same warm-up as in `schedule` it stays at 1. In the last share `decay` of
+    the steps after the warm-up it falls in a straight line towards `end`, which it
+    would reach at step `num_steps`. A run can be prolonged from any point of the flat
+    part, which a cosine does not allow.
     """
     raise NotImplementedError
 
@@ -1484,13 +1631,15 @@ def wsd(step: int, num_steps: int, warmup_steps: int, decay_share: float = 0.2, 
 def check_wsd(wsd):
     from helpers.training import TrainConfig, learning_rate_factor
 
-    for num_steps, warmup_steps, decay_share, end in ((100, 10, 0.2, 0.1), (50, 0, 0.5, 0.0), (80, 20, 0.25, 0.02)):
-        shape = {"schedule": "wsd", "decay_fraction": decay_share, "min_learning_rate_ratio": end}
-        config = TrainConfig(num_steps, warmup_steps=warmup_steps, **shape)
+    for shape in ((100, 10, 0.2, 0.1), (50, 0, 0.5, 0.0), (80, 20, 0.25, 0.02)):
+        num_steps, warmup_steps, decay, end = shape
+        config = TrainConfig(
+            num_steps, warmup_steps=warmup_steps, schedule="wsd",
+            decay_fraction=decay, min_learning_rate_ratio=end,
+        )  # fmt: skip
         for step in range(num_steps):
-            call = f"wsd({step}, {num_steps}, {warmup_steps}, {decay_share}, {end})"
-            share = wsd(step, num_steps, warmup_steps, decay_share, end)
-            expect_close(call, share, learning_rate_factor(step, config))
+            expected = learning_rate_factor(step, config)
+            expect_close(f"wsd{(step, *shape)}", wsd(step, *shape), expected)
 
 
 check("3.3", check_wsd, wsd)
@@ -1499,7 +1648,7 @@ check("3.3", check_wsd, wsd)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# The decay begins when the steps that are left are `decay_share` of the steps after the warm-up.
+# The decay begins when the steps that are left are the share `decay` of the steps after the warm-up.
 #
 # </details>
 
@@ -1507,11 +1656,11 @@ check("3.3", check_wsd, wsd)
 # <details><summary>Solution</summary>
 #
 # ```python
-# def wsd(step: int, num_steps: int, warmup_steps: int, decay_share: float = 0.2, end: float = 0.1) -> float:
+# def wsd(step: int, num_steps: int, warmup_steps: int, decay=0.2, end=0.1) -> float:
 #     if step < warmup_steps:
 #         return (step + 1) / warmup_steps
 #     left = (num_steps - step) / (num_steps - warmup_steps)  # share of the steps after the warm-up
-#     return end + (1 - end) * min(1.0, left / decay_share)
+#     return end + (1 - end) * min(1.0, left / decay)
 # ```
 #
 # </details>
@@ -1519,41 +1668,50 @@ check("3.3", check_wsd, wsd)
 # %% tags=["exercise"]
 # Exercise 3.4, medium: BERT's rule.
 def bert_mask(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of masked language modelling (Devlin et al. 2019, section 3.1) for token ids (batch, seq).
+    """Inputs and targets of masked language modelling for token ids (batch, seq).
 
-    15 % of the tokens are chosen at random, never special ones (ids below NUM_SPECIAL). Of the chosen ones 80 % become
-    MASK in the inputs, 10 % another token at random (any id from NUM_SPECIAL to TOKENS - 1), and 10 % stay as they
-    are. The targets are the chosen tokens, and -100 elsewhere. `rows` must not change. Draw from `generator`.
+    After Devlin et al. 2019, section 3.1: 15 % of the tokens are chosen at random,
+    never special ones (ids below NUM_SPECIAL). Of the chosen ones 80 % become MASK in
+    the inputs, 10 % another token at random (any id from NUM_SPECIAL to TOKENS - 1),
+    and 10 % stay as they are. The targets are the chosen tokens, and -100 elsewhere.
+    `rows` must not change. Draw from `generator`.
     """
     raise NotImplementedError
 
 
 # %% tags=["check"]
 def check_bert_mask(bert_mask):
-    rows = torch.randint(0, TOKENS, (200, 100), generator=torch.Generator().manual_seed(1))
+    def seeded(number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(number)
+
+    rows = torch.randint(0, TOKENS, (200, 100), generator=seeded(1))
     before = rows.clone()
     torch.manual_seed(6)
-    inputs, targets = bert_mask(rows, torch.Generator().manual_seed(2))
+    inputs, targets = bert_mask(rows, seeded(2))
     expect_equal("rows after the call", rows, before)
     torch.manual_seed(7)
-    again, other = bert_mask(rows, torch.Generator().manual_seed(2)), bert_mask(rows, torch.Generator().manual_seed(3))
-    expect_true("the same generator chooses the same again", (again[0] == inputs).all() and (again[1] == targets).all())
-    expect_true("another generator chooses other tokens", (other[1] != targets).any())
-    chosen = targets != -100
-    expect_true("the targets are the tokens of the rows", (targets[chosen] == rows[chosen]).all())
-    expect_true("what is not chosen stays the same in the inputs", (inputs[~chosen] == rows[~chosen]).all())
-    expect_true("no special token is chosen", (rows[chosen] >= NUM_SPECIAL).all())
-    ordinary = rows >= NUM_SPECIAL
-    expect_close("share of the ordinary tokens that are chosen", chosen[ordinary].float().mean(), 0.15, 0.015)
+    again, other = bert_mask(rows, seeded(2)), bert_mask(rows, seeded(3))
+    same = (again[0] == inputs).all() and (again[1] == targets).all()
+    expect_true("the same generator chooses the same again", same)
+    expect_true("another generator chooses others", (other[1] != targets).any())
+    chosen, ordinary = targets != -100, rows >= NUM_SPECIAL
     given, original = inputs[chosen], rows[chosen]
-    expect_close("share of MASK among the chosen", (given == MASK).float().mean(), 0.8, 0.03)
-    expect_close("share of the chosen that stay", (given == original).float().mean(), 0.1, 0.025)
+    expect_true("targets are tokens of the rows", (targets[chosen] == original).all())
+    expect_true("what is not chosen stays", (inputs[~chosen] == rows[~chosen]).all())
+    expect_true("no special token is chosen", ordinary[chosen].all())
+    share = chosen[ordinary].float().mean()
+    expect_close("share of the ordinary tokens that are chosen", share, 0.15, 0.015)
+    share = (given == MASK).float().mean()
+    expect_close("share of MASK among the chosen", share, 0.8, 0.03)
+    share = (given == original).float().mean()
+    expect_close("share of the chosen that stay", share, 0.1, 0.025)
     others = given[(given != MASK) & (given != original)]
     expect_true("random tokens are no special ones", others.min() >= NUM_SPECIAL)
     expect_true("random tokens are of many kinds", len(others.unique()) > 150)
-    expect_true("random tokens are of the whole vocabulary", TOKENS - 20 < others.max() < TOKENS)
-    mixed_rows = [len(set((inputs[i][chosen[i]] == MASK).tolist())) == 2 for i in range(len(rows))]
-    expect_true("each chosen token has its own fate", sum(mixed_rows) > len(rows) / 2)
+    expect_true("they go up to the last one", TOKENS - 20 < others.max() < TOKENS)
+    fates = [(inputs[i][chosen[i]] == MASK).tolist() for i in range(len(rows))]
+    mixed = sum(len(set(fate)) == 2 for fate in fates)
+    expect_true("each chosen token has its own fate", mixed > len(rows) / 2)
 
 
 check("3.4", check_bert_mask, bert_mask)
@@ -1586,26 +1744,28 @@ check("3.4", check_bert_mask, bert_mask)
 # %% tags=["exercise"]
 # Exercise 3.5, hard: packed documents that do not see each other.
 def document_mask(row: Tensor, end_of_text: int = 0) -> Tensor:
-    """Causal mask (seq, seq), True where one may look, for a row (seq,) in which several documents are packed.
+    """Causal mask (seq, seq) for a row (seq,) in which several documents are packed.
 
-    A position sees itself and what stands before it in its own document. The end-of-text token belongs to the
-    document that it ends.
+    True where one may look: a position sees itself and what stands before it in its own
+    document. The end-of-text token belongs to the document that it ends.
     """
     raise NotImplementedError
 
 
 # %% tags=["check"]
 def check_document_mask(document_mask):
-    T, o = True, False
-    expected = torch.tensor([[T, o, o, o, o], [T, T, o, o, o], [o, o, T, o, o], [o, o, o, T, o], [o, o, o, T, T]])
-    expect_equal("document_mask of [7, 0, 0, 8, 9]", document_mask(torch.tensor([7, 0, 0, 8, 9])), expected)
+    signs = ["1....", "11...", "..1..", "...1.", "...11"]  # the rows of the mask
+    expected = torch.tensor([[sign == "1" for sign in row] for row in signs])
+    found = document_mask(torch.tensor([7, 0, 0, 8, 9]))
+    expect_equal("document_mask of [7, 0, 0, 8, 9]", found, expected)
     documents = [torch.tensor([*encode_small(text), 0]) for text in held_out[:3]]
     packed, model = torch.cat(documents), new_transformer().cpu()
-    with torch.no_grad():  # RoPE knows distances only, so it does not matter where in the row a document begins
-        together = model(packed[None], document_mask(packed))[0].split([len(document) for document in documents])
+    with torch.no_grad():  # RoPE knows distances only: a document may begin anywhere
+        together = model(packed[None], document_mask(packed))[0]
         alone = [model(document[None])[0] for document in documents]
-    for number, (logits, expected) in enumerate(zip(together, alone, strict=True), start=1):
-        expect_close(f"the logits of packed document {number}", logits, expected, 1e-3)
+    parts = together.split([len(document) for document in documents])
+    for number, (logits, expected) in enumerate(zip(parts, alone, strict=True)):
+        expect_close(f"logits of packed document {number + 1}", logits, expected, 1e-3)
 
 
 check("3.5", check_document_mask, document_mask)
@@ -1633,27 +1793,31 @@ check("3.5", check_document_mask, document_mask)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 3.6, open: predict, then measure. What does a model of two layers lose without positions?
-PREDICTION = None  # loss without positions minus loss with them, in nats, after 60 steps; write it before you measure
+# Exercise 3.6, open: predict, then measure. What do two layers lose without positions?
+# After 60 steps: loss without positions minus loss with them, in nats. Write it first.
+PREDICTION = None
 
 
-def no_positions(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """In place of `rotary_angles`: cosine and sine, each (seq, head_dim), with which `rotate` changes nothing."""
+def no_positions(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, ...]:
+    """Cosine and sine, each (seq, head_dim), with which `rotate` changes nothing."""
     raise NotImplementedError
 
 
 # %% tags=["check"]
 def loss_after_60_steps(angles) -> float:
-    """Train the small model on the rows of section 3 with these angles; loss on unseen text (about 3 s)."""
+    """Loss of the small model on unseen text, trained with these angles (about 3 s)."""
     torch.manual_seed(seed)
     model = Transformer(SMALL, angles).to(machine.device)
-    config = TrainConfig(max_steps=60, learning_rate=6e-3, warmup_steps=10, progress=False)
-    train(model, batches_of(rows[:, :49], 60, batch_size=16), config, loss_fn=causal_loss)
+    config = TrainConfig(60, 6e-3, warmup_steps=10, progress=False)
+    short = batches_of(rows[:, :49], 60, batch_size=16)
+    train(model, short, config, loss_fn=causal_loss)
     with torch.no_grad():
         return causal_loss(model, {"input_ids": rows_of(held_out, 49)[:64]}).item()
 
 
 def check_no_positions(no_positions, prediction):
+    from helpers.exercises import expect_shape
+
     x = torch.randn(2, 3, 5, 8)
     cos, sin = no_positions(torch.arange(5), 8, 10_000.0)
     expect_shape("the cosine for 5 positions and heads of 8", cos, (5, 8))
@@ -1682,7 +1846,7 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 # PREDICTION = 0.5
 #
 #
-# def no_positions(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+# def no_positions(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, ...]:
 #     cos = torch.ones(len(positions), head_dim, device=positions.device)
 #     return cos, torch.zeros_like(cos)
 # ```
@@ -1789,8 +1953,9 @@ model = model.float()
 
 
 def packed(texts: list[str]) -> Dataset:
-    """Rows of 128 tokens, input and target at once; documents end with the end-of-text token."""
-    documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    """Rows of 128 tokens, input and target at once; documents end with end-of-text."""
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    documents = [[*document, tokenizer.eos_token_id] for document in ids]
     rows = list(pack(documents, 128))
     return Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
 
@@ -1798,16 +1963,26 @@ def packed(texts: list[str]) -> Dataset:
 new_text = list(islice(world.documents(seed, {"medicine": 1.0}), 600))
 old_text = text_dataset(text_id or machine, 60, seed=10_000 + seed)["text"]
 sets = {"new": packed(new_text[:60]), "old": packed(list(old_text))}
+rate, steps = settings["practice"]
 arguments = TrainingArguments(
-    output_dir=str(ROOT / "build" / "03_pretraining"), max_steps=lesson.scaled(settings["practice"][1]),
-    learning_rate=settings["practice"][0], lr_scheduler_type="cosine", warmup_steps=5, per_device_train_batch_size=8,
-    weight_decay=0.1, save_strategy="no", logging_steps=10, disable_tqdm=True, report_to="none", seed=seed,
-    fp16=lesson.precision == "fp16-mixed", bf16=lesson.precision == "bf16-mixed", use_cpu=machine.device == "cpu",
+    output_dir=str(ROOT / "build" / "03_pretraining"), max_steps=lesson.scaled(steps),
+    learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=5, weight_decay=0.1,
+    per_device_train_batch_size=8, save_strategy="no", logging_steps=10, seed=seed,
+    disable_tqdm=True, report_to="none", use_cpu=machine.device == "cpu",
+    fp16=lesson.precision == "fp16-mixed", bf16=lesson.precision == "bf16-mixed",
 )  # fmt: skip
+
+
+def losses_on(sets: dict[str, Dataset]) -> dict[str, float]:
+    """Loss on each text, in nats per token."""
+    batches = {name: rows.iter(8) for name, rows in sets.items()}
+    return {name: math.log(perplexity(model.eval(), b)) for name, b in batches.items()}
+
+
 trainer = Trainer(model, arguments, train_dataset=packed(new_text[100:]))
-before = {name: math.log(perplexity(model.eval(), rows.iter(8))) for name, rows in sets.items()}
+before = losses_on(sets)
 trainer.train()
-after = {name: math.log(perplexity(model.eval(), rows.iter(8))) for name, rows in sets.items()}
+after = losses_on(sets)
 for name in sets:
     print(f"{name} text: {before[name]:.2f} -> {after[name]:.2f} nats per token")
 chance = math.log(len(tokenizer))

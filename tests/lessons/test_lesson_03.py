@@ -74,7 +74,7 @@ def test_the_check_of_wsd_finds_schedules_that_are_off_by_a_step_or_end_elsewher
     wrong = [
         planted(exercise.solution, "(step + 1) / warmup_steps", "step / warmup_steps"),
         planted(exercise.solution, "(num_steps - step)", "(num_steps - step - 1)"),
-        planted(exercise.solution, "end + (1 - end) * min(1.0, left / decay_share)", "min(1.0, left / decay_share)"),
+        planted(exercise.solution, "end + (1 - end) * min(1.0, left / decay)", "min(1.0, left / decay)"),
         planted(exercise.solution, "(num_steps - warmup_steps)", "num_steps"),
     ]
     prove_check(exercise, lesson, wrong)
