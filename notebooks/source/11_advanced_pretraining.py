@@ -12,7 +12,7 @@
 # 1. count the bytes that a cached token costs under MHA, MQA, GQA and MLA, and mend a model whose heads were merged;
 # 2. write FlashAttention, forward and backward, equal to PyTorch's attention; replace the cache by a state of fixed size, and find out how much such a state can hold;
 # 3. turn a dense layer into a mixture of experts without changing one logit, and balance the experts;
-# 4. share out one model over real processes, in four ways and then four more, each equal to a single process and to torch, with the bytes that they send;
+# 4. share out one model over real processes, in three ways and then five more, each equal to a single process and to torch, with the bytes that they send;
 # 5. see what makes a run blow up and what holds it, and check in a minute whether a learning rate will fit a wider model.
 #
 # **Prerequisites:** lessons 01 and 03.
