@@ -71,7 +71,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from hashlib import blake2b
 
 import numpy as np
@@ -137,7 +137,7 @@ def two_at_a_time(job: Callable, runs: Sequence[tuple]) -> list:
     """job(*run) for each run, in order; two run at once on a core each, which suits small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ThreadPoolExecutor(2) as pool:
+    with futures.ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda run: job(*run), runs))
     torch.set_num_threads(threads)
     return results
@@ -3217,6 +3217,7 @@ def mended_layer(hidden: Tensor, up: Tensor, down: Tensor, all_reduce: Callable[
 
 # %% tags=["check"]
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 
 def in_threads(layer: Callable, processes: int, hidden: Tensor, up: Tensor, down: Tensor, gradient: Tensor) -> list:
