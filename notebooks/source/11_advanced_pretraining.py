@@ -870,7 +870,7 @@ for name, runs in recall.items():
     by_length = list(zip(*runs, strict=True))  # the seeds of each length
     lines[name] = (asked, *(list(map(pick, by_length)) for pick in (np.median, min, max)))
 figure = plots.curve(
-    lines, title="For long lists, a state needs more size or more training; attention does not",
+    lines, title="Long lists need a larger state, more training, or attention",
     xlabel="pairs in the list (training: up to 16)", ylabel="values recalled", log_x=True,
     percent=True, limits_y=(0, 1.05), references={"guessing": 1 / SYMBOLS},
 )  # fmt: skip
