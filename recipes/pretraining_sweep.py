@@ -152,12 +152,12 @@ def test_loss(model: LlamaForCausalLM) -> float:
     return loss_of(model, rows(1999, 64)).item()
 
 
-def train_cell(cell: Cell) -> dict[str, Any]:
-    """Train one cell on one thread and return what it is and what it reached."""
+def train_cell(cell: Cell, stop: int | None = None) -> dict[str, Any]:
+    """Train one cell on one thread, or only its first steps, and return what it is and what it reached."""
     torch.set_num_threads(1)
     started, model = time.process_time(), new_model(cell.width, cell.parametrisation, cell.seed)
     optims, curve = optimisers(model, cell), []
-    for step, batch in enumerate(training_rows(cell.seed, cell.steps)):
+    for step, batch in enumerate(training_rows(cell.seed, cell.steps)[:stop]):
         for group in (group for optim in optims for group in optim.param_groups):
             group["lr"] = group["peak"] * rate_factor(step, cell)
         loss_of(model, batch).backward()

@@ -221,7 +221,7 @@ def test_all_ways_to_share_out_the_work_also_hold_on_four_processes(tmp_path: Pa
     parts += ["class Copied", "def tensor_parallel", "def gpipe", "def run_stage", "def pipeline", "def zero"]
     parts += ["class Shifted", "def ring_attention", "def context_parallel", "def all_to_all", "def expert_parallel"]
     header = cell_with("def run_processes").split('"""')[1]
-    source = "\n\n".join([header, *map(cell_with, [*parts, "def main"]), "main()\n"])
+    source = "\n\n".join([header, *map(cell_with, [*parts, "def main"]), "start()\n"])
     (tmp_path / "parallel.py").write_text(source)
     ways = ["data_parallel", "zero", "sharded", "tensor_parallel", "pipeline_gpipe", "pipeline_1f1b"]
     ways += ["context_parallel", "expert_parallel"]
