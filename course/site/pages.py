@@ -18,7 +18,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 
-from course import quiz
+from course.site import quiz
 from helpers.colab import REPOSITORY, TAG
 from helpers.profiles import ROOT
 

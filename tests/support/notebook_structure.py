@@ -21,8 +21,8 @@ from nbformat import NotebookNode
 from nbformat.validator import iter_validate
 
 from course import notebooks
-from course.quiz import QUESTION
 from course.site import pages
+from course.site.quiz import QUESTION
 from course.study_time import study_time
 from helpers.colab import SETUP_CELL, badge
 

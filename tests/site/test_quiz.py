@@ -2,7 +2,7 @@
 
 import pytest
 
-from course.quiz import mark
+from course.site.quiz import mark
 
 QUESTION = (
     "**1. Which line rises, of $a$ and `b`?**\n\n- A. This one.\n- B. None.\n- C. Both.\n- D. The other.\n\n"
