@@ -490,7 +490,7 @@ def test_a_choice_is_marked_right_or_wrong_with_its_reason_and_both_languages_re
     assert marks(0) == ["right" if i == right[0] else "" for i in range(4)]
     assert marks(1) == [{right[1]: "right", wrong: "wrong"}.get(i, "") for i in range(4)]
     assert folds.evaluate_all("folds => folds.map(fold => fold.open)") == [True, True, False, False, False]
-    page.locator(".quiz").nth(1).locator("button").nth(right[1]).click()  # too late
+    page.locator(".quiz").nth(1).locator("button").nth(right[1]).click(force=True)  # too late
     assert score.inner_text() == "1 right, 2 of 5 answered"
     resize(page, 390)
     assert page.evaluate("() => document.documentElement.scrollWidth") == 390
