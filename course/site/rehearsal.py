@@ -34,7 +34,7 @@ def row(lesson: Rehearsed, memory: int) -> list[str]:
     return [
         f"{lesson.peak_gib:.1f}",
         f"{memory / GIB - lesson.device_gib:.1f}".replace("-", "−"),
-        "yes" if lesson.fits else "**no**",
+        "**no**" if not lesson.fits else "not known" if lesson.errors else "yes",
         str(len(lesson.errors)),
         f"{lesson.seconds:.0f}",
         f"{lesson.budget:.0%}".replace("%", " %"),

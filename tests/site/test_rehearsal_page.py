@@ -1,10 +1,13 @@
 """The page of the rehearsal says of each lesson what it found, and where there is nothing to say yet."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from course.notebooks import select_notebooks
 from course.rehearsal.report import Rehearsed, write_report
-from course.site.rehearsal import EMPTY, page
+from course.site.rehearsal import EMPTY, page, row
 
 LESSONS = select_notebooks()[:2]
 FOUND = Rehearsed(
@@ -39,3 +42,10 @@ def test_a_row_has_what_was_found_and_a_lesson_without_it_is_not_rehearsed_yet(t
 
 def test_without_a_report_the_page_says_how_to_make_one(tmp_path: Path) -> None:
     assert page(LESSONS, tmp_path / "rehearsal.json") == EMPTY
+
+
+@pytest.mark.parametrize(
+    ("fits", "errors", "said"), [(True, [], "yes"), (True, ["cell 5"], "not known"), (False, ["cell 5"], "**no**")]
+)
+def test_a_lesson_fits_only_if_all_of_it_ran(fits: bool, errors: list[str], said: str) -> None:
+    assert row(replace(FOUND, fits=fits, errors=errors), memory=16 * 2**30)[2] == said
