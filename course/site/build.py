@@ -1,8 +1,8 @@
 """Collects the sources of the book, and has Sphinx build it, without a network.
 
 The sources are collected in a folder that mirrors the repository: the pages in site/, every lesson, docs/*.md, the
-model cards and the headline figures. What is drawn from the notebooks' metadata, the ledger of claims, and the tables
-of the calculator, are written beside them.
+model cards and the headline figures. What is drawn from the notebooks' metadata, the ledger of claims, what the
+rehearsal found, and the tables of the calculator, are written beside them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from sphinx.cmd.build import build_main
 
 from course.notebooks import read_notebook, select_notebooks, tags
-from course.site import glossary, japanese, ledger, lesson_map
+from course.site import glossary, japanese, ledger, lesson_map, rehearsal
 from course.site.chromium import chromium
 from course.site.pdf import print_book
 from course.slides.sections import figures
@@ -110,6 +110,7 @@ def collect(folder: Path, files: dict[str, str]) -> None:
         documents="\n".join(entries),
     )
     fill(folder / "claims.md", claims=ledger.page(lessons))
+    fill(folder / "rehearsal.md", rehearsal=rehearsal.page(lessons))
     fill(folder / "glossary.md", symbols=glossary.symbols(lessons))
     fill(folder / "lesson_map.md", map=lesson_map.draw(lessons))
     tables = "const CALCULATOR = " + json.dumps(calculator_tables(), separators=(",", ":")) + ";\n"

@@ -1,8 +1,9 @@
 """What the book changes in the sources while Sphinx reads them; the files themselves stay as they are committed.
 
-A lesson's Colab badge, an image on another server, becomes a bar with two local buttons. A further section is marked,
-so that the browser folds it. Links to files that are no
-page of the book lead to the repository. Images get the alternative text that the notebook keeps beside them.
+A lesson's Colab badge, an image on another server, becomes a bar with two local buttons. Marked, so
+that scripts find them in the browser, are further sections and the right choice of each question of the quiz. Links to
+files that are no page of the book lead to the repository. Images get the alternative text that the notebook keeps
+beside them.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 
+from course.site import quiz
 from helpers.colab import REPOSITORY, TAG
 from helpers.profiles import ROOT
 
@@ -34,12 +36,15 @@ def prepare_source(app: Sphinx, name: str, source: list[str]) -> None:
         return
     notebook = json.loads(source[0])
     for cell in notebook["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if "quiz" in tags:
+            cell["source"] = quiz.mark("".join(cell["source"]), f"{posixpath.basename(name)}.{cell['id']}")
         if cell["cell_type"] == "markdown":
             text = BADGE.sub(lambda found: buttons(name, found[1]), "".join(cell["source"]))
             text = text.replace(FURTHER, f'<p class="further">{FURTHER.strip("*")}</p>')
             cell["source"] = lead_to_repository(app, name, text)
-        elif "setup" in cell["metadata"].get("tags", []):
-            cell["metadata"]["tags"].append("hide-input")
+        elif "setup" in tags:
+            tags.append("hide-input")
     app.env.metadata[name]["alternatives"] = [
         output["metadata"].get("image/png", {}).get("alt", "")
         for cell in notebook["cells"]

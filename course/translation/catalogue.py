@@ -124,8 +124,14 @@ def update() -> list[Path]:
 
 
 def write(name: str, catalogue: Catalog) -> bool:
-    """Write the catalogue, one line a message; whether that changed the file."""
+    """Write the catalogue, one line a message; whether that changed the file.
+
+    What a message was before it changed is kept, as a comment, until its translation is no longer fuzzy.
+    """
     path = CATALOGUES / f"{name}.po"
+    for message in catalogue:
+        if not message.fuzzy:
+            message.user_comments = [line for line in message.user_comments if not line.startswith("|")]
     written = io.BytesIO()
     write_po(written, catalogue, width=0, ignore_obsolete=True, include_previous=True)
     text = HEADER.sub("", written.getvalue().decode())

@@ -28,6 +28,7 @@ KEPT = {  # what a translation must have as often as the English, and is taken o
     "links": re.compile(r"\]\([^)\s]*\)"),
     "placeholders": re.compile(r"\{[^}]*\}+"),
     "numbers": NUMBER,
+    "letters": re.compile(r"^[A-D](?=\. )"),  # of a choice in a quiz
 }
 
 

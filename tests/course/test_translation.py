@@ -96,6 +96,12 @@ def test_what_a_translation_changed_is_named(japanese: str, said: str) -> None:
     assert said in differences(english, japanese)
 
 
+def test_a_choice_of_a_quiz_keeps_its_letter() -> None:
+    assert differences("A. It rises, and B falls.", "A. 上がり、B は下がる。") == []
+    assert "letters: A is missing" in differences("A. It rises.", "上がる。")
+    assert "letters: B is not in the English" in differences("A. It rises.", "B. 上がる。")
+
+
 @pytest.fixture(scope="module")
 def wanted() -> dict[str, list[str]]:
     """The messages of the course, read once."""
@@ -152,6 +158,9 @@ def test_an_update_makes_a_changed_message_fuzzy_adds_a_new_one_and_drops_what_i
     found = "\n".join(catalogue.problems())
     assert "lesson_map.po has no Japanese for: A new one" in found and "18_new.po has no Japanese for: A word" in found
     assert "lesson_map.po has a fuzzy one" in found
+    replace(copy / "lesson_map.po", "#, fuzzy\n", "")
+    catalogue.update()
+    assert "# |" not in (text := (copy / "lesson_map.po").read_text(encoding="utf-8")) and "#|" not in text
     monkeypatch.setattr(catalogue, "documents", lambda: wanted)
     catalogue.update()
     assert not (copy / "18_new.po").exists()

@@ -37,6 +37,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / "course" / name, ignore=ignored)
     (folder / "course/notebooks").mkdir()
     shutil.copy(LESSON, folder / "course/notebooks")
+    (folder / "course/docs").mkdir()
+    shutil.copy(ROOT / "docs/gpu.md", folder / "course/docs")  # the page of the rehearsal leads to it
     command = [sys.executable, "-m", "course", "site", "--epub", "--pdf", "--out", str(folder / "made")]
     done = subprocess.run(command, cwd=folder / "course", capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,6 +116,7 @@ def test_figures_keep_their_texts_and_solutions_are_folded(pages):
     folds = [fold for fold in pages[PAGE].iter(f"{XHTML}details") if "hide" not in fold.get("class", "")]
     assert len(folds) == sum(cell.source.count("<details>") for cell in cells) > 0
     assert not any("open" in fold.attrib for fold in folds)
+    assert sum("data-right" in fold.attrib for fold in folds) == 5  # a question of the quiz, as in the notebook
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from bs4 import BeautifulSoup, Tag
 
 from course import notebooks
 from course.claims.ledger import read_ledger
+from course.rehearsal.report import read_report
 from course.site.chromium import FLAGS, NAMES
 from course.slides.sections import figures
 from helpers.colab import badge
@@ -73,6 +74,7 @@ def test_every_lesson_document_and_model_card_has_a_page_that_the_contents_list(
         "lesson_map.html",
         "glossary.html",
         "claims.html",
+        "rehearsal.html",
         "memory_calculator.html",
         "search.html",
     }
@@ -197,6 +199,22 @@ def test_the_ledger_has_a_table_for_each_lesson_that_is_in_it(pages):
     assert [len(table.select("tbody tr")) for table in tables] == [len(lesson.claims) for lesson in ledger.values()]
 
 
+def test_the_rehearsal_has_a_row_for_each_lesson_on_each_gpu(pages):
+    tables = content(pages["rehearsal.html"]).find_all("table")
+    assert [len(table.select("tbody tr")) for table in tables] == [len(NOTEBOOKS)] * len(read_report())
+
+
+def test_each_question_of_a_quiz_is_marked_with_its_answer_and_both_languages_agree(pages):
+    def answers(page: BeautifulSoup) -> dict[str, str]:
+        return {box["data-question"]: box["data-right"] for box in page.select("details[data-right]")}
+
+    for path, page in lesson_pages(pages):
+        quiz = [cell.source for cell in notebooks.read_notebook(path).cells if "quiz" in notebooks.tags(cell)]
+        right = [re.search(r"</summary>\n\n([A-D])\. ", source)[1] for source in quiz]
+        assert list(answers(page).values()) == right and len(right) == 5, path.stem
+        assert answers(pages[f"ja/notebooks/{path.stem}.html"]) == answers(page)
+
+
 # The Japanese part
 
 
@@ -293,10 +311,14 @@ ONE_OF_EACH_KIND = """() => {
 }"""
 
 
-def serious(page, rules: list[str] | None = None) -> list[str]:
-    """What axe-core calls serious or critical on the page as it is, by all its rules or by these."""
+def serious(page, rules: list[str] | None = None, within: str = "html") -> list[str]:
+    """What axe-core calls serious or critical on the page as it is, by all its rules or by these, within a selector."""
     options = {"resultTypes": ["violations"], "preload": False} | ({"runOnly": rules} if rules else {})
-    results = page.evaluate("options => axe.run(document, options)", options)
+    if not page.evaluate("() => Boolean(window.axe)"):
+        import axe_playwright_python
+
+        page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
+    results = page.evaluate("([within, options]) => axe.run(within, options)", [within, options])
     return [
         f"{finding['id']}: {node['html'][:150]} {node.get('failureSummary', '')[:200]}"
         for finding in results["violations"]
@@ -306,9 +328,6 @@ def serious(page, rules: list[str] | None = None) -> list[str]:
 
 
 def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site, pages, page):
-    import axe_playwright_python
-
-    axe = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
     wrong = []
     alike = [
         f"ja/notebooks/{path.stem}.html" for path in NOTEBOOKS[1:]
@@ -323,7 +342,6 @@ def test_every_page_loads_fits_a_phone_and_is_accessible_in_light_and_dark(site,
             wrong.append(f"{name}: {width} pixels wide on a phone of 390")
         resize(page, 1280)
         page.evaluate(ONE_OF_EACH_KIND)
-        page.evaluate(axe)
         for scheme, rules in {"light": None, "dark": ["color-contrast"]}.items():  # only colours differ
             page.evaluate(f"() => {{ document.documentElement.dataset.theme = '{scheme}' }}")
             wrong += [f"{name}, {scheme}: {finding}" for finding in serious(page, rules)]
@@ -452,3 +470,49 @@ def test_further_sections_are_folded_and_a_link_into_one_opens_it(site, page):
     assert not any(fold.evaluate("fold => fold.open") for fold in folds.all())
     page.goto(f"{address}#{folds.first.evaluate('fold => fold.parentElement.id')}")
     assert folds.first.evaluate("fold => fold.open") and not folds.last.evaluate("fold => fold.open")
+
+
+def test_a_choice_is_marked_right_or_wrong_with_its_reason_and_both_languages_remember_it(site, page):
+    def marks(question: int) -> list[str]:
+        buttons = page.locator(".quiz").nth(question).locator("button")
+        return buttons.evaluate_all("buttons => buttons.map(button => button.className)")
+
+    lesson = f"notebooks/{NOTEBOOKS[7].stem}.html"
+    page.goto((site / lesson).as_uri())
+    folds = page.locator("details[data-right]")
+    right = folds.evaluate_all("folds => folds.map(fold => 'ABCD'.indexOf(fold.dataset.right))")
+    score = page.locator(".quiz-score [role=status]")
+    assert score.inner_text() == "0 right, 0 of 5 answered"
+    page.locator(".quiz").nth(0).locator("button").nth(right[0]).click()
+    wrong = (right[1] + 1) % 4
+    page.locator(".quiz").nth(1).locator("button").nth(wrong).focus()
+    page.keyboard.press("Enter")
+    assert marks(0) == ["right" if i == right[0] else "" for i in range(4)]
+    assert marks(1) == [{right[1]: "right", wrong: "wrong"}.get(i, "") for i in range(4)]
+    assert folds.evaluate_all("folds => folds.map(fold => fold.open)") == [True, True, False, False, False]
+    page.locator(".quiz").nth(1).locator("button").nth(right[1]).click(force=True)  # too late
+    assert score.inner_text() == "1 right, 2 of 5 answered"
+    resize(page, 390)
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+    for scheme in ("light", "dark"):
+        page.evaluate(f"() => {{ document.documentElement.dataset.theme = '{scheme}' }}")
+        page.wait_for_timeout(500)  # the theme fades colours
+        assert serious(page, within=".quiz, .quiz-score") == []
+    page.goto((site / "ja" / lesson).as_uri())
+    assert marks(1) == [{right[1]: "right", wrong: "wrong"}.get(i, "") for i in range(4)]
+    assert score.inner_text() == "5 問中 2 問に回答、正解 1 問"
+    page.locator(".quiz-score button").click()
+    assert not any(marks(0) + marks(1))
+    page.reload()
+    assert score.inner_text() == "5 問中 0 問に回答、正解 0 問"
+    assert not page.wrong
+
+
+def test_without_a_script_the_quiz_is_a_list_with_a_folded_answer(browser, site):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((site / f"notebooks/{NOTEBOOKS[7].stem}.html").as_uri())
+    assert page.locator(".quiz").count() == 0
+    assert page.locator("ul + details[data-right] > summary").count() == 5
+    assert page.locator("ul:has(+ details[data-right]) > li").count() == 20
+    context.close()

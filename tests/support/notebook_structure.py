@@ -22,15 +22,13 @@ from nbformat.validator import iter_validate
 
 from course import notebooks
 from course.site import pages
+from course.site.quiz import QUESTION
 from course.study_time import study_time
 from helpers.colab import SETUP_CELL, badge
 
 CLOSING = ["What we saw", "In practice", "Read on"]
 MAX_LINES, MAX_SECONDS, MAX_GIGABYTES = 40, 180, 3.0
 MAX_CORE_CELLS = 45  # code cells of the core path, without exercises
-QUIZ = re.compile(
-    r"\*\*.+\?\*\*\n\n(- [A-D]\. .+\n){4}\n<details><summary>Answer</summary>\n\n[A-D]\. .+\n\n</details>", re.DOTALL
-)
 COMMON_NAMES = {"admin", "colab", "jovyan", "localhost", "root", "runner", "student", "ubuntu", "user"}
 PROMPT = re.compile(r"\b[\w.-]+@[\w.-]+:[~/]")  # user@host:~
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
@@ -236,7 +234,8 @@ def there_is_a_quiz_of_five_questions(notebook: NotebookNode, stem: str) -> Iter
     if len(questions) != 5 or "Quiz" not in sections(notebook):
         yield f"it has {len(questions)} cells tagged quiz under a heading Quiz, expected five"
     for number, cell in enumerate(questions, start=1):
-        if cell.cell_type != "markdown" or not QUIZ.fullmatch(cell.source):
+        found = QUESTION.fullmatch(cell.source)
+        if not found or not found["question"].endswith("?") or "<summary>Answer</summary>" not in cell.source:
             yield f"question {number} is not a bold question, choices - A. to - D., and a folded answer with a reason"
 
 
