@@ -1074,7 +1074,7 @@ def kept_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its graph, and the graph the tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = causal_lm_loss(model.train(), batch)

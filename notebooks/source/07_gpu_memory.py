@@ -392,7 +392,7 @@ def saved_bytes(run, model: nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage  # holding it keeps its address from being given out again
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its graph, and the graph the tensor, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()

@@ -205,12 +205,12 @@ def settled(steps: int, rate: float) -> TrainConfig:
 import peft
 
 
-def fine_tuned(steps: int) -> nn.Module:
-    """The SFT policy: the assistant after training, all weights or a merged adapter."""
+def fine_tuned(start: nn.Module, steps: int) -> nn.Module:
+    """The SFT policy: `start` after training, all weights or a merged adapter."""
     rows = [encode_chat(tokenizer, *row) for row in demonstrations(16 * steps)]
     batches = similar_length([len(row["input_ids"]) for row in rows], 16, f"{seed}")
     stream = (collate([rows[i] for i in batch], tokenizer.pad_token_id) for batch in batches)
-    model, rate = copy.deepcopy(assistant), settings["sft_rate"]
+    model, rate = copy.deepcopy(start), settings["sft_rate"]
     if settings["qlora"]:
         config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         model = peft.get_peft_model(model, config)
@@ -230,7 +230,7 @@ def fine_tuned(steps: int) -> nn.Module:
 
 # %%
 BUILD = ROOT / "build" / "09_dpo"
-reference = fine_tuned(lesson.scaled(90))
+reference = fine_tuned(assistant, lesson.scaled(90))
 reference.save_pretrained(BUILD / "sft")
 small = copy.deepcopy(reference)  # the first two layers, for the comparisons with trl
 small.model.layers = small.model.layers[:2]
@@ -238,6 +238,7 @@ small.config.num_hidden_layers = 2
 if settings["qlora"]:
     reference = load_in_4_bit(BUILD / "sft", machine.device, lesson.compute_dtype)
 reference = reference.requires_grad_(False)
+del assistant  # on a GPU each model that is not needed is in the way
 
 
 # %% [markdown]
@@ -543,6 +544,10 @@ gradients = zip(model.parameters(), trainer.model.parameters(), strict=True)
 gradient_gap = max((a.grad - b.grad).abs().max().item() for a, b in gradients)
 print(f"same tokens: {torch.equal(trl_batch['input_ids'], batch['input_ids'])}")
 lesson.equal("so are the gradients of all weights", gradient_gap, within=1e-5)
+for used in (optimizer, trainer.optimizer):
+    used.state.clear()
+trainer.model.zero_grad()
+del model, loss, p
 
 
 # %% [markdown] tags=["core"]
@@ -701,6 +706,7 @@ def held_out(model: nn.Module) -> Tensor:
 
 good_h = [held_out(model) for model in good_models]
 sft_h = [held_out(model) for model in sft_models]
+del sft_models
 for name, hs in (("SFT on the chosen", sft_h), ("DPO", good_h)):
     for run, (up, down) in enumerate(torch.stack([h.mean(0) for h in hs]).tolist(), 1):
         print(f"{name}, run {run}: held-out chosen answers {up:+.1f} nats, rejected {down:+.1f}")

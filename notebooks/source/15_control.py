@@ -102,6 +102,8 @@ SETTINGS = {  # learning rates of the robot and the assistant, factor for its em
     "t4": {"rate": 2e-5, "tool_rate": 1e-5, "embedding_factor": 1.0, "precision": lesson.precision},
     "large": {"rate": 1e-5, "tool_rate": 1e-5, "embedding_factor": 1.0, "precision": lesson.precision},
 }
+# The format in which a model waits that is not being trained: a GPU has to hold several.
+AT_REST = torch.float32 if machine.name == "cpu" else torch.float16
 settings = SETTINGS[machine.name]
 model, tokenizer = load_model(machine)
 
@@ -781,6 +783,7 @@ show_table({wish: [f"{value:.2f}" for value in row] for wish, row in wanted.item
 BATTERY, SLIP = 8, 0.2
 open_states = [Layout(a, b, OPEN) for a in CELLS for b in CELLS if a != b]
 drives = answers_of(robot, [describe(*state) for state in open_states])
+del robot  # it has done its work
 Room = tuple[Cell, dict[str, Cell]]  # where the robot is, and the things that are there
 
 
@@ -941,7 +944,7 @@ def fitted(network: nn.Module, rows: Sequence[tuple[str, str]], steps: int, shuf
     config = TrainConfig(max_steps=steps, learning_rate=settings["rate"] / 2, warmup_steps=min(5, steps),
                          schedule="linear", weight_decay=0.0, precision=settings["precision"], progress=False,
                          seed=seed)  # fmt: skip
-    train(network, batches, config, loss_fn=imitation_loss)
+    train(network.float(), batches, config, loss_fn=imitation_loss)
     return network.eval()
 
 
@@ -954,7 +957,7 @@ def success(choices: Mapping[str, str], slip: float) -> float:
 shown = collect(expert, 0.0, lesson.scaled(200), "demonstrations")
 first_of_each = [Layout(DEPOT, goal, OPEN) for goal in GOALS]
 print(f"{len({tell(e) for e in first_of_each} & {text for text, _ in shown})} of {len(GOALS)} first texts were shown")
-clone = fitted(copy.deepcopy(model).float(), shown, lesson.scaled(40))
+clone = fitted(copy.deepcopy(model), shown, lesson.scaled(40)).to(AT_REST)
 clone_choices = answers_of(clone, depot_texts)
 expert_choices = {tell(state): expert(state) for goal in GOALS for state in depot_states[goal]}
 both = {"expert": expert_choices, "clone": clone_choices}
@@ -1050,6 +1053,7 @@ for again, way in product(range(lesson.scaled(3, 1)), WAYS):  # other labels and
     table = success(dict.fromkeys(depot_texts, "east") | most_often(rows), WET)
     more[way].append((success(choices, 0.0), off_path, table))
 labels = [len(shown) + LABELS * number for number in range(ROUNDS + 1)]
+del learner
 mean_of = {way: [*np.mean(wet[way], 0), *np.mean(more[way], 0)] for way in WAYS}
 show_table({way: [f"{share:.0%}" for share in shares] for way, shares in mean_of.items()},
            [f"{n} labels" for n in labels] + ["dry, at the end", "new texts", "a table"])  # fmt: skip
@@ -1095,7 +1099,7 @@ from helpers.world import World
 from helpers.world.words import DISHES
 
 world = World()
-model.float().requires_grad_(False)  # it stays as it is: what is trained from here on is a copy
+model.requires_grad_(False)  # it stays as it is: what is trained from here on is a copy
 FACTS = ("trade", "animal", "dish", "instrument")
 LIMITS = {"count": (1, 60)}  # smallest and largest value of an argument
 
@@ -1506,7 +1510,7 @@ def encode_parts(parts: Sequence[tuple[str, bool]], stop: bool = False) -> dict[
 
 def tune(start: nn.Module, rows: Sequence[dict], batch_tokens: int = 560, speed: float = 1.0) -> nn.Module:
     """A copy of a model, trained once over the rows, in batches of about so many tokens."""
-    tuned, generator = copy.deepcopy(start).requires_grad_(True), random.Random(f"order/{seed}")
+    tuned, generator = copy.deepcopy(start).float().requires_grad_(True), random.Random(f"order/{seed}")
     rows = sorted(generator.sample(rows, len(rows)), key=lambda row: len(row["input_ids"]) // 8)
     batches = [[]]
     for row in rows:
@@ -1524,7 +1528,7 @@ def tune(start: nn.Module, rows: Sequence[dict], batch_tokens: int = 560, speed:
                     optimizer_fn=lambda _: torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0))  # fmt: skip
     print(f"{len(batches)} steps, {sum(history.tokens):,} tokens, {sum(history.seconds):.0f} s, "
           f"loss {np.mean(history.losses[:5]):.2f} -> {np.mean(history.losses[-5:]):.2f}")  # fmt: skip
-    return tuned.eval().requires_grad_(False)
+    return tuned.to(AT_REST).eval().requires_grad_(False)
 
 # %%
 def traces(tokens: int, troubles: Sequence[str], stream: int) -> list[dict]:

@@ -90,10 +90,12 @@ from helpers.world import World, is_held_out, sum_with_steps
 
 lesson = Lesson("16", profile, model_id, seed, budget)
 machine = lesson.machine
-SETTINGS = {  # step size and number of steps of the policy's fine-tuning, step size of reinforcement learning
-    "cpu": {"rate": 1e-3, "steps": 100, "rl_rate": 3e-5},
-    "t4": {"rate": 1e-4, "steps": 150, "rl_rate": 1e-6},
-    "large": {"rate": 1e-4, "steps": 150, "rl_rate": 1e-6},
+# Step size and number of steps of the policy's fine-tuning, step size of reinforcement learning, and the format in
+# which a model waits that is not being trained: a GPU has to hold several.
+SETTINGS = {
+    "cpu": {"rate": 1e-3, "steps": 100, "rl_rate": 3e-5, "at_rest": torch.float32},
+    "t4": {"rate": 1e-4, "steps": 150, "rl_rate": 1e-6, "at_rest": torch.float16},
+    "large": {"rate": 1e-4, "steps": 150, "rl_rate": 1e-6, "at_rest": torch.float16},
 }
 settings = SETTINGS[machine.name]
 
@@ -103,7 +105,7 @@ settings = SETTINGS[machine.name]
 # %%
 world = World()
 model, tokenizer = load_model(machine)
-model = model.float().requires_grad_(False)
+model = model.to(settings["at_rest"]).requires_grad_(False)
 
 
 def num_tokens(texts: Sequence[str]) -> list[int]:
@@ -281,10 +283,10 @@ encode = partial(encode_answer, tokenizer)  # (prompt, answer) -> tokens, and la
 def fine_tune(start: nn.Module, texts: Sequence[tuple[str, str]], steps: int, share: float = 1.0,
               batch_size: int = 16) -> nn.Module:  # fmt: skip
     """A copy of `start`, taught (prompt, text) pairs; `share` is that of the step size of the settings."""
-    tuned = copy.deepcopy(start).requires_grad_(True)
+    tuned = copy.deepcopy(start).float().requires_grad_(True)
     if len(texts) < batch_size:
         print(f"{len(texts)} texts are fewer than a batch of {batch_size}: nothing is learned")
-        return tuned.eval().requires_grad_(False)
+        return tuned.to(settings["at_rest"]).eval().requires_grad_(False)
     config = TrainConfig(
         max_steps=lesson.scaled(steps), learning_rate=share * settings["rate"], warmup_steps=10, schedule="linear",
         weight_decay=0.0, progress=False, seed=seed,
@@ -293,7 +295,7 @@ def fine_tune(start: nn.Module, texts: Sequence[tuple[str, str]], steps: int, sh
     history = train(tuned, batches, config)
     print(f"{len(history.losses)} steps, {sum(history.tokens) / 1000:.0f} thousand tokens, loss "
           f"{np.mean(history.losses[:5]):.2f} -> {np.mean(history.losses[-5:]):.2f} nats")  # fmt: skip
-    return tuned.eval().requires_grad_(False)
+    return tuned.to(settings["at_rest"]).eval().requires_grad_(False)
 
 
 policy = fine_tune(model, shown_routes, settings["steps"])
@@ -1128,6 +1130,7 @@ figure = plots.bars_with_intervals(by_terms, title="Guided solutions teach what 
                                    xlabel="right sums", alt=alt)  # fmt: skip
 figure.axes[0].set_xlim(0, 1.15)  # room for the numbers
 plots.show(figure)
+del writer  # a GPU needs the room
 
 # %% [markdown]
 # **What you see.** What no sample contained is learned from two hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified (here the check rejected almost none); train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
@@ -1163,7 +1166,7 @@ def policy_loss(log_probs: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     return -(log_probs * advantages[:, None] * mask).sum() / len(advantages)
 
 
-learner, gradients = copy.deepcopy(policy).requires_grad_(True), []
+learner, gradients = copy.deepcopy(policy).float().requires_grad_(True), []
 made_up = torch.tensor([1.0, 0.0] * 4, device=machine.device)
 asked, said = [route_prompt(*way) for way in test[:8]], [f"{text}\n" for text in first[:8]]
 batch = collate([encode(*pair) for pair in zip(asked[::2], said[::2], strict=True)], tokenizer.pad_token_id)
@@ -1178,6 +1181,7 @@ for kind in ("policy gradient", "cross-entropy"):
 difference = (gradients[0] - gradients[1]).norm() / gradients[1].norm().clamp(min=1e-9)
 lesson.equal("the policy gradient of 0-1 rewards is the gradient of fine-tuning on the right samples",
              difference.item(), within=1e-4)  # fmt: skip
+del learner, gradients, loss, logits
 
 # %% [markdown]
 # Both get the same number of samples, six for each of the *practice* pairs, whose solutions nobody gives. Fine-tuning takes the first six of section 3, drawn from the policy, each different right text once; the identity above counts repeats. GRPO draws its six in six rounds from the policy as it becomes, with six updates a round. Only the first update of a round sees samples of the policy as it is; for the other five they are a little old, and no ratio corrects this. The simple baseline is *more of the known*: as many more steps as the fine-tuning, on the *training* pairs, whose solutions are known.
@@ -1196,7 +1200,7 @@ learners["more of the known"] = fine_tune(policy, shown_routes, 96, share=0.5, b
 # %%
 def grpo(rounds: int, questions: int, updates: int = 6) -> tuple[nn.Module, list[float]]:
     """Train a copy of the policy with the checker's reward; also the share of right samples in each round."""
-    learner, log = copy.deepcopy(policy).requires_grad_(True), []
+    learner, log = copy.deepcopy(policy).float().requires_grad_(True), []
     queue = random.Random(f"grpo/{seed}").sample(practice, len(practice))
     optimizer = torch.optim.AdamW(learner.parameters(), lr=settings["rl_rate"], betas=(0.9, 0.95), weight_decay=0.0)
     for number in range(rounds):
@@ -1217,7 +1221,7 @@ def grpo(rounds: int, questions: int, updates: int = 6) -> tuple[nn.Module, list
                 nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-    return learner.requires_grad_(False), log
+    return learner.to(settings["at_rest"]).requires_grad_(False), log
 
 
 learners["GRPO"], rewards_log = grpo(rounds=6, questions=max(1, len(practice) // 6))
@@ -1254,6 +1258,7 @@ for name in list(learners)[1:]:
         said = f"{gain.mean():+.0%} ({low:+.0%} to {high:+.0%} over the pairs)"
         print(f"{name}: pass@{K[column]} {said}")
         lesson.report(f"gain in pass@{K[column]} on unseen pairs: {name}", said)
+del learners, network  # a GPU needs the room
 best_single = max(values[:, 0].mean() for name, values in reached.items() if name != "policy")
 lesson.report("eight answers of the policy and a checker / one answer after the best training / one greedy answer",
               f"{reached['policy'][:, -1].mean():.0%} / {best_single:.0%} / {greedy.accuracy:.0%}")  # fmt: skip
