@@ -1,6 +1,6 @@
 """What a rehearsal found about a lesson, data/rehearsal.json, from the records that its cells left.
 
-{"version": 1, "profiles": {"t4": {"gpu": "T4", "lessons": {"05_supervised_fine_tuning": {"peak_gib": 11.2, ...}}}}}
+{"version": 1, "profiles": {"t4": {"05_supervised_fine_tuning": {"peak_gib": 11.2, ...}}}}
 """
 
 import json
