@@ -102,8 +102,6 @@ SETTINGS = {  # learning rates of the robot and the assistant, factor for its em
     "t4": {"rate": 2e-5, "tool_rate": 1e-5, "embedding_factor": 1.0, "precision": lesson.precision},
     "large": {"rate": 1e-5, "tool_rate": 1e-5, "embedding_factor": 1.0, "precision": lesson.precision},
 }
-# The format in which a model waits that is not being trained: a GPU has to hold several.
-AT_REST = torch.float32 if machine.name == "cpu" else torch.float16
 settings = SETTINGS[machine.name]
 model, tokenizer = load_model(machine)
 
@@ -932,6 +930,9 @@ depot_texts = sorted({tell(state) for goal in GOALS for state in depot_states[go
 print(f"{len(depot_texts)} texts around the depot, for example {collect(expert, 0.0, 9, 'example')[-2:]}")
 
 # %%
+at_rest = torch.float32 if machine.name == "cpu" else torch.float16  # of a model that waits: a GPU has to hold several
+
+
 def fitted(network: nn.Module, rows: Sequence[tuple[str, str]], steps: int, shuffle: int = seed) -> nn.Module:
     """The network, trained further on (text, move) for so many steps, in an order drawn with the seed `shuffle`."""
     generator, order, batches, batch_size = random.Random(f"{len(rows)}/{shuffle}"), [], [], 12
@@ -957,7 +958,7 @@ def success(choices: Mapping[str, str], slip: float) -> float:
 shown = collect(expert, 0.0, lesson.scaled(200), "demonstrations")
 first_of_each = [Layout(DEPOT, goal, OPEN) for goal in GOALS]
 print(f"{len({tell(e) for e in first_of_each} & {text for text, _ in shown})} of {len(GOALS)} first texts were shown")
-clone = fitted(copy.deepcopy(model), shown, lesson.scaled(40)).to(AT_REST)
+clone = fitted(copy.deepcopy(model), shown, lesson.scaled(40)).to(at_rest)
 clone_choices = answers_of(clone, depot_texts)
 expert_choices = {tell(state): expert(state) for goal in GOALS for state in depot_states[goal]}
 both = {"expert": expert_choices, "clone": clone_choices}
@@ -1528,7 +1529,7 @@ def tune(start: nn.Module, rows: Sequence[dict], batch_tokens: int = 560, speed:
                     optimizer_fn=lambda _: torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0))  # fmt: skip
     print(f"{len(batches)} steps, {sum(history.tokens):,} tokens, {sum(history.seconds):.0f} s, "
           f"loss {np.mean(history.losses[:5]):.2f} -> {np.mean(history.losses[-5:]):.2f}")  # fmt: skip
-    return tuned.to(AT_REST).eval().requires_grad_(False)
+    return tuned.to(at_rest).eval().requires_grad_(False)
 
 # %%
 def traces(tokens: int, troubles: Sequence[str], stream: int) -> list[dict]:
