@@ -115,7 +115,7 @@ if machine.name != "cpu":
 #
 # So a model of texts is nothing but a function from a context to $V$ probabilities that sum to one. Everything that helps to guess the next token helps: spelling, grammar, facts about the world, arithmetic. That is why one simple objective is enough to learn so much, and the three generations below differ only in how they compute $p(w \mid h)$.
 #
-# First the text. A tenth of it is held out, and one half of that tenth is for choosing settings (*validation*), the other for the numbers that we report (*test*). A held-out document that also stands in the training text would test memory only, so such documents are dropped.
+# First the text. An eleventh of it is held out, and one half of that is for choosing settings (*validation*), the other for the numbers that we report (*test*). A held-out document that also stands in the training text would test memory only, so such documents are dropped.
 #
 # **Tokens.** A model does not see letters but *tokens*, pieces of text from a fixed list. Lesson 03 writes the algorithm that finds a good list (byte-pair encoding); here the library finds one on the training text. All three models of the race use it. The text is then one long row of numbers, with an end-of-text token (number 0) after each document, cut into rows of 129: each token of a row but the first is predicted from those before it.
 
@@ -450,7 +450,7 @@ plots.show(figure)
 lesson.report("n-gram model: best length, packed MB", f"{best_order}, {packed_bytes(ngram) / 1e6:.1f}")
 
 # %% [markdown]
-# **What you see.** Two tokens of context bring most of the gain. From there on the table grows fast with every further token, and the perplexity falls little: the longer a context, the rarer it is that it was seen before. The lowest perplexity lies at 12 tokens, and 16 are past it. But twelve gain one percent over eight and need more than twice the memory, so eight run in the race. No length does harm, since the formula falls back on shorter contexts. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
+# **What you see.** Two tokens of context bring most of the gain. From there on the table grows fast with every further token, and the perplexity falls little: the longer a context, the rarer it is that it was seen before. At 12 tokens and at 16 it is the same: from 12 on nothing is gained. Twelve gain one percent over eight and need more than twice the memory, so eight run in the race. No length that was tried does harm, since the formula falls back on shorter contexts. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Second generation: a memory of fixed size
@@ -567,7 +567,7 @@ for name in MAKE:
 #
 # **Question.** One text, one tokenizer, the same tokens, then the same seconds: who predicts unseen text best?
 #
-# **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. On the cpu profile both networks have equally many parameters, as section 6 printed. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would be unfair, since a falling rate alone lowers the loss.
+# **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. On the cpu profile both networks have equally many parameters, as section 6 printed. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would be unfair, since a falling rate usually lowers the loss.
 #
 # **The learning rate is chosen for each network.** Beforehand we ran the same training at several rates. The settings cell lists what came out on validation text, and `RATES` takes the best for each. This search is not repeated here, it would take too long; but the first run is held against it. **Three runs each**, with other random weights and another order of the rows: what differs less than the runs differ among themselves may be chance.
 
@@ -759,7 +759,7 @@ lesson.report("bits per byte between the best and the worst run of one network",
 # %% [markdown]
 # **What you see.** Look at the ends of the lines, where all are finished; the networks' points on the way are in the middle of their schedules, those of the counts are not. Give the n-gram model the row, and it is not behind the networks; in this run it is ahead of both. The memory of another row gains nothing, so it is this row that helps. The rule does what the networks could do and have not learned from one pass: look back for what stood there before. Section 11 measures that. (Hold the bounds of the two claims against the line above them: less than what lies between two runs of one network would say little.)
 #
-# **Equal tokens.** The two networks end close together; compare their distance with that between runs. So at equal tokens this race gives no reason to prefer one of the architectures, nor a network without a memory. (Exercise 1.5 gives one to a network.) Larger networks come closer to the counts: with twice as many parameters (widths 156 and 96, seed 0, run beforehand) the LSTM ended at 0.88 and the transformer at 0.86, for half as many seconds again.
+# **Equal tokens.** The two networks end close together; compare their distance with that between runs. So at equal tokens, and by bits alone, this race gives no reason to prefer one of the architectures, and the counts with the row are ahead of both. They need far more bytes than a network, as the table above says. (Exercise 1.5 gives the row to a network.) Larger networks come closer to the counts: with twice as many parameters (widths 156 and 96, seed 0, run beforehand) the LSTM ended at 0.88 and the transformer at 0.86, for half as many seconds again.
 #
 # **Equal seconds.** The network that needs more seconds for a token has read less when they are over, and is far behind the other. On a CPU that is the transformer. But seconds belong to a machine: on a GPU, which works on all places of a row at once, a transformer can make use of that in training, and an LSTM with its loop cannot. (Not measured here: run this lesson there.)
 #
@@ -794,7 +794,7 @@ for name, model in contestants.items():
 # %% [markdown] tags=["core"]
 # ## 8 · What stands far back
 #
-# **Question.** Counts with a memory keep up with both networks. Why did transformers win?
+# **Question.** Counts with a memory keep up with both networks. What does a transformer learn quickly that an LSTM does not?
 #
 # Most tokens of a text follow from the few before them, and there counting is good already. So take a task in which the few tokens before say nothing. A row first fills some boxes, each with one of eight letters, in random order: `4g 0b 7a ...`, where `4g` is a single token. (In Arora et al. 2023 box and letter are two tokens, which is harder.) Then it asks for four boxes, or for both where there are two, one after the other: `7?`. The answer is the token that filled this box, `7a`. It may stand anywhere in the row, and the letters are new in every row. So nothing can be learned by heart; the model has to look it up. (Their task, *associative recall*, compares architectures.)
 #
@@ -939,16 +939,16 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** The transformer finds nearly every answer, however many boxes there are and however far back they stand. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess. Look at its rates: for eight boxes the best one lies in the middle. For 16 boxes all five leave it near a guess. With the same steps it gets fewer right the more boxes there are; why, this does not show. And it is not true that an LSTM cannot do this: with five times the steps it gives more right answers for eight boxes. Attention compares the question with each earlier token, whether there are two or 16. The n-gram model can only answer what stands within its few tokens.
+# **What you see.** The transformer finds nearly every answer, however many boxes there are and however far back they stand. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess. Look at its rates: for eight boxes the best one lies in the middle. For 16 boxes all five leave it near a guess. With the same steps it gets fewer right the more boxes there are; why, this does not show. And it is not true that an LSTM cannot do this: with five times the steps it gets all or nearly all of eight boxes right (one run). Attention compares the question with each earlier token, whether there are two or 16. The n-gram model sees only its few tokens, and most of their combinations were never counted. (The winner of section 7 would be no help: the question never stood earlier in its row.)
 #
-# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up only now and then: for a name, a number, a definition, an instruction at the top of a prompt. After one pass neither network of section 7 does it yet, as section 11 shows, though there would be something to gain: the memory of the row gains it by counting. Most of what this course does with a model is such a look-up: examples in a prompt, passages that were retrieved, the steps of a calculation.
+# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up, too: for a name, a number, a definition, an instruction at the top of a prompt. After one pass neither network of section 7 does it yet, as section 11 shows, though there would be something to gain: the memory of the row gains it by counting. Most of what this course does with a model is such a look-up: examples in a prompt, passages that were retrieved, the steps of a calculation.
 
 # %% [markdown] tags=["core"]
 # ## 9 · From probabilities to text
 #
 # **Question.** A model gives probabilities. Which token should you take?
 #
-# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but more than a thousand improbable tokens share a little probability, now and then one of them is drawn, and the text goes astray from there. So the logits $z$ (the scores before the softmax) are changed before the draw:
+# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but more than a thousand improbable tokens share a little probability, now and then one of them is drawn, and the text may go astray from there. (Section 10 measures when.) So the logits $z$ (the scores before the softmax) are changed before the draw:
 #
 # | rule | what it does to the logits $z$ with $p = \text{softmax}(z)$ |
 # |---|---|
@@ -1298,7 +1298,7 @@ print(f"{base_name}, which trained far longer, in nats per token of its own: {ga
 lesson.report("the same for the base model, per token of its own", f"{gain:.2f}")
 
 # %% [markdown]
-# **What you see.** Most of the surprise goes with the first few tokens, for all. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the memory of the row gains from it, and the memory of another row does not. These networks have not learned to look back in one pass. The base model has: its number is printed last. That gain has two causes, which are not separated here: the model is larger, and it was trained far longer. (Besides, its tokens are longer, so that 96 of them reach further.) The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
+# **What you see.** Most of the surprise goes with the first few tokens, for all. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the memory of the row gains from it, and the memory of another row does not. In one pass these networks have not learned to look further back than that. The base model has: its number is printed last. That gain has two causes, which are not separated here: the model is larger, and it was trained far longer. (Besides, its tokens are longer, so that 96 of them reach further.) The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
 
 # %% [markdown] tags=["core"]
 # ## 12 · A map of the methods
@@ -1372,7 +1372,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze the base train so few that they all take about as much memory for weights as using the model. What is left is the base itself, and QLoRA stores most of that in a quarter of the space. A T4 has 16 GB, an A100 has 80. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
+# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze the base train so few that they all take about as much memory for weights as using the model. What is left is the base itself, and QLoRA stores most of that in a quarter of the space. A T4 has 16 GB, an A100 has 40 or 80. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
 
 # %% [markdown]
 # ## 13 · Exercises

@@ -282,7 +282,7 @@ def sample(model: nn.Module, questions: list[Question], generator: torch.Generat
 
 
 # %% [markdown]
-# **The true reward** is what a careful annotator values: $+2$ if the answer, manners aside, is exactly the right sentence, $+1$ for the polite opening, $-0.5$ for each idle sentence. The best answer is worth 3. In a real project nobody can write this down. Here it is `helpers.world.true_reward`, and no training ever sees it; only the annotators do. It has a loophole too: an idle sentence that the limit of tokens cuts off is not recognised, and costs nothing.
+# **The true reward** is what a careful annotator values: $+2$ if the answer, manners aside, is exactly the right sentence, $+1$ for the polite opening, $-0.5$ for each idle sentence. The best answer is worth 3. In a real project nobody can write this down. Here it is `helpers.world.true_reward`, and no training ever sees it; only the annotators do. It has a loophole too: an idle sentence that the limit of tokens cuts off is not recognised. After a right answer it costs all of the 2 points, since the answer is no longer exact; after a wrong one it costs nothing.
 
 
 # %%
@@ -316,7 +316,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other. Note that training does not copy shares: half of the demonstrations are polite, and far more of its answers are.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right (an answer of two words counts as wrong, too), and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other. Note that the shares are not those of the demonstrations: half of these are polite, and far more of its answers are.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -327,7 +327,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. Half of the pairs are two samples of the SFT policy, as in InstructGPT; the other half were written by people. The first half matters: a reward model that has never seen the policy's own slips does not know what they are worth.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by people. Equal answers are dropped. The first half matters: a reward model that has never seen the policy's own slips does not know what they are worth.
 
 # %%
 NOISE = 0.5
@@ -1028,7 +1028,7 @@ for question, text in list(zip(exam, finals[worst][1].texts, strict=True))[:4]:
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, would be a policy that got worse unseen. In this run no policy went astray: the true reward ends far above its start with and without a price, and the answers printed last, from the worst run without one, are well-formed, though some answer another question. How many of three runs go astray is a matter of the seed: set `seed` at the top to 2, 3 or 4, and some or all runs without a price lose their polite opening. The column *right* counts answers that contain the right sentence; the true reward wants the rest clean as well, so a garbled opening costs the point for manners and the two for the sentence. The last column says how far each policy has moved from the SFT policy. A price of KL is meant to limit that, and with it how far a mistake can be driven, and progress as well. In this run the runs with a price moved nearly as far as those without, and no effect on the true reward can be told from the spread of the three. With seeds 2 to 4 the price shows what it is for: policies without it that go astray have moved several times as far as any with it (the course's ledger has the KL of each run), and none with it has lost its opening altogether. At equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
+# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, would be a policy that got worse unseen. But a single point is a few new questions, and such a line may recover. Look at the exam: in this run no policy went astray. The true reward ends far above its start with and without a price, and the answers printed last, from the worst run without one, are well-formed, though most of them answer another question. Form has improved, and truth hardly. How many of three runs go astray is a matter of the seed: set `seed` at the top to 2, 3 or 4, and some or all runs without a price lose their polite opening. The column *right* counts answers that contain the right sentence; the true reward wants the rest clean as well, so a garbled opening costs the point for manners and the two for the sentence. The last column says how far each policy has moved from the SFT policy. A price of KL is meant to limit that, and with it how far a mistake can be driven, and progress as well. In this run the runs with a price moved nearly as far as those without. Compare them run for run, since runs with the same number have the same questions: the differences are small, and three pairs are too few to call them an effect. With seeds 2 to 4 the price shows what it is for: policies without it that go astray have moved several times as far as any with it (the course's ledger has the KL of each run), and none with it has lost its opening altogether. At equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
 #
 # What to watch without a true reward: the length of the answers, the share that ends, and above all the answers themselves; four of them read aloud can tell what no curve does. Where dashed lines lie on full ones, the runs with and without a price are still the same or nearly so: at the start they are the same policy. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
 
@@ -1267,7 +1267,7 @@ check("8.1", check_margin_loss, margin_loss)
 # </details>
 
 # %% [markdown]
-# **Exercise 8.2** (medium, 10 minutes). *A cure for rambling.* An answer that does not end got its reward for being cut off. Subtract a penalty from the score of every answer without the token `END` among those that count. (`trl` called it `missing_eos_penalty` in its PPO; its GRPO can leave truncated answers out, with `mask_truncated_completions`.)
+# **Exercise 8.2** (medium, 10 minutes). *A cure for rambling.* An answer that does not end is scored like any other. Subtract a penalty from the score of every answer without the token `END` among those that count. (`trl` called it `missing_eos_penalty` in its PPO; its GRPO can leave truncated answers out, with `mask_truncated_completions`.)
 
 # %% tags=["exercise"]
 # Exercise 8.2, medium: a cure for rambling.
