@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/10_compression.ipynb)
 #
-# A trained model is a list of numbers, and most of those numbers say more than they need to. In this lesson you write them with 8, 4, 3 and 2 bits, you set half of them to zero, and you teach a smaller model to imitate the large one. Then you let a cheap drafter propose the next words, to decode faster without changing one of them. Every method is written out. Every size is read from a file or from a tensor's storage, every speed is taken with a clock, and every loss of quality has an interval.
+# A trained model is a list of numbers, and most of those numbers say more than they need to. In this lesson you write them with 8, 4, 3 and 2 bits, you set half of them to zero, and you teach a smaller model to imitate the large one. Then you let a cheap drafter propose the next words, to decode faster without changing one of them. Every method is written out. Every size is read from a file or from a tensor's storage, every speed is taken with a clock, and the main comparisons of quality have an interval.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -823,7 +823,7 @@ figure.axes[0].set_xticks([2, 3, 4])
 plots.show(figure, alt)
 
 # %% [markdown]
-# Compare the rows. Per channel GPTQ leaves about half of the divergence of rounding, at each width. With white inputs the gain is gone, as the derivation says. In groups it gains at 4 and 3 bits as well; whether it does at 2 bits, the interval of the last line says. The perplexity hardly shows any of it at 4 and 3 bits, since so little is lost in the first place: this is why the claims are about the divergence. The figure compares at equal bits. There, GPTQ per channel lies below rounding in groups. Both together are best at 3 bits and more; near 2 bits, in this run, groups no longer pay for their scales once GPTQ is at work.
+# Compare the rows. Per channel GPTQ leaves about half of the divergence of rounding, at each width. With white inputs the gain is gone, as the derivation says. In groups it gains as well, by how much the last lines say, with intervals. The perplexity hardly shows any of it at 4 and 3 bits, since so little is lost in the first place: this is why the claims are about the divergence. The figure compares at equal bits. There, GPTQ per channel lies below rounding in groups. Both together are best at 3 bits and more; near 2 bits, in this run, groups no longer pay for their scales once GPTQ is at work.
 #
 # (As published, GPTQ compresses layer after layer and takes the inputs of each from the model whose earlier layers are already compressed. Here all inputs come from the full model.)
 
@@ -1411,7 +1411,7 @@ figure.suptitle("Good drafts save passes; to save time they must be cheap as wel
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The words are the teacher's, whoever drafts them: a bad drafter costs time and nothing else. In this run the student of hard labels is kept most often, as its column in section 6 promised, and yet the clock is against it. Its $c$ says why: for a model as small as this one, half of the layers is nowhere near free. The n-grams are kept less often and cost almost nothing, so it is they that can decode faster than the model alone. Nor is verifying free here: $v_k$ is above 1, and so a round with random tokens, which cost nothing, takes longer than a plain pass. The last two columns say how near the formula comes to the clock with the measured $v_k$, and the column before them what it promises without. The formula leaves out that a student must read the prompt as well. (At the left each dash lies a little above its dot: the last round of a text is cut short, and drafts that follow one another are not independent.) Look at the quartiles, since a clock on a busy machine is a poor witness. Where the teacher is 20 times the size of the student and mostly reads weights, $c$ is near 0.05 and $v_k$ near 1, and the same formula speaks for the student. How often n-grams are kept depends on the text: Shima's sentences repeat themselves, as code and forms do.
+# **What you see.** The words are the teacher's, whoever drafts them: a bad drafter costs time and nothing else. In this run the student of hard labels is kept most often, as its column in section 6 promised, and yet the clock is against it. Its $c$ says why: for a model as small as this one, half of the layers is nowhere near free. The n-grams are kept less often and cost almost nothing, so it is they that can decode faster than the model alone. Nor is verifying free here: $v_k$ is above 1, and so a round with random tokens, which cost nothing, takes longer than a plain pass. The last two columns say how near the formula comes to the clock with the measured $v_k$, and the column before them what it promises without. For the students the formula is too high, most of all for long drafts. That a student must read the prompt as well is a part of it; the rest was not measured. (At the left each dash lies a little above its dot: the last round of a text is cut short, and drafts that follow one another are not independent.) Look at the quartiles, since a clock on a busy machine is a poor witness. Where the teacher is 20 times the size of the student and mostly reads weights, $c$ is near 0.05 and $v_k$ near 1, and the same formula speaks for the student. How often n-grams are kept depends on the text: Shima's sentences repeat themselves, as code and forms do.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Everything in one picture
@@ -1506,7 +1506,7 @@ for (label, bits), found in answers_of.items():
     lesson.report(f"the assistant in {bits} bits, {label}: right answers", str(found))
 
 # %% [markdown]
-# **What you see.** Bits are the cheapest way to save bytes here: a version of 4 bits lies at a third of the file, next to the model itself, and the assistant in 4 bits answers as before. For that GPTQ is not even needed: rounding in groups answers as well. The two differ in divergence (section 4) long before they differ in answers, as they do at 2 bits in this run. Compare the speeds of 16, 4 and 2 bits: with a kernel the smaller file is the faster model, and without one it is the slowest of all. The student has the largest loss for its bytes, after sixteen steps of training: more would change its place. Only the student is faster with ordinary PyTorch. In the right panel, what Python does around the kernels counts as well: compare with section 3, where one large layer was timed. Before you believe a difference of speeds, look at the last two lines under the table.
+# **What you see.** Bits are the cheapest way to save bytes here: a version of 4 bits lies at a third of the file, next to the model itself, and the assistant in 4 bits answers about as many questions rightly as before. For that GPTQ is not even needed: rounding in groups answers as well. The two differ in divergence (section 4) long before they differ in answers, as they do at 2 bits in this run. Compare the speeds of 16, 8, 4 and 2 bits: with a kernel 8 and 4 bits are faster than 16, and in this run from 8 to 4 bits nothing more is gained; unpacked without a kernel, 2 bits are the slowest of all. The student has the largest loss for its bytes, after sixteen steps of training: more would change its place. Only the student is faster with ordinary PyTorch. In the right panel, what Python does around the kernels counts as well: compare with section 3, where one large layer was timed. Before you believe a difference of speeds, look at the last two lines under the table.
 
 
 # %% [markdown] tags=["further"]
@@ -1636,7 +1636,7 @@ for label, model in cures.items():
                  change[0], at_least=0.05, control=lower(plain_8, own)[0], form=".3f")  # fmt: skip
 
 # %% [markdown]
-# The control of each claim is the model without planted outliers: there is nothing to cure, and nothing is gained. Each cure brings back about all that was lost, so nothing here ranks them.
+# The control of each claim is what is left to gain after it: the gap to the 8-bit model without planted outliers. Each cure brings back about all that was lost, so nothing here ranks them.
 #
 # **The library.** `bitsandbytes` does the same for `load_in_8bit=True`. Compare the codes that it stores, on the inputs of one planted layer. It rounds the inputs to 16 bits first, so give yours the same ones.
 
@@ -1985,7 +1985,7 @@ for label, smaller in cuts.items():
 show_table(rows, ["parameters", "perplexity", "after recovery (run 1)"])
 
 # %% [markdown]
-# Half of the neurons go more easily than half of the heads or a whole layer, and a few steps bring back a part of what was lost. How much differs from run to run, by more than a promise could bear, so it stands in the last table as a report. What is left is an ordinary model, smaller in memory and faster with any kernel.
+# Half of the neurons go more easily than half of the heads or a whole layer, and a few steps bring back a part of what was lost. How much stands in the last table as a report, since from seed to seed it differs by more than a promise could bear. What is left is an ordinary model, smaller in memory, that any kernel can run.
 
 # %% [markdown] tags=["further"]
 # ## 14 · On-policy distillation: two things change
@@ -2072,7 +2072,7 @@ lesson.report("own text with reverse KL against text with forward KL: KL(q ‖ p
               f"{both.mean():.2f} nats, runs " + ", ".join(f"{gain:.2f}" for gain in both))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The four lines above say how much of the gain belongs to the data and how much to the loss; "on-policy" alone would have taken the credit for both. Compare the runs of each line before you believe its mean: with so few steps they differ as much as the arms do, so all of this is a report and no claim. The last column shows a price: the arms of the reverse divergence lose on other people's text. Choose the signal by what the student will be used for.
+# **What you see.** The four lines above say what the data change and what the loss changes; "on-policy" alone would have mixed the two. Compare the runs of each line before you believe its mean: with so few steps they differ as much as the arms do, so all of this is a report and no claim. The last column shows a price: the arms of the reverse divergence lose on other people's text. Choose the signal by what the student will be used for.
 
 # %% [markdown]
 # ## 15 · Exercises
@@ -2559,7 +2559,7 @@ lesson.equal("ways of assisted decoding in transformers that change the text", i
 # | a tenth of the file is embeddings | 13 % in Llama 3 8B with its large vocabulary, 3 % in the 70B: there 4 bits come close to a quarter of the size |
 # | outliers behind the norms were planted | they are there from a few billion parameters on |
 # | round to nearest is good at 4 bits in groups of 64 | the same; 3 bits and fewer want GPTQ, AWQ, or training with quantisation (QAT, as in `torchao`) |
-# | one 4-bit kernel for CPUs, in PyTorch | fused kernels (Marlin, ExLlama, llama.cpp, torchao) compute from the codes, up to nearly 4 times as fast as from 16 bits (Frantar et al. 2024, arXiv:2408.11743) |
+# | 4-bit kernels for CPUs | fused kernels (Marlin, ExLlama, llama.cpp, torchao) compute from the codes, up to nearly 4 times as fast as from 16 bits (Frantar et al. 2024, arXiv:2408.11743) |
 # | a random rotation, multiplied at every layer | Hadamard rotations, most of them folded into the weights (QuaRot, SpinQuant) |
 # | 2:4 saves bytes only | Ampere and later skip the zeros: up to twice the arithmetic |
 # | the student has half of the layers | draft models 10 to 100 times smaller, or extra heads on the model itself (Medusa, EAGLE) |
