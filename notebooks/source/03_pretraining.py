@@ -972,7 +972,7 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards judge the form and the content apart. Form: are there whole words, lines of sums, pairs that end in a colour? Content: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums are soon at a level that they hardly leave: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, so check them in the samples. Stories go on falling; a part of that may be memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards judge the form and the content apart. Form: are there whole words, lines of sums, pairs that end in a colour? Content: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums fall fast at first and little later: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, so check them in the samples. Stories go on falling; a part of that may be memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
@@ -1203,7 +1203,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs. So the comparison says how fast the objectives start, and not which is better: masked models are trained far longer. The control, a causal model with as few targets, is behind the causal one too. The number of targets is a part of the reason; how large a part depends on when you look, as the row of shares shows. What else differs: the masked model sees both sides, and the order of its neighbours has to be found out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
+# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs. So the comparison says how fast the objectives start, and not which is better: masked models are trained far longer. The control, a causal model with as few targets, is behind the causal one too. The number of targets is a part of the reason; how large a part depends on when you look, as the row of shares shows. What else differs: the masked model sees both sides, and the order of its neighbours it may have to find out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
@@ -1277,7 +1277,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Between two evaluations (the grey band) in-context learning goes from rare to nearly always right. The loss falls there as it does around it. With short windows its fall across the jump is a little larger than the one before it, with long windows it is smaller: what depends so on the width of a window is no sign to rely on. All this is one run. One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). The labels of the in-context pairs are one token each: that jump has another reason. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
+# **What you see.** Between two evaluations (the grey band) in-context learning goes from rare to nearly always right. With short windows the loss falls there a little faster than before it, with long windows more slowly. (A wider window also compares with an earlier place, so width and place are mixed in this table.) What depends so on the choice of a window is no sign to rely on. All this is one run. One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). The labels of the in-context pairs are one token each: that jump has another reason. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
 
 # %% [markdown] tags=["core"]
 # ## 8 · What pretraining saves
@@ -1503,7 +1503,7 @@ for name, share in no_label.items():
     lesson.report(f"dish or instrument, no label, {name}", share, ".0%")
 
 # %% [markdown]
-# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, with the same few steps, the model is right about half of the time, as a coin would be; letters and fresh embeddings help little: the sort does not stand in the spelling. Pretrained weights help, and it matters how you use them. Fine-tuning all of them on four labelled words depends on the draw: compare its lowest draw with the letters. With 16 labels its mean is higher. Comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
+# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, with the same few steps, the model is right about half of the time, as is one answer for all words; letters and fresh embeddings help little: the sort does not stand in the spelling. Pretrained weights help, more in one use than in the other. (The uses differ in what is read, in what is trained and in the layer; this does not say which of these matters.) Fine-tuning all of them on four labelled words depends on the draw: compare its lowest draw with the letters. With 16 labels its mean is higher. Comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
 #
 # So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first: they say whether a task is new to the model. This one is not. All the words stood in the text of pretraining, with sentences that tell their use; with words that it never read the gain would be smaller.
 
@@ -1989,7 +1989,7 @@ chance = math.log(len(tokenizer))
 print(f"guessing all tokens alike would cost {chance:.2f} nats")
 
 # %% [markdown]
-# Before, the model is worse on the new text than guessing all tokens alike: it is sure of words that do not come. Afterwards the old text has suffered: the model forgets. Lesson 14 measures that and its remedy, to mix old text in.
+# Before, the model is worse on the new text than guessing all tokens alike: it gives the right tokens less than an even share. Afterwards the old text has suffered: the model forgets. Lesson 14 measures that and its remedy, to mix old text in.
 #
 # **What is different at scale**
 #
