@@ -18,13 +18,14 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from course.competition.answering import answers_of, base_model
+from course.competition.board import grades_of
 from course.competition.ranking import interval, resampled_means
 from course.competition.reading import refuse
 from course.competition.submission import MOST_TOKENS, Submission
 from helpers.chat import encode_chat
 from helpers.data import PaddedBatches, collate
 from helpers.generation import token_log_probs
-from helpers.open_tasks import grade, public_tasks
+from helpers.open_tasks import public_tasks
 from helpers.training import TrainConfig, train
 
 DIFFERENCE = 0.3  # points from which on the recipe does not explain the score; another trainer's luck is smaller
@@ -41,8 +42,7 @@ def compare(submission: Submission, kept: Path) -> str:
     again = replace(submission, adapter=adapter, key=f"again {submission.key} {digest}")
     tasks = public_tasks()
     handed_in, anew = (
-        np.array([grade(task, answer).points for task, answer in zip(tasks, answers, strict=True)])
-        for answers in (submission.answers, answers_of(again, tasks, kept))
+        np.array(grades_of(tasks, answers)) for answers in (submission.answers, answers_of(again, tasks, kept))
     )
     gap = anew - handed_in
     low, high = interval(resampled_means(gap[None], [task.kind for task in tasks])[:, 0])
