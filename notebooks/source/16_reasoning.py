@@ -1184,17 +1184,17 @@ lesson.equal("the policy gradient of 0-1 rewards is the gradient of fine-tuning 
 del learner, gradients, loss, logits
 
 # %% [markdown]
-# Both get the same number of samples, six for each of the *practice* pairs, whose solutions nobody gives. Fine-tuning takes the first six of section 3, drawn from the policy, each different right text once; the identity above counts repeats. GRPO draws its six in six rounds from the policy as it becomes, with six updates a round. Only the first update of a round sees samples of the policy as it is; for the other five they are a little old, and no ratio corrects this. The simple baseline is *more of the known*: as many more steps as the fine-tuning, on the *training* pairs, whose solutions are known.
+# Both get the same number of samples, sixteen for each of the *practice* pairs, whose solutions nobody gives, and the same number of updates, 96. Fine-tuning takes the samples of section 3, drawn from the policy, each different right text once; the identity above counts repeats. GRPO draws its samples in sixteen rounds from the policy as it becomes, six for each of 25 pairs, with six updates a round. Only the first update of a round sees samples of the policy as it is; for the other five they are a little old, and no ratio corrects this. The simple baseline is *more of the known*: as many more steps as the fine-tuning, on the *training* pairs, whose solutions are known.
 
 # %%
-GROUP, practice = 6, split["practice"]
+GROUP, UPDATES, practice = 6, 96, split["practice"]
 judged = {(route_prompt(*way), f" {text.strip()}\n"): is_right(text, *way)
-          for way, texts in zip(practice, pools["practice"], strict=True) for text in texts[:GROUP]}  # fmt: skip
+          for way, texts in zip(practice, pools["practice"], strict=True) for text in texts}  # fmt: skip
 kept = sorted(pair for pair, good in judged.items() if good)
 print(f"{len(judged)} different samples, {len(kept)} of them right; they answer "
       f"{len({prompt for prompt, _ in kept}) / len(practice):.0%} of {len(practice)} practice pairs")  # fmt: skip
-learners = {"policy": policy, "right samples": fine_tune(policy, kept, 96, share=0.5, batch_size=8)}
-learners["more of the known"] = fine_tune(policy, shown_routes, 96, share=0.5, batch_size=8)
+learners = {"policy": policy, "right samples": fine_tune(policy, kept, UPDATES, share=0.5, batch_size=8)}
+learners["more of the known"] = fine_tune(policy, shown_routes, UPDATES, share=0.5, batch_size=8)
 
 
 # %%
@@ -1224,7 +1224,7 @@ def grpo(rounds: int, questions: int, updates: int = 6) -> tuple[nn.Module, list
     return learner.to(settings["at_rest"]).requires_grad_(False), log
 
 
-learners["GRPO"], rewards_log = grpo(rounds=6, questions=max(1, len(practice) // 6))
+learners["GRPO"], rewards_log = grpo(rounds=lesson.scaled(UPDATES // 6), questions=max(1, len(practice) // 6))
 print("right in training: " + " ".join(f"{value:.0%}" for value in rewards_log))
 
 # %% [markdown]
@@ -1236,39 +1236,39 @@ reached = {}  # name -> pass@k of each pair: (pairs, k)
 for name, network in learners.items():
     samples = [texts[:DRAWN] for texts in pools["test"]]
     if name != "policy":
-        samples = sample(network, [route_prompt(*way) for way in test], DRAWN, stream=40)
+        samples = sample(network, [route_prompt(*way) for way in test], DRAWN, stream=60)
     hits = [sum(is_right(text, *way) for text in texts) for texts, way in zip(samples, test, strict=True)]
     reached[name] = np.array([[pass_at_k(DRAWN, hit, k) for k in K] for hit in hits])
 show_table({name: [f"{value:.0%}" for value in values.mean(0)] for name, values in reached.items()},
            [f"pass@{k}" for k in K])  # fmt: skip
-alt = (
-    "pass@k on unseen pairs over k for the policy and three ways to train it on: all lines rise with k; a dashed line."
-)
-figure = plots.curve({name: (K, values.mean(0)) for name, values in reached.items()}, log_x=True, percent=True,
-                     title="Three ways to train on, at every number of answers", xlabel="answers k",
-                     ylabel="pass@k, unseen pairs", alt=alt,
-                     references={"policy, one greedy answer": greedy.accuracy})  # fmt: skip
-figure.axes[0].set_xticks(K, K)
-figure.axes[0].minorticks_off()
-plots.show(figure)
-for name in list(learners)[1:]:
+gains = {name: values - reached["policy"] for name, values in reached.items() if name != "policy"}  # (pairs, k)
+series = {}
+for name, gain in gains.items():
+    ends = [bootstrap_interval(column, seed=seed, resamples=500) for column in gain.T]  # (low, high) at each k
+    series[name] = (K, gain.mean(0), *zip(*ends, strict=True))
     for column in (0, -1):
-        gain = reached[name][:, column] - reached["policy"][:, column]  # (pairs,)
-        low, high = bootstrap_interval(gain, seed=seed, resamples=500)
-        said = f"{gain.mean():+.0%} ({low:+.0%} to {high:+.0%} over the pairs)"
+        said = f"{gain[:, column].mean():+.0%} ({ends[column][0]:+.0%} to {ends[column][1]:+.0%} over the pairs)"
         print(f"{name}: pass@{K[column]} {said}")
         lesson.report(f"gain in pass@{K[column]} on unseen pairs: {name}", said)
+figure = plots.curve(series, title="What further training adds to pass@k on unseen pairs", xlabel="answers k",
+                     ylabel="pass@k less that of the policy", log_x=True, percent=True, limits_y=(-0.2, 0.3),
+                     references={"the policy": 0.0})  # fmt: skip
+figure.axes[0].set_xticks(K, K)
+figure.axes[0].minorticks_off()
+plots.show(figure, alt="Gain in pass@k over the policy, for k from one to eight, with bands over the pairs, for three "
+                       "ways to train it on; a dashed line at zero is the policy.")  # fmt: skip
+print(f"one greedy answer of the policy: {greedy.accuracy:.0%}")
 del learners, network  # a GPU needs the room
 best_single = max(values[:, 0].mean() for name, values in reached.items() if name != "policy")
 lesson.report("eight answers of the policy and a checker / one answer after the best training / one greedy answer",
               f"{reached['policy'][:, -1].mean():.0%} / {best_single:.0%} / {greedy.accuracy:.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In this run more steps on the pairs with known solutions gain most: where solutions exist, this is the line to beat. But hold it against the dashed line too. The gain is one of samples at temperature 1; one greedy answer of the policy *before* the training is nearly as good as one sample after it. So a good part of such a gain may be no more than samples that come closer to greedy decoding.
+# **What you see.** In this run more steps on the pairs with known solutions gain most at one answer: where solutions exist, this is the line to beat. GRPO had no solution, only right or wrong, and the share of right samples in its training rises from round to round. But hold all gains against one greedy answer of the policy, printed last. The table counts samples at temperature 1, and one greedy answer *before* the training is about as good as one sample after it. So a good part of such a gain may be no more than samples that come closer to greedy decoding.
 #
-# If pass@1 rises and pass@8 does not, the model got surer; if pass@8 rises as well, it found new routes. Read the rows so, and read the intervals with them. They are over the pairs, of one run. From training seed to training seed the gains change by as much as the ways differ, so all of them are reports.
+# If pass@1 rises and pass@8 does not, the model got surer; if pass@8 rises as well, it found new routes. Read the lines so, and the bands with them: where a band holds zero, the hundred pairs do not tell the gain from none. The bands are over the pairs, of one run. From training seed to training seed the gains change by as much as the ways differ, so all of them are reports.
 #
-# A gain near zero is no verdict on GRPO. It takes 36 updates here with small steps, the fine-tunings take 96 with larger ones. Fine-tuning on the right samples costs one round of sampling and no new code; compare with it, and with more of the known, before you write GRPO. One line of the table at the end sets eight answers and a checker against one answer after training. The budgets are as different as eight and one, so it says only what a checker is worth when it is there as the question is asked.
+# Samples and updates are equal here, rates are not: GRPO takes the smaller step size of the settings, since its samples are soon old. Fine-tuning on the right samples costs one round of sampling and no new code; compare with it, and with more of the known, before you write GRPO. One line of the table at the end sets eight answers and a checker against one answer after training. The budgets are as different as eight and one, so it says only what a checker is worth when it is there as the question is asked.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Are the written steps the reason for the answer?
@@ -1840,7 +1840,7 @@ lesson.summary()
 # | a verifier is a logistic regression | a verifier is a language model with a head, or one that writes its reasons |
 # | tokens of the verifier cost nothing | a verifier as large as the policy doubles the cost of a sample |
 # | all samples at once, on two cores | samples of one prompt share its key-value cache, so many are cheaper than one after another |
-# | six rounds of GRPO | hundreds of steps on thousands of questions, with `trl` below |
+# | sixteen rounds of GRPO | hundreds of steps on thousands of questions, with `trl` below |
 #
 # Measure one greedy answer first, and then the vote: neither needs a verifier. Before you trust best-of-N, plot it over $N$ up to more samples than you will use, beside a judge that gives random numbers. Before you report a gain by training, measure pass@k before and after, and beside it the gain of as much plain fine-tuning.
 #
