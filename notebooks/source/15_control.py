@@ -1838,7 +1838,7 @@ print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 #
 # **Question.** Can the same loop work a web page, and does it matter which browser stands between them?
 #
-# The kitchen has a web site: a menu, a page for each dish with a field for the number and a button, a basket, and a page that says that it is done. It runs in this notebook, on this machine alone. The task is to order a number of one dish. It takes four actions, and on every page the elements stand in another order.
+# The kitchen has a web site: a menu, a page for each dish with a field for the number and a button, a basket, and a page that says that it is done. It runs in this notebook, on this machine alone. The task is to order a number of one dish. It takes four actions, and on every page the elements stand in another order. Reading a page must change nothing, so links and the basket's form use the method GET of HTTP. Paying changes something, so its form uses POST, and the site enters an order for nothing else.
 
 # %%
 import importlib.util
@@ -1851,13 +1851,13 @@ from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from urllib.parse import parse_qsl, urlencode, urlsplit
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 
 MENU, LIMIT_OF_SHOP = 4, 9  # dishes on offer, and the largest number that anybody orders
 
 # %%
-def kitchen_page(address: str, orders: dict[str, list]) -> str:
-    """The page at `/visit/name?fields` as HTML; paying enters the order of this visit into `orders`."""
+def kitchen_page(address: str, orders: dict[str, list], method: str = "get") -> str:
+    """The page at `/visit/name?fields` as HTML; paying by "post" enters the visit's order into `orders`."""
     path, fields = urlsplit(address).path, dict(parse_qsl(urlsplit(address).query))
     _, visit, kind, *rest = [*path.split("/"), ""]  # a browser also asks for an icon, /favicon.ico
     order_of = random.Random(address)  # the same address has the same page
@@ -1874,8 +1874,8 @@ def kitchen_page(address: str, orders: dict[str, list]) -> str:
                  '<input name="number" aria-label="number"> <button>add</button></form>']  # fmt: skip
     elif kind == "basket" and fields.get("number"):
         parts = [f"<p>{escape(fields['number'])} {escape(fields.get('dish', ''))}</p>", link(visit, "menu", "back"),
-                 f'<form action="/{visit}/paid">{hidden}<button>pay</button></form>']  # fmt: skip
-    elif kind == "paid":
+                 f'<form method="post" action="/{visit}/paid">{hidden}<button>pay</button></form>']  # fmt: skip
+    elif kind == "paid" and method == "post":
         orders[visit].append((fields.get("number"), fields.get("dish")))
         parts = ["<p>done</p>"]
     else:
@@ -1898,7 +1898,7 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list) -> None:
         given = dict(attributes)
         if tag == "form":
-            self.form = {"action": given["action"], "fields": {}}
+            self.form = {"action": given["action"], "method": given.get("method", "get"), "fields": {}}
         elif tag == "input" and given.get("type") == "hidden":
             self.form["fields"][given["name"]] = given["value"]
         elif tag in ("a", "p", "button", "input"):
@@ -1914,13 +1914,13 @@ ACTION = re.compile(r"(\d+)|([a-z]+)")  # a number is typed, a word is clicked
 
 # %%
 class TextBrowser:
-    """A browser without pictures or scripts; `fetch` turns an address into HTML."""
+    """A browser without pictures or scripts; `fetch` turns an address and a method into HTML."""
 
-    def __init__(self, fetch: Callable[[str], str]) -> None:
+    def __init__(self, fetch: Callable[[str, str], str]) -> None:
         self.fetch = fetch
 
-    def open(self, address: str) -> None:
-        self.elements = Elements(self.fetch(address)).found
+    def open(self, address: str, method: str = "get") -> None:
+        self.elements = Elements(self.fetch(address, method)).found
 
     def observe(self) -> str:
         return " ".join(f"{element['text']} {element['value']}".strip() + ";" for element in self.elements)
@@ -1931,12 +1931,12 @@ class TextBrowser:
             if number and element["kind"] == "input":
                 element["value"] = number
             elif word and element["text"] == word and element["kind"] in ("a", "button"):
-                self.open(element["href"] or self._submitted(element["form"]))
+                self.open(element["href"]) if element["href"] else self._submit(element["form"])
                 break
 
-    def _submitted(self, form: dict) -> str:
+    def _submit(self, form: dict) -> None:
         typed = {element["name"]: element["value"] for element in self.elements if element["kind"] == "input"}
-        return f"{form['action']}?{urlencode(form['fields'] | typed)}"
+        self.open(f"{form['action']}?{urlencode(form['fields'] | typed)}", form["method"])
 
 # %% [markdown]
 # **Demonstrations** come from a program that knows the site. Each page is a row of its own: the page, the task, and the right action. Finding the dish on the menu is the hardest part, so three in four visits end there. A third of the dishes is never ordered in them.
@@ -1962,7 +1962,7 @@ def best_action(seen: str, number: str, dish: str) -> str:
 def demonstrated_pages(visits: int, generator: random.Random) -> list[dict]:
     """Encoded rows of complete orders, a page each."""
     rows, orders = [], defaultdict(list)
-    browser = TextBrowser(lambda address: kitchen_page(address, orders))
+    browser = TextBrowser(lambda address, method: kitchen_page(address, orders, method))
     for visit in range(visits):
         offered = random.Random(f"menu/d{seed}-{visit}").sample(list(DISHES), MENU)
         dish = generator.choice([dish for dish in offered if dish not in NEW_DISHES] or offered)
@@ -1991,7 +1991,14 @@ class Site(BaseHTTPRequestHandler):
     """Answers each request with the kitchen's page."""
 
     def do_GET(self) -> None:
-        page = kitchen_page(self.path, ORDERS).encode()
+        self.answer(self.path, "get")
+
+    def do_POST(self) -> None:
+        fields = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.answer(f"{self.path}?{fields}", "post")
+
+    def answer(self, address: str, method: str) -> None:
+        page = kitchen_page(address, ORDERS, method).encode()
         with suppress(ConnectionError):  # a browser may turn away before it has the page
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
@@ -2009,9 +2016,11 @@ SITE = f"http://127.0.0.1:{server.server_port}"
 direct = build_opener(ProxyHandler({}))  # not through a proxy, whatever this machine has set
 
 # %%
-def read_page(address: str) -> str:
-    """The page at this address of the site."""
-    with direct.open(SITE + address, timeout=10) as answer:
+def read_page(address: str, method: str = "get") -> str:
+    """The page at this address of the site; by "post" the fields behind `?` go into the request's body."""
+    path, _, fields = address.partition("?")
+    asked = Request(SITE + path, fields.encode()) if method == "post" else SITE + address
+    with direct.open(asked, timeout=10) as answer:
         return answer.read().decode()
 
 
@@ -2151,7 +2160,8 @@ def with_chromium(wishes: Sequence[tuple]) -> tuple[list[list[tuple]], bytes]:
 if CHROMIUM and importlib.util.find_spec("playwright"):
     wishes = wishes_for("chromium-", lesson.scaled(3, 2), True)
     all_steps, picture = with_chromium(wishes)
-    differing, replayed = 0, TextBrowser(lambda address: kitchen_page(address, defaultdict(list)))
+    differing = 0
+    replayed = TextBrowser(lambda address, method: kitchen_page(address, defaultdict(list), method))
     for (visit, _, _), steps in zip(wishes, all_steps, strict=True):
         replayed.open(f"/{visit}/menu")
         for page, action in steps:
@@ -2171,7 +2181,7 @@ else:
 # %% [markdown]
 # **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed. In most of our runs the clerk ordered nearly all dishes that the demonstrations of this site ordered, and of the others fewer, in some runs hardly any: there it clicks a dish that it knows, even one that is not on the page. It has learned which words are clicked, and only in part to copy the word of the task. With fewer demonstrations it got through no order at all. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. How far it gets differs from run to run, so these numbers are reports, and the dishes of a kind are only a few.
 #
-# **A page can lie.** Whoever writes the page writes into the model's prompt; lesson 12 has attacks and defences. The prompt has no place where only the user can write, so what an action may do has to be limited outside of the model. Here `act` can click and type, and both browsers reach this site and no other. That is not enough: where a click leads is up to the page, and on this site one link could order nine portions. What must not happen by one click, the server has to ask about, and the user has to confirm.
+# **A page can lie.** Whoever writes the page writes into the model's prompt; lesson 12 has attacks and defences. The prompt has no place where only the user can write, so what an action may do has to be limited outside of the model. Here `act` can click and type, and both browsers reach this site and no other. That is not enough: no link of this site orders anything, but a button that says `help` may send the form that pays. What must not happen by one click, the server has to ask about, and the user has to confirm.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Tools in another process: the Model Context Protocol

@@ -359,9 +359,9 @@ def test_the_shop_takes_an_order_and_nothing_but_clicks_and_numbers() -> None:
     orders: dict[str, list] = defaultdict(list)
     addresses: list[str] = []
 
-    def read_page(address: str) -> str:
+    def read_page(address: str, method: str) -> str:
         addresses.append(address)
-        return SHOP["kitchen_page"](address, orders)
+        return SHOP["kitchen_page"](address, orders, method)
 
     browser = SHOP["TextBrowser"](read_page)
     browser.open("/v/menu")
@@ -373,6 +373,15 @@ def test_the_shop_takes_an_order_and_nothing_but_clicks_and_numbers() -> None:
         browser.act(SHOP["best_action"](browser.observe(), "7", dish))
     assert orders["v"] == [("7", dish)]
     assert all(not urlsplit(address).netloc for address in addresses)
+
+
+def test_reading_a_page_of_the_shop_orders_nothing() -> None:
+    orders: dict[str, list] = defaultdict(list)
+    for address in ("/v/menu", "/v/basket?dish=jam&number=7", "/v/paid?dish=jam&number=7"):
+        SHOP["kitchen_page"](address, orders, "get")
+    assert not orders
+    SHOP["kitchen_page"]("/v/paid?dish=jam&number=7", orders, "post")
+    assert orders == {"v": [("7", "jam")]}
 
 
 def browser_cell(piece: str) -> str:
@@ -400,7 +409,7 @@ def test_both_browsers_show_the_same_on_the_way_of_an_order() -> None:
     names["threading"].Thread(target=server.serve_forever, daemon=True).start()
     names["SITE"] = f"http://127.0.0.1:{server.server_port}"
     chromium = names["ChromiumBrowser"]()
-    text = names["TextBrowser"](lambda address: names["kitchen_page"](address, defaultdict(list)))
+    text = names["TextBrowser"](lambda address, method: names["kitchen_page"](address, defaultdict(list), method))
     try:
         for browser in (text, chromium):
             browser.open("/v/menu")
