@@ -22,7 +22,8 @@ from helpers.profiles import ROOT
 
 GITHUB = "https://github.com/"
 DOCUMENTS = ("*.md", "docs/**/*.md", "data/*/README.md", "*.cff")
-BADGE = re.compile(r"(?<=https://colab\.research\.google\.com/github/)[^/\s]+/[^/\s]+/blob/[^/\s]+(?=/notebooks/\d\d_)")
+PLACES = r"(?:(?<=https://colab\.research\.google\.com/github/)|(?<=welcome\?src=https://github\.com/))"
+BADGE = re.compile(PLACES + r"[^/\s]+/[^/\s]+/blob/[^/\s]+(?=/notebooks/\d\d_)")
 # GitHub's own rules: no hyphen at the ends of an owner, no name that is only dots.
 NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,38}/(?!\.+$)[A-Za-z0-9._-]{1,100}(?<!\.git)")
 VERSION = re.compile(r"\d+\.\d+\.\d+")

@@ -13,7 +13,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from course.twins import FORMAT, bring_in_line, twin
-from helpers.colab import SETUP_CELL, badge
+from helpers.colab import SETUP_CELL, badges
 from helpers.errors import CourseError
 from helpers.files import write_atomically
 from helpers.profiles import ROOT
@@ -41,7 +41,7 @@ def filled(template: str, name: str) -> str:
         "name": name,
         "title": title_of(name),
         "exercise": str(int(name[:2])),  # of exercise 1.1
-        "badge": badge(name),
+        "badges": badges(name),
         "setup": SETUP_CELL.strip(),
     }
     text = (TEMPLATE / template).read_text(encoding="utf-8")

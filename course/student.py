@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 
 from course.arguments import add_notebooks
 from course.notebooks import read_notebook, select_notebooks, tags
-from helpers.colab import badge
+from helpers.colab import badges
 from helpers.errors import CourseError
 from helpers.files import replacing_folder
 from helpers.profiles import ROOT
@@ -57,8 +57,8 @@ def student_edition(notebook: NotebookNode, stem: str) -> NotebookNode:
     for cell in edition.cells:
         cell.metadata.pop("transient", None)  # the preprocessor's own note
         if cell.cell_type == "markdown":
-            # The badge opens the edition with the solutions.
-            cell.source = ABOUT_SOLUTIONS.sub("", cell.source.replace(badge(stem), "")).strip()
+            # The badges open the edition with the solutions.
+            cell.source = ABOUT_SOLUTIONS.sub("", cell.source.replace(badges(stem), "")).strip()
             if "hint" in tags(cell) and "<details>" not in cell.source:
                 cell.source = f"<details><summary>Hint</summary>\n\n{cell.source}\n\n</details>"
         elif {"exercise", "check"} & set(tags(cell)):

@@ -22,6 +22,7 @@ from helpers.files import write_atomically
 
 FORMAT = "py:percent"
 PAIRING = {"formats": "ipynb,source//py:percent"}  # jupytext's extension of JupyterLab reads it
+ON_A_GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4"}}  # what Colab starts when a badge opens the notebook
 UNMEASURED = "cpu 0 s · 0 GB"  # a twin does not change when a lesson is only measured again
 
 
@@ -106,7 +107,7 @@ def bring_in_line(path: Path, edited: str) -> None:
     if edited == "source":
         take_over(notebook, jupytext.read(twin(path), fmt=FORMAT))
     notebook.metadata.setdefault("workbook", {})["twin"] = contents_hash(notebook)
-    notebook.metadata["jupytext"] = PAIRING
+    notebook.metadata |= {"jupytext": PAIRING} | ON_A_GPU
     twin(path).parent.mkdir(exist_ok=True)
     write_atomically(twin(path), as_source(notebook))
     write_atomically(path, nbformat.writes(notebook) + "\n")

@@ -1,4 +1,4 @@
-"""Running a lesson in Google Colab or Kaggle: the badge, the setup cell, and the packages that a runtime lacks.
+"""Running a lesson in Google Colab or Kaggle: the badges, the setup cell, and the packages that a runtime lacks.
 
 Kaggle's image is made from Colab's and sets Colab's variables too; its menus have other names.
 
@@ -73,11 +73,15 @@ MENUS = {
 SHOWN = (*NEVER_MOVED, "datasets", "peft", "trl", "bitsandbytes")
 
 
-def badge(notebook_stem: str) -> str:
-    """Markdown of the badge that opens notebooks/<notebook_stem>.ipynb in Colab."""
-    path = REPOSITORY.removeprefix("https://github.com/")
-    address = f"https://colab.research.google.com/github/{path}/blob/{TAG}/notebooks/{notebook_stem}.ipynb"
-    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
+def badges(notebook_stem: str) -> str:
+    """Markdown of the badges that open notebooks/<notebook_stem>.ipynb in Colab and in Kaggle."""
+    notebook = f"{REPOSITORY}/blob/{TAG}/notebooks/{notebook_stem}.ipynb"
+    colab = notebook.replace("https://github.com/", "https://colab.research.google.com/github/")
+    kaggle = f"https://kaggle.com/kernels/welcome?src={notebook}"
+    return (
+        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
+        f"[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]({kaggle})"
+    )
 
 
 def on_kaggle() -> bool:

@@ -23,7 +23,7 @@ from course.notebooks import (
 from course.runner.report import Row
 from course.study_time import study_time
 from course.translation import write_readme
-from helpers.colab import badge
+from helpers.colab import badges
 from helpers.errors import CourseError
 from helpers.files import write_atomically
 from helpers.profiles import ROOT
@@ -105,7 +105,7 @@ def lesson_table(notebooks: list[Path]) -> str:
     for path, (number, title, minutes, memory, study, after) in zip(notebooks, lessons(notebooks), strict=True):
         link = f"[{title}]({path.parent.name}/{path.name})"
         study = study.replace(" | ", "; ")
-        lines.append(f"| {number} | {link} | {minutes} | {memory} | {study} | {after} | {badge(path.stem)} |")
+        lines.append(f"| {number} | {link} | {minutes} | {memory} | {study} | {after} | {badges(path.stem)} |")
     return "\n".join(lines)
 
 

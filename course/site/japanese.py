@@ -17,7 +17,7 @@ from sphinx.search.ja import SearchJapanese
 
 from course.notebooks import select_notebooks
 from course.site import glossary, lesson_map
-from course.site.pages import BADGE
+from course.site.pages import BADGES
 from course.translation import LANGUAGE, NAME, PAGES, WHOLE, Say, edition, name_figures, speaker, translated
 from helpers.profiles import ROOT
 
@@ -66,16 +66,16 @@ def collect(folder: Path, english: Path, figures: str) -> None:
 
 
 def lesson(path: Path, say: Say, english: Path) -> NotebookNode:
-    """What there is of a lesson in Japanese, with a bar that leads to the English one and to Colab."""
+    """What there is of a lesson in Japanese, with a bar that leads to the English one, to Colab and to Kaggle."""
     notebook = edition(path)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = lead_to_english(translated(cell.source, say), "notebooks", english)
     bar = f'<p class="lesson-buttons"><a href="../../notebooks/{path.stem}.html">{say("The lesson in English")}</a> '
-    colab = f'<a href="{{}}">{say("Open in Colab")}</a></p>'
+    places = f'<a href="{{}}">{say("Open in Colab")}</a> <a href="{{}}">{say("Open in Kaggle")}</a></p>'
     note = "" if path.stem in WHOLE else f"\n\n{say(ABOUT)}"
     first = notebook.cells[0]
-    first.source = BADGE.sub(lambda found: bar + colab.format(found[1]) + note, first.source)
+    first.source = BADGES.sub(lambda found: bar + places.format(*found.groups()) + note, first.source)
     return notebook
 
 

@@ -1,6 +1,6 @@
 """What the book changes in the sources while Sphinx reads them; the files themselves stay as they are committed.
 
-A lesson's Colab badge, an image on another server, becomes a bar with two local buttons. Marked, so
+A lesson's badges, images on other servers, become a bar with two local buttons. Marked, so
 that scripts find them in the browser, are further sections and the right choice of each question of the quiz. Links to
 files that are no page of the book lead to the repository. Images get the alternative text that the notebook keeps
 beside them.
@@ -22,7 +22,7 @@ from course.site import quiz
 from helpers.colab import REPOSITORY, TAG
 from helpers.profiles import ROOT
 
-BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)")
+BADGES = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\) \[!\[Open in Kaggle\]\([^)]*\)\]\(([^)]*)\)")
 RELATIVE_LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FURTHER = "*Further: no core section needs this one.*"  # in each heading cell that is tagged so; book.js folds it
 MATHJAX = ("tex-chtml.js", "output/chtml/fonts")
@@ -40,7 +40,7 @@ def prepare_source(app: Sphinx, name: str, source: list[str]) -> None:
         if "quiz" in tags:
             cell["source"] = quiz.mark("".join(cell["source"]), f"{posixpath.basename(name)}.{cell['id']}")
         if cell["cell_type"] == "markdown":
-            text = BADGE.sub(lambda found: buttons(name, found[1]), "".join(cell["source"]))
+            text = BADGES.sub(lambda found: buttons(name, *found.groups()), "".join(cell["source"]))
             text = text.replace(FURTHER, f'<p class="further">{FURTHER.strip("*")}</p>')
             cell["source"] = lead_to_repository(app, name, text)
         elif "setup" in tags:
@@ -54,11 +54,11 @@ def prepare_source(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = json.dumps(notebook)
 
 
-def buttons(name: str, colab: str) -> str:
+def buttons(name: str, colab: str, kaggle: str) -> str:
     """The bar at the top of a lesson."""
     notebook = f"{posixpath.basename(name)}.ipynb"
     return (
-        f'<p class="lesson-buttons"><a href="{colab}">Open in Colab</a> '
+        f'<p class="lesson-buttons"><a href="{colab}">Open in Colab</a> <a href="{kaggle}">Open in Kaggle</a> '
         f'<a href="../_sources/{name}.ipynb" download="{notebook}">Download the notebook</a></p>'
     )
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # {{ number }} · {{ title }}: say what the reader will find out
 #
-# {{ badge }}
+# {{ badges }}
 #
 # One paragraph of promise: which question this lesson asks, what the reader will have written, and which numbers they
 # will have measured at the end.

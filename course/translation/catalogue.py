@@ -34,6 +34,7 @@ INTERFACE = (  # what the program says
     "Figure of lesson {}: {}",
     "The lesson in English",
     "Open in Colab",
+    "Open in Kaggle",
     "Here are the summary, the symbols and the quiz. The text of the lesson and its figures are in English; questions "
     "that name a figure or a section mean those.",
 )

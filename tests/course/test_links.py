@@ -97,7 +97,7 @@ def test_only_badges_addresses_and_the_setup_cell_change(original, moved):
 
 
 CONVENTIONS = """
-from helpers.colab import badge
+from helpers.colab import badges
 from course.notebooks import select_notebooks
 from course.twins import pending
 from helpers.profiles import ROOT
@@ -107,8 +107,8 @@ for path in select_notebooks():
     for check in structure.CHECKS:
         for problem in check(structure.read(path), path.stem):
             print(path.stem, check.__name__, problem)
-    if badge(path.stem) not in (ROOT / "README.md").read_text():
-        print(f"{path.stem}: README.md lacks its badge")
+    if badges(path.stem) not in (ROOT / "README.md").read_text():
+        print(f"{path.stem}: README.md lacks its badges")
     print(pending(path))
 """
 

@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from course import notebooks
 from course.__main__ import main
 from course.student import NEEDED, exercises_without_hint, student_edition, write_student_edition
-from helpers.colab import SETUP_CELL, badge
+from helpers.colab import SETUP_CELL, badges
 from helpers.errors import CourseError
 from helpers.profiles import ROOT
 
@@ -98,7 +98,7 @@ def test_the_rest_of_a_lesson_stays_as_it_is(path: Path) -> None:
             assert after == before
         else:
             assert not re.search(r"solutions? (is|are) folded|folded solution", after.source)
-            assert badge(path.stem) not in after.source
+            assert badges(path.stem) not in after.source
     assert "source_hash" not in edition.metadata.workbook
     assert edition.metadata.workbook.lesson == path.stem[:2]
 
@@ -119,7 +119,7 @@ def lesson(folder: Path) -> Path:
         return {"metadata": {"tags": [tag]}}
 
     cells = [
-        new_markdown_cell(f"# A lesson\n\n{badge('01_small')}\n\ntext"),
+        new_markdown_cell(f"# A lesson\n\n{badges('01_small')}\n\ntext"),
         new_code_cell(SETUP_CELL, **tagged("setup")),
         new_code_cell('profile = ""\nseed = 0\nmodel_id = ""', **tagged("parameters")),
         new_code_cell("import helpers\nfrom helpers.exercises import check, expect_equal\nprint(helpers.__file__)"),

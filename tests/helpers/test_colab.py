@@ -23,7 +23,7 @@ from helpers.colab import (
     REPOSITORY,
     SETUP_CELL,
     TAG,
-    badge,
+    badges,
     lesson_packages,
     on_colab,
     plan,
@@ -298,11 +298,13 @@ def test_colab_is_recognised_and_may_be_overridden(no_colab, monkeypatch):
 # ---------------------------------------------------------------- the badge and the setup cell
 
 
-def test_a_badge_opens_the_notebook_of_the_release_in_colab():
+def test_the_badges_open_the_notebook_of_the_release_in_colab_and_kaggle():
     path = f"{REPOSITORY.removeprefix('https://github.com/')}/blob/{TAG}/notebooks/03_pretraining.ipynb"
-    assert badge("03_pretraining") == (
+    assert badges("03_pretraining") == (
         "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        f"(https://colab.research.google.com/github/{path})"
+        f"(https://colab.research.google.com/github/{path}) "
+        "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
+        f"(https://kaggle.com/kernels/welcome?src=https://github.com/{path})"
     )
 
 

@@ -16,7 +16,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from course.__main__ import main
 from course.runner import run
 from course.site.pages import FURTHER
-from helpers.colab import SETUP_CELL, badge
+from course.twins import ON_A_GPU
+from helpers.colab import SETUP_CELL, badges
 from helpers.profiles import ROOT
 from tests.support import notebook_structure as structure
 
@@ -93,7 +94,7 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'from helpers.lesson import Lesson\n\nlesson = Lesson("03", profile, model_id, seed)\nprint("seed", seed)'
     )
     cells = [
-        new_markdown_cell(f"# Lines\n\n{badge(STEM)}\n\ncpu 0 s · 0 GB | t4 1 min · 1 GB"),
+        new_markdown_cell(f"# Lines\n\n{badges(STEM)}\n\ncpu 0 s · 0 GB | t4 1 min · 1 GB"),
         new_markdown_cell("**You will** draw a line.\n\nPrerequisites: 01."),
         new_code_cell(SETUP_CELL, metadata={"tags": ["setup"]}),
         new_code_cell('profile = ""\nseed: int = 0\nmodel_id = ""', metadata={"tags": ["parameters"]}),
@@ -116,6 +117,7 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metadata = {
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
         "workbook": {"lesson": "03", "title": "Lines", "prerequisites": ["01"]},
+        **ON_A_GPU,
     }
     folder = root / "notebooks"
     folder.mkdir()
@@ -165,6 +167,8 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: n.metadata.pop("kernelspec"),
     ],
     structure.the_metadata_describe_the_lesson: [
+        lambda n: n.metadata.pop("accelerator"),
+        lambda n: n.metadata.colab.update(gpuType="A100"),
         lambda n: n.metadata.workbook.update(lesson="04"),
         lambda n: n.metadata.workbook.update(title=""),
         lambda n: n.metadata.workbook.update(prerequisites="01"),
@@ -176,7 +180,7 @@ VIOLATIONS: dict[structure.Check, list[Callable[[NotebookNode], object]]] = {
         lambda n: n.metadata.workbook.budget.cpu.update(gib=2.8),
         lambda n: n.metadata.workbook.pop("budget"),
     ],
-    structure.the_first_cell_has_title_badge_and_budget: [
+    structure.the_first_cell_has_title_badges_and_budget: [
         lambda n: n.cells[0].update(source=n.cells[0].source.removeprefix("# ")),
         lambda n: n.cells[0].update(source=n.cells[0].source.replace(STEM, "04_other")),
         lambda n: n.cells[0].update(source=n.cells[0].source.replace("cpu", "CPU")),

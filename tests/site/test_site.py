@@ -18,7 +18,7 @@ from course.claims.ledger import read_ledger
 from course.rehearsal.report import read_report
 from course.site.chromium import FLAGS, NAMES
 from course.slides.sections import figures
-from helpers.colab import badge
+from helpers.colab import badges
 from helpers.profiles import ROOT
 from tests.site.calculator_cases import CASES
 
@@ -136,13 +136,13 @@ def test_solutions_and_hints_are_folded(pages):
         assert all(box.select("div.highlight pre") for box in code), path.stem
 
 
-def test_a_lesson_offers_the_committed_notebook_and_colab(site, pages):
+def test_a_lesson_offers_the_committed_notebook_colab_and_kaggle(site, pages):
     for path, page in lesson_pages(pages):
-        colab, download = page.select(".lesson-buttons a")
-        assert colab["href"] in badge(path.stem)
+        colab, kaggle, download = page.select(".lesson-buttons a")
+        assert colab["href"] in badges(path.stem) and kaggle["href"] in badges(path.stem)
         notebook = (site / "notebooks" / download["href"]).resolve()
         assert notebook.read_bytes() == path.read_bytes()
-        assert not page.select("img[src*='colab-badge']")
+        assert not page.select("img[src*='colab-badge'], img[src*='open-in-kaggle']")
 
 
 def test_a_lesson_lists_its_sections_beside_the_text(pages):

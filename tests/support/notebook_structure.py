@@ -24,7 +24,8 @@ from course import notebooks
 from course.site import pages
 from course.site.quiz import QUESTION
 from course.study_time import study_time
-from helpers.colab import SETUP_CELL, badge
+from course.twins import ON_A_GPU
+from helpers.colab import SETUP_CELL, badges
 
 CLOSING = ["What we saw", "In practice", "Read on"]
 MAX_LINES, MAX_SECONDS, MAX_GIGABYTES = 40, 180, 3.0
@@ -113,6 +114,8 @@ def the_metadata_describe_the_lesson(notebook: NotebookNode, stem: str) -> Itera
         re.fullmatch(r"\d\d", str(p)) and p < stem for p in prerequisites
     ):
         yield f"workbook.prerequisites is {prerequisites}, not a list of earlier lessons such as ['01']"
+    if not ON_A_GPU.items() <= notebook.metadata.items():
+        yield "it does not ask Colab for a GPU: run python -m course sync"
 
 
 @convention
@@ -128,12 +131,12 @@ def the_measured_budget_is_kept(notebook: NotebookNode, stem: str) -> Iterator[s
 
 
 @convention
-def the_first_cell_has_title_badge_and_budget(notebook: NotebookNode, stem: str) -> Iterator[str]:
+def the_first_cell_has_title_badges_and_budget(notebook: NotebookNode, stem: str) -> Iterator[str]:
     source = notebook.cells[0].source if notebook.cells[0].cell_type == "markdown" else ""
     if not source.startswith("# "):
         yield "it does not begin with a title"
-    if badge(stem) not in source:
-        yield "it lacks the badge that helpers.colab.badge gives"
+    if badges(stem) not in source:
+        yield "it lacks the badges that helpers.colab.badges gives"
     if not notebooks.BUDGET.search(source):
         yield "it lacks the line with the budget, such as: cpu 95 s · 1.2 GB | t4 6 min · 7 GB"
 
