@@ -3,8 +3,10 @@
 import re
 
 PROTECTED = re.compile(r"\$[^$]+\$|`[^`]+`")  # formulas and code, in which no sentence ends
-SENTENCE_END = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)[.!?][*\")]*\s+(?=[A-Z*\"(\x00])")
+SENTENCE_END = re.compile(r"(?<!\bal)(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bDr)(?<!\b\d)[.!?][*\")]*\s+(?=[A-Z*\"(\x00])")
 LEAD = re.compile(r"\*\*[^*]+[.?:]\*\*\s+")  # such as **What you see.**
+ENOUGH = 60  # characters: a shorter sentence says too little without the next one
+SHORT = 360  # characters of a paragraph that may stand whole before a formula, a list or a table
 
 
 def blocks(text: str) -> list[str]:
@@ -43,16 +45,29 @@ def items(block: str) -> list[tuple[str, str]]:
     ]
 
 
+def first_sentences(text: str) -> str:
+    """The first sentence of a paragraph, and as many more as it takes to say something."""
+    said = sentences(text)
+    lead = lead.end() if (lead := LEAD.match(said[0])) else 0
+    number = 1
+    while number < len(said) and len(" ".join(said[:number])) - lead < ENOUGH:
+        number += 1
+    return " ".join(said[:number])
+
+
 def condensed(text: str) -> list[str]:
     """What of a text stands on the slides: first sentences, formulas, lists and tables."""
     chosen = []
     parts = blocks(text)
-    for block, after in zip(parts, [*parts[1:], ""], strict=True):
+    for block, after in zip(parts, [*parts, ""][1:], strict=True):
         kind = kind_of(block)
         if kind == "text":
-            said = sentences(block)
-            leads_on = block.endswith(":") and kind_of(after) != "text" and len(said) > 1
-            chosen.append(" ".join([said[0], *([said[-1]] if leads_on else [])]))
+            following = kind_of(after)
+            if following == "formula" or (block.endswith(":") and following != "text"):  # its last sentence leads on
+                said = sentences(block)
+                chosen.append(" ".join(said if len(block) <= SHORT else [said[0], *said[1:][-2:]]))
+            else:
+                chosen.append(first_sentences(block))
         elif kind == "list":
             chosen.append("\n".join(f"{mark} {sentences(item)[0]}" for mark, item in items(block)))
         elif kind in ("formula", "table"):

@@ -15,9 +15,12 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 from course.notebooks import BUDGET, tags
 from course.slides.condensing import LEAD, blocks, condensed, kind_of, leads_nowhere, sentences
 from course.slides.layout import LINE, ROOM, height, pages
-from course.slides.sections import NEVER_SHOWN, Section, claims, figures, sections
+from course.slides.sections import NEVER_SHOWN, Section, claims, figures, printed, sections
+from course.slides.teaching import read_teaching
 
 CODE_LINES, MAX_CODE_WIDTH = range(5, 20), 98
+PRINTED_LINES, MAX_WIDTH = 16, 170  # of what a cell printed; lines wider than the page are broken
+TABLE_ROW = re.compile(r"\S {3,}\S")
 MEASURED = "**Measured here**"
 
 
@@ -32,6 +35,7 @@ class Slide:
     heading: str
     body: str  # markdown
     notes: list[str] = field(default_factory=list)  # markdown
+    image: str = ""  # of a figure, as base64
 
 
 def text_slides(heading: str, chosen: list[str], notes: str) -> Iterator[Slide]:
@@ -51,7 +55,7 @@ def figure_slide(heading: str, image: str, alt: str, found: list[str]) -> Slide:
     style = f"max-height: {pixels}px"
     plot = f'<div class="plot"><img alt="{html.escape(alt)}" style="{style}" src="data:image/png;base64,{image}"></div>'
     listed = [f"- {claim}" for claim in found]
-    return Slide(kind, heading, "\n\n".join([plot, "\n".join(listed[: len(beside)])]), [alt, "\n".join(listed)])
+    return Slide(kind, heading, "\n\n".join([plot, "\n".join(listed[: len(beside)])]), [alt, "\n".join(listed)], image)
 
 
 def short_function(cell: NotebookNode) -> str:
@@ -68,18 +72,43 @@ def short_function(cell: NotebookNode) -> str:
     return ""
 
 
+def result(cell: NotebookNode, is_last: bool) -> str:
+    """What a cell printed, if a page has room for it and it is a table or the last thing before a text."""
+    lines = printed(cell).split("\n")
+    is_table = sum(TABLE_ROW.search(line) is not None for line in lines) > 1
+    if not (is_table or is_last) or max(map(len, lines)) > MAX_WIDTH or len(lines) < 2:
+        return ""
+    return "\n".join([*lines[:PRINTED_LINES], *(["..."] if len(lines) > PRINTED_LINES else [])])
+
+
+def practice_slides(heading: str, cells: list[NotebookNode]) -> Iterator[Slide]:
+    """The first cell of real use that fits on a page, and what it printed if there is room for that, too."""
+    for cell in cells:
+        code, text = f"```python\n{cell.source}\n```", printed(cell)
+        if height(code) <= ROOM + 1:
+            both = f"{code}\n\n```text\n{text}\n```"
+            yield Slide("code", heading, both if text and height(both) <= ROOM + 1 else code)
+            return
+
+
 def code_slides(heading: str, cells: list[NotebookNode], after_formula: bool) -> Iterator[Slide]:
-    """Slides of the code cells between two texts: the method, the figures, and what was claimed."""
+    """Slides of the code cells between two texts: the method, the figures, else what was printed, and the claims."""
     shown: Slide | tuple[str, str] | None = None  # a page of code or a figure, which waits for the claims below it
     found: list[str] = []
-    for cell in cells:
+    last_figure = max((number for number, cell in enumerate(cells) if any(figures(cell))), default=-1)
+    for number, cell in enumerate(cells):
         source = cell.source if "slide" in tags(cell) else short_function(cell) if after_formula else ""
         if source:
             yield from claimed(heading, shown, found)
             shown, found, after_formula = Slide("code", heading, f"```python\n{source}\n```"), [], False
         for image in figures(cell):
+            if shown or len(found) > 1:  # a single claim without a page of its own stands with the figure
+                yield from claimed(heading, shown, found)
+                found = []
+            shown = image
+        if number > last_figure and (text := result(cell, cell is cells[-1])):
             yield from claimed(heading, shown, found)
-            shown, found = image, []
+            shown, found = Slide("text", heading, f"```text\n{text}\n```"), []
         found += claims(cell)
     yield from claimed(heading, shown, found)
 
@@ -102,7 +131,8 @@ def exercise_slide(heading: str, cells: list[NotebookNode]) -> Slide:
             named += re.findall(r"^# Exercise ([\d.]+), (\w+): (.+)$", cell.source, re.MULTILINE)
         else:
             named += re.findall(r"^\*\*Exercise ([\d.]+)\*\* \((\w+)[^)]*\)\.? (.+)$", cell.source, re.MULTILINE)
-    listed = [f"- **{number}** ({level}) {sentences(task)[0].rstrip('.')}" for number, level, task in named]
+    once = {number: (level, task) for number, level, task in named}  # a cell names it more shortly than the text above
+    listed = [f"- **{number}** ({level}) {sentences(task)[0].rstrip('.')}" for number, (level, task) in once.items()]
     ask = "Write the answer in place of `raise NotImplementedError`; the check below it answers at once."
     return Slide("text", heading, "\n".join(listed) + f"\n\n{ask}")
 
@@ -135,10 +165,13 @@ def section_slides(section: Section) -> Iterator[Slide]:
     for is_text, group in groupby(shown, key=lambda cell: cell.cell_type == "markdown"):
         cells = list(group)
         if not is_text:
-            printed = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
-            tables = [data["text/markdown"] for data in printed if "text/markdown" in data]
+            data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+            tables = [claims_only(shown["text/markdown"]) for shown in data if "text/markdown" in shown]
             yield from text_slides(section.title, tables, "")
-            yield from code_slides(section.title, cells, after_formula)
+            if section.title == "In practice":
+                yield from practice_slides(section.title, cells)
+            else:
+                yield from code_slides(section.title, cells, after_formula)
             continue
         for cell in cells:
             source = cell.source
@@ -156,6 +189,12 @@ def section_slides(section: Section) -> Iterator[Slide]:
             after_formula = "$$" in source
 
 
+def claims_only(table: str) -> str:
+    """The closing table without the numbers that promise nothing; a lecture ends with what held."""
+    head, line, *rows = table.split("\n")
+    return "\n".join([head, line, *(row for row in rows if not re.search(r"\|\s*\|$", row))])
+
+
 def seen_slide(heading: str, block: str) -> Slide:
     """What was seen, sentence by sentence, as far as a page holds it; all of it in the notes."""
     said = sentences(block)
@@ -166,6 +205,13 @@ def seen_slide(heading: str, block: str) -> Slide:
             break
         listed.append(f"- {sentence}")
     return Slide("text", heading, "**What you see**\n\n" + "\n".join(listed), [block])
+
+
+def lead_slide(section: Section) -> Slide:
+    """The page of a section that has nothing else to show: its heading, and how its text begins."""
+    texts = (cell for cell in section.cells if cell.cell_type == "markdown" and not NEVER_SHOWN & set(tags(cell)))
+    text = next((cell.source for cell in texts), "")
+    return Slide("title", section.title, "\n\n".join(condensed(text)), [text])
 
 
 def joined(slides: Iterable[Slide]) -> Iterator[Slide]:
@@ -193,12 +239,16 @@ def joined(slides: Iterable[Slide]) -> Iterator[Slide]:
 def deck(notebook: NotebookNode, stem: str) -> NotebookNode:
     """A notebook of markdown cells with the slide types of nbconvert, made from the lesson `stem`."""
     opening, *others = sections(notebook)
+    teaching = read_teaching(stem)
+    said = {image: teaching.said(cell) for cell in notebook.cells for image, _ in figures(cell)}
     columns = [list(joined(opening_slides(opening, stem)))]
-    for section in others:  # one whose text only leads over to code has its heading
-        columns.append(list(joined(section_slides(section))) or [Slide("title", section.title, "")])
+    for section in others:  # one whose text only leads over to code has its first sentences
+        columns.append(list(joined(section_slides(section))) or [lead_slide(section)])
     cells = []
     for column in columns:
+        column[0].notes.insert(0, teaching.minutes.get(column[0].heading, ""))
         for number, slide in enumerate(column):
+            slide.notes.insert(0, said.get(slide.image, ""))
             mark = "##" if slide.kind == "title" else "###"
             metadata = {"slideshow": {"slide_type": "subslide" if number else "slide"}, "kind": slide.kind}
             cells.append(new_markdown_cell(f"{mark} {slide.heading}\n\n{slide.body}", metadata=metadata))

@@ -5,8 +5,9 @@ import re
 
 from course.slides.condensing import items, kind_of
 
-ROOM = 14.0  # lines of text that a page holds under its heading
+ROOM = 15.5  # lines of text that a page holds under its heading
 LINE = 74  # characters in a line of text
+CODE_LINE = 118  # characters in a line of code and of what it printed, at their smallest size
 
 
 def height(block: str) -> float:
@@ -18,6 +19,8 @@ def height(block: str) -> float:
         return sum(row_height(row) for row in block.split("\n") if not re.fullmatch(r"[|\s:-]+", row)) + 0.4
     if kind == "list":
         return sum(math.ceil(drawn_length(item) / (LINE - 4)) + 0.25 for _, item in items(block)) + 0.4
+    if kind == "code":  # its fences are as high as its margins
+        return sum(math.ceil(len(line) / CODE_LINE) or 1 for line in block.split("\n")) * 0.7
     return math.ceil(drawn_length(block) / LINE) + 0.45
 
 

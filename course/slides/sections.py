@@ -10,6 +10,7 @@ from nbformat import NotebookNode
 from course.notebooks import core_path, tags
 from helpers.errors import CourseError
 
+CLAIM = re.compile(r"(holds|DOES NOT HOLD): ")
 NEVER_SHOWN = {"setup", "parameters", "check", "solution", "quiz", "skip"}
 
 
@@ -48,6 +49,13 @@ def figures(cell: NotebookNode) -> Iterator[tuple[str, str]]:
         data = output.get("data", {})
         if "image/png" in data:
             yield data["image/png"].replace("\n", ""), output.metadata.get("image/png", {}).get("alt", "")
+
+
+def printed(cell: NotebookNode) -> str:
+    """What a code cell printed, without its claims."""
+    outputs = [output for output in cell.get("outputs", []) if output.get("name") == "stdout"]
+    lines = "".join(output.text for output in outputs).rstrip().split("\n")
+    return "\n".join(line for line in lines if not CLAIM.match(line)).strip("\n")
 
 
 def claims(cell: NotebookNode) -> list[str]:
