@@ -14,7 +14,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 
 from course.notebooks import BUDGET, tags
 from course.slides.condensing import LEAD, blocks, condensed, kind_of, leads_nowhere, sentences
-from course.slides.layout import LINE, ROOM, height, pages
+from course.slides.layout import LINE, ROOM, SMALL, height, pages
 from course.slides.sections import NEVER_SHOWN, Section, claims, figures, printed, sections
 from course.slides.teaching import read_teaching
 
@@ -26,7 +26,7 @@ MEASURED = "**Measured here**"
 
 @dataclass
 class Slide:
-    """One page: its kind is title, text, code, figure or tall (a figure that is as high as it is wide).
+    """One page: its kind is title, text, small (letters), code, figure or tall (a figure as high as it is wide).
 
     One of kind notes is no page; its notes belong to the next one.
     """
@@ -40,10 +40,11 @@ class Slide:
 
 def text_slides(heading: str, chosen: list[str], notes: str) -> Iterator[Slide]:
     """Slides with the chosen blocks; the first has the whole text in its notes, also what no page is left for."""
-    for number, page in enumerate(pages(chosen)):
+    kind, room = ("small", ROOM * SMALL) if heading == "Read on" else ("text", ROOM)
+    for number, page in enumerate(pages(chosen, room)):
         if number and leads_nowhere(page.split("\n\n")):
             continue
-        yield Slide("text", heading, page, [notes] if number == 0 else [])
+        yield Slide(kind, heading, page, [notes] if number == 0 else [])
 
 
 def figure_slide(heading: str, image: str, alt: str, found: list[str]) -> Slide:
@@ -148,8 +149,8 @@ def opening_slides(section: Section, stem: str) -> Iterator[Slide]:
     yield from text_slides(section.title, chosen, "")
 
 
-def section_slides(section: Section) -> Iterator[Slide]:
-    """One column of slides."""
+def section_slides(section: Section, core: list[str]) -> Iterator[Slide]:
+    """One column of slides; `core` are all claims of the lesson's core path."""
     shown = [cell for cell in section.cells if not NEVER_SHOWN & set(tags(cell))]
     exercises = [cell for cell in shown if "exercise" in tags(cell)]
     texts = [cell for cell in shown if cell.cell_type == "markdown"]
@@ -166,7 +167,7 @@ def section_slides(section: Section) -> Iterator[Slide]:
         cells = list(group)
         if not is_text:
             data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
-            tables = [claims_only(shown["text/markdown"]) for shown in data if "text/markdown" in shown]
+            tables = [claims_only(shown["text/markdown"], core) for shown in data if "text/markdown" in shown]
             yield from text_slides(section.title, tables, "")
             if section.title == "In practice":
                 yield from practice_slides(section.title, cells)
@@ -189,10 +190,12 @@ def section_slides(section: Section) -> Iterator[Slide]:
             after_formula = "$$" in source
 
 
-def claims_only(table: str) -> str:
-    """The closing table without the numbers that promise nothing; a lecture ends with what held."""
+def claims_only(table: str, core: list[str]) -> str:
+    """The closing table without numbers that promise nothing, and without the claims of further sections."""
     head, line, *rows = table.split("\n")
-    return "\n".join([head, line, *(row for row in rows if not re.search(r"\|\s*\|$", row))])
+    said = [html.escape(row.split(" | ")[0].removeprefix("| ").replace("\\|", "|"), quote=False) for row in rows]
+    shown = [row for row, text in zip(rows, said, strict=True) if any(claim.startswith(f"{text} (") for claim in core)]
+    return "\n".join([head, line, *shown])
 
 
 def seen_slide(heading: str, block: str) -> Slide:
@@ -240,10 +243,11 @@ def deck(notebook: NotebookNode, stem: str) -> NotebookNode:
     """A notebook of markdown cells with the slide types of nbconvert, made from the lesson `stem`."""
     opening, *others = sections(notebook)
     teaching = read_teaching(stem)
+    core = [claim for section in others for cell in section.cells for claim in claims(cell)]
     said = {image: teaching.said(cell) for cell in notebook.cells for image, _ in figures(cell)}
     columns = [list(joined(opening_slides(opening, stem)))]
     for section in others:  # one whose text only leads over to code has its first sentences
-        columns.append(list(joined(section_slides(section))) or [lead_slide(section)])
+        columns.append(list(joined(section_slides(section, core))) or [lead_slide(section)])
     cells = []
     for column in columns:
         column[0].notes.insert(0, teaching.minutes.get(column[0].heading, ""))

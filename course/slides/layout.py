@@ -7,6 +7,7 @@ from course.slides.condensing import items, kind_of
 
 ROOM = 15.5  # lines of text that a page holds under its heading
 LINE = 74  # characters in a line of text
+SMALL = 1.6  # times as much stands on a page of small letters
 CODE_LINE = 118  # characters in a line of code and of what it printed, at their smallest size
 
 
@@ -47,8 +48,8 @@ def in_lines(formula: str) -> str:
     return rf"$$\begin{{gathered}} {below} \end{{gathered}}$$"
 
 
-def divided(block: str, room: float) -> list[str]:
-    """A list or a table in parts, the first not higher than `room`; each part of a table has its head."""
+def divided(block: str, left: float, room: float) -> list[str]:
+    """A list or a table in parts, the first not higher than `left`; each part of a table has its head."""
     kind = kind_of(block)
     if kind not in ("list", "table"):
         return [block]
@@ -56,27 +57,27 @@ def divided(block: str, room: float) -> list[str]:
     head, lines = ([], lines) if kind == "list" else (lines[:2], lines[2:])
     parts: list[list[str]] = [[]]
     for line in lines:
-        if parts[-1] and height("\n".join([*head, *parts[-1], line])) > (ROOM if len(parts) > 1 else room):
+        if parts[-1] and height("\n".join([*head, *parts[-1], line])) > (room if len(parts) > 1 else left):
             parts.append([])
         parts[-1].append(line)
     return ["\n".join([*head, *part]) for part in parts]
 
 
-def pages(chosen: list[str]) -> list[str]:
+def pages(chosen: list[str], room: float = ROOM) -> list[str]:
     """The blocks, put together so that each page is full but not too full."""
     packed: list[list[str]] = [[]]
     for block in (in_lines(block) if kind_of(block) == "formula" else block for block in chosen):
-        left = ROOM - sum(map(height, packed[-1]))
+        left = room - sum(map(height, packed[-1]))
         if height(block) <= left:
             packed[-1].append(block)
             continue
-        if left < min(ROOM / 2, height(block)):  # too little to begin it here
+        if left < min(room / 2, height(block)):  # too little to begin it here
             # What announces a formula, a list or a table stays with it.
             announces = kind_of(block) == "formula" or (kind_of(block) != "text" and packed[-1][-1].endswith(":"))
             announces = announces and len(packed[-1]) > 1 and kind_of(packed[-1][-1]) == "text"
             packed.append([packed[-1].pop()] if announces else [])
-            left = ROOM - sum(map(height, packed[-1]))
-        first, *others = divided(block, left)
+            left = room - sum(map(height, packed[-1]))
+        first, *others = divided(block, left, room)
         packed[-1].append(first)
         packed += [[part] for part in others]
     return ["\n\n".join(page) for page in packed if page]
