@@ -6,8 +6,9 @@ import re
 from course.slides.condensing import items, kind_of
 
 ROOM = 15.5  # lines of text that a page holds under its heading
+WIDOW = 2.2  # lines that get no page of their own: the page before is drawn a little smaller
 LINE = 74  # characters in a line of text
-SMALL = 1.6  # times as much stands on a page of small letters
+SMALL = 1.8  # times as much stands on a page of small letters
 CODE_LINE = 118  # characters in a line of code and of what it printed, at their smallest size
 
 
@@ -33,10 +34,12 @@ def drawn_length(text: str) -> int:
 def row_height(row: str) -> float:
     """Lines of a row of a table, whose letters are smaller; long cells share what width there is."""
     lengths = [len(cell) for cell in re.split(r"(?<!\\)\|", row.strip("| "))]
+    if sum(lengths) + 4 * len(lengths) <= LINE * 1.35:
+        return 0.91
     widths = [max(length, 12) ** 0.7 for length in lengths]
     share = LINE * 1.3 / sum(widths)
     lines = max(math.ceil(length / (width * share)) for length, width in zip(lengths, widths, strict=True))
-    return 0.82 * lines + 0.2
+    return 0.68 * lines + 0.23
 
 
 def in_lines(formula: str) -> str:
@@ -60,6 +63,9 @@ def divided(block: str, left: float, room: float) -> list[str]:
         if parts[-1] and height("\n".join([*head, *parts[-1], line])) > (room if len(parts) > 1 else left):
             parts.append([])
         parts[-1].append(line)
+    if len(parts) > 1 and height("\n".join(parts[-1])) < WIDOW:
+        last = parts.pop()
+        parts[-1] += last
     return ["\n".join([*head, *part]) for part in parts]
 
 
@@ -73,7 +79,9 @@ def pages(chosen: list[str], room: float = ROOM) -> list[str]:
             continue
         if left < min(room / 2, height(block)):  # too little to begin it here
             # What announces a formula, a list or a table stays with it.
-            announces = kind_of(block) == "formula" or (kind_of(block) != "text" and packed[-1][-1].endswith(":"))
+            announces = kind_of(block) == "formula" or (
+                kind_of(block) != "text" and re.search(r":$|^\*\*[^*]+\*\*$", packed[-1][-1])
+            )
             announces = announces and len(packed[-1]) > 1 and kind_of(packed[-1][-1]) == "text"
             packed.append([packed[-1].pop()] if announces else [])
             left = room - sum(map(height, packed[-1]))

@@ -63,4 +63,9 @@ def claims(cell: NotebookNode) -> list[str]:
     lines = "\n".join(output.get("text", "") for output in cell.get("outputs", [])).split("\n")
     held = [line.removeprefix("holds: ") for line in lines if line.startswith("holds: ")]
     equal = [" ".join(line.split()) for line in lines if "largest difference" in line][:1]
-    return [html.escape(line, quote=False) for line in held or equal]
+    return [unbroken(html.escape(line, quote=False)) for line in held or equal]
+
+
+def unbroken(text: str) -> str:
+    """The text with hyphens in its numbers, as in 1e-05, at which no line is broken."""
+    return re.sub(r"(\de)-(?=\d)", "\\1\u2011", text)

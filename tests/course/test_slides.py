@@ -16,7 +16,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course.notebooks import NOTEBOOKS, core_path, read_notebook, select_notebooks, tags
-from course.slides.condensing import first_sentences
+from course.slides.condensing import blocks, first_sentences, sentences
 from course.slides.deck import deck
 from course.slides.export import export, package_file
 from course.slides.layout import ROOM, height, in_lines, pages
@@ -270,6 +270,43 @@ def test_a_section_with_nothing_to_show_has_more_than_its_heading():
     ]
     last = deck(small_lesson(*cells), "99_title").cells[-2].source
     assert last == "## Quiz\n\nFive questions."
+
+
+def test_a_table_is_shown_beside_its_figure_where_the_text_speaks_of_its_rows():
+    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    cells = [printing(TABLE), figure, new_markdown_cell("**What you see.** Look at the last row.")]
+    kinds = [
+        cell.metadata.get("kind") for cell in deck(small_lesson(*cells), "99_title").cells if "guess" in cell.source
+    ]
+    assert kinds == ["text"]
+
+
+def test_a_short_text_stands_on_the_page_of_the_figure_that_it_announces():
+    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    cells = [new_markdown_cell("**A threshold.** Answer only what is sure."), figure]
+    (page,) = (cell for cell in deck(small_lesson(*cells), "99_title").cells if "image/png" in cell.source)
+    assert page.metadata["kind"] == "figure" and "Answer only what is sure." in page.source
+
+
+def test_no_sentence_ends_inside_emphasis_or_brackets_and_code_with_empty_lines_stays_whole():
+    assert sentences("See *Is it so? A study*, 2024 (or not. Or so). Then rest.") == [
+        "See *Is it so? A study*, 2024 (or not. Or so).",
+        "Then rest.",
+    ]
+    assert blocks("One.\n\n```python\nx = 1\n\ny = 2\n```\n\nTwo.") == [
+        "One.",
+        "```python\nx = 1\n\ny = 2\n```",
+        "Two.",
+    ]
+
+
+def test_a_single_row_that_is_left_over_gets_no_page_of_its_own():
+    head, row = "| a | b |\n|---|---|\n", "| 1 | word |\n"
+    fits = max(number for number in range(2, 40) if height((head + row * number).strip()) <= ROOM)
+    assert len(pages([(head + row * (fits + 1)).strip()])) == 1
+    assert len(pages([(head + row * (fits + 5)).strip()])) == 2
 
 
 def test_real_use_is_shown_as_code():
