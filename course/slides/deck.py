@@ -19,7 +19,7 @@ from course.slides.sections import NEVER_SHOWN, Section, claims, figures, printe
 from course.slides.teaching import read_teaching
 
 CODE_LINES, MAX_CODE_WIDTH = range(5, 20), 98
-PRINTED_LINES, MAX_WIDTH = 16, 170  # of what a cell printed; lines wider than the page are broken
+PRINTED_LINES, MAX_WIDTH = 20, 170  # of what a cell printed; lines wider than the page are broken
 TABLE_ROW = re.compile(r"\S {3,}\S")
 TALL = 640  # width in pixels of a figure with text beside it
 SHORT, LOWEST = 3.5, 430  # lines of a text that may stand over a figure, and the pixels that the figure then has left
