@@ -88,7 +88,7 @@ def result(cell: NotebookNode, is_last: bool) -> str:
     """What a cell printed, if a page has room for it and it is a table or the last thing before a text."""
     lines = printed(cell).split("\n")
     is_table = sum(TABLE_ROW.search(line) is not None for line in lines) > 1
-    if not (is_table or is_last) or max(map(len, lines)) > MAX_WIDTH:
+    if not (is_table or is_last) or max(map(len, lines)) > MAX_WIDTH or not re.search(r"\d|\n", "\n".join(lines)):
         return ""
     return "\n".join([*lines[:PRINTED_LINES], *(["..."] if len(lines) > PRINTED_LINES else [])])
 
