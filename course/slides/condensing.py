@@ -35,8 +35,10 @@ def sentences(text: str) -> list[str]:
 
 
 def is_open(text: str) -> bool:
-    """Whether the text ends in the middle of emphasis or of brackets, where no sentence ends."""
+    """Whether the text ends in the middle of emphasis or of brackets, or with a number that begins a sentence."""
     plain = PROTECTED.sub("", text)
+    if re.search(r"(?:^|[.*] )\d\.$", plain):
+        return True
     return plain.replace("**", "").count("*") % 2 == 1 or plain.count("(") > plain.count(")")
 
 

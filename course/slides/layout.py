@@ -63,7 +63,7 @@ def divided(block: str, left: float, room: float) -> list[str]:
         if parts[-1] and height("\n".join([*head, *parts[-1], line])) > (room if len(parts) > 1 else left):
             parts.append([])
         parts[-1].append(line)
-    if len(parts) > 1 and height("\n".join(parts[-1])) < WIDOW:
+    if len(parts) > 1 and height("\n".join(parts[-1])) < WIDOW * room / ROOM:
         last = parts.pop()
         parts[-1] += last
     return ["\n".join([*head, *part]) for part in parts]

@@ -295,6 +295,8 @@ def test_no_sentence_ends_inside_emphasis_or_brackets_and_code_with_empty_lines_
         "See *Is it so? A study*, 2024 (or not. Or so).",
         "Then rest.",
     ]
+    ordered = "**Order.** 1. Write it. 2. Run it as in section 8."
+    assert sentences(f"{ordered} Done.") == [ordered, "Done."]
     assert blocks("One.\n\n```python\nx = 1\n\ny = 2\n```\n\nTwo.") == [
         "One.",
         "```python\nx = 1\n\ny = 2\n```",
