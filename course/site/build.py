@@ -112,6 +112,8 @@ def collect(folder: Path, files: dict[str, str]) -> None:
     fill(folder / "claims.md", claims=ledger.page(lessons))
     fill(folder / "rehearsal.md", rehearsal=rehearsal.page(lessons))
     fill(folder / "glossary.md", symbols=glossary.symbols(lessons))
+    words = glossary.linked((folder / "glossary.md").read_text(encoding="utf-8"), lessons)
+    (folder / "glossary.md").write_text(words, encoding="utf-8")
     fill(folder / "lesson_map.md", map=lesson_map.draw(lessons))
     tables = "const CALCULATOR = " + json.dumps(calculator_tables(), separators=(",", ":")) + ";\n"
     (folder / "static/calculator_tables.js").write_text(tables, encoding="utf-8")

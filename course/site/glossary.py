@@ -1,4 +1,4 @@
-"""The symbols of all lessons as one table, from the tables at their beginning."""
+"""The glossary: links to the lessons, and the symbols of all lessons as one table, from those at their beginning."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,13 @@ from course.site.lesson_map import short
 from course.translation import Say
 
 ROW = re.compile(r"^\| (\$.+?) \| (.+?) \|$", re.MULTILINE)
+NUMBER = re.compile(r"\| (\d\d) \|$", re.MULTILINE)
+
+
+def linked(text: str, notebooks: list[Path]) -> str:
+    """The text with a link in the place of each number of a lesson at the end of a table's row."""
+    names = {path.stem[:2]: path.name for path in notebooks}
+    return NUMBER.sub(lambda found: f"| [{found[1]}](notebooks/{names[found[1]]}) |", text)
 
 
 def symbols(notebooks: list[Path], say: Say = str) -> str:

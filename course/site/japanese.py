@@ -59,6 +59,8 @@ def collect(folder: Path, english: Path, figures: str) -> None:
     for name in PAGES:
         text = translated((ROOT / "site" / f"{name}.md").read_text(encoding="utf-8"), say)
         text = re.sub(r"\{\{ (\w+) \}\}", lambda found: values.get(found[1], ""), text)
+        if name == "glossary":
+            text = glossary.linked(text, lessons)
         text = CONTENTS.sub(lambda found: contents(found[0], say), text)
         (folder / f"{name}.md").write_text(lead_to_english(text, "", english), encoding="utf-8")
     for path in lessons:

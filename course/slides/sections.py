@@ -10,6 +10,7 @@ from nbformat import NotebookNode
 from course.notebooks import core_path, tags
 from helpers.errors import CourseError
 
+CLAIM = re.compile(r"(holds|DOES NOT HOLD): ")
 NEVER_SHOWN = {"setup", "parameters", "check", "solution", "quiz", "skip"}
 
 
@@ -50,9 +51,21 @@ def figures(cell: NotebookNode) -> Iterator[tuple[str, str]]:
             yield data["image/png"].replace("\n", ""), output.metadata.get("image/png", {}).get("alt", "")
 
 
+def printed(cell: NotebookNode) -> str:
+    """What a code cell printed, without its claims."""
+    outputs = [output for output in cell.get("outputs", []) if output.get("name") == "stdout"]
+    lines = "".join(output.text for output in outputs).rstrip().split("\n")
+    return "\n".join(line for line in lines if not CLAIM.match(line)).strip("\n")
+
+
 def claims(cell: NotebookNode) -> list[str]:
     """What a code cell printed about its numbers: claims that held; without any, a difference to a library."""
     lines = "\n".join(output.get("text", "") for output in cell.get("outputs", [])).split("\n")
     held = [line.removeprefix("holds: ") for line in lines if line.startswith("holds: ")]
     equal = [" ".join(line.split()) for line in lines if "largest difference" in line][:1]
-    return [html.escape(line, quote=False) for line in held or equal]
+    return [unbroken(html.escape(line, quote=False)) for line in held or equal]
+
+
+def unbroken(text: str) -> str:
+    """The text with hyphens in its numbers, as in 1e-05, at which no line is broken."""
+    return re.sub(r"(\de)-(?=\d)", "\\1\u2011", text)

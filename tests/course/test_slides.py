@@ -16,10 +16,12 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course.notebooks import NOTEBOOKS, core_path, read_notebook, select_notebooks, tags
+from course.slides.condensing import blocks, first_sentences, sentences
 from course.slides.deck import deck
 from course.slides.export import export, package_file
 from course.slides.layout import ROOM, height, in_lines, pages
 from course.slides.sections import figures
+from course.slides.teaching import read_teaching
 from course.slides.time_plan import LECTURE, minutes
 from helpers.errors import CourseError
 from tests.support import notebook_structure
@@ -156,6 +158,11 @@ def small_lesson(*cells):
     )
 
 
+def printing(text):
+    """A code cell that has printed the text."""
+    return new_code_cell("show()", outputs=[new_output("stream", name="stdout", text=text)])
+
+
 def test_a_cell_tagged_skip_is_left_out_and_one_tagged_slide_is_shown_whole():
     text = "**Lead.** First sentence. Second sentence."
     cells = [
@@ -177,19 +184,21 @@ def test_further_sections_and_the_questions_of_the_quiz_are_left_out_and_the_nex
 
 
 def test_a_slide_has_first_sentences_and_the_notes_have_the_whole_text():
-    text = "**Lead.** Smith et al. 2020 found it, i.e. $a. B$ holds. The proof is long."
+    text = "**Lead.** Smith et al. 2020 found for all such pairs, i.e. $a. B$, that it holds. The proof is long."
     found = deck(small_lesson(new_markdown_cell(text)), "99_title").cells
     kinds = {cell.metadata.slideshow.slide_type: cell.source for cell in found[2:]}
     assert kinds["notes"] == text
-    assert "**Lead.** Smith et al. 2020 found it, i.e. $a. B$ holds." in kinds["slide"]
+    assert "**Lead.** Smith et al. 2020 found for all such pairs, i.e. $a. B$, that it holds." in kinds["slide"]
     assert "proof" not in kinds["slide"]
 
 
-def test_the_closing_table_has_a_slide_and_a_bar_in_a_cell_divides_nothing():
+def test_the_closing_table_has_a_slide_with_its_claims_and_a_bar_in_a_cell_divides_nothing():
     table = "| what was measured | number | |\n|---|---|---|\n| p(a \\| b) | 0.62, at least 0.5 | holds |"
-    cell = new_code_cell("lesson.summary()", outputs=[new_output("display_data", {"text/markdown": table})])
-    (page,) = (cell.source for cell in deck(small_lesson(cell), "99_title").cells if "measured" in cell.source)
-    assert page.endswith(table)
+    rows = f"{table}\n| a report | 3 |  |\n| of a further section | 1, at least 0 | holds |"
+    cell = new_code_cell("lesson.summary()", outputs=[new_output("display_data", {"text/markdown": rows})])
+    core = printing("holds: p(a | b) (0.62, at least 0.5)\n")
+    (page,) = (cell.source for cell in deck(small_lesson(core, cell), "99_title").cells if "| what" in cell.source)
+    assert table in page and "a report" not in page and "further" not in page
 
 
 def test_a_text_that_only_leads_over_stands_in_the_notes_of_the_next_slide():
@@ -213,6 +222,105 @@ def test_claims_that_a_cell_printed_stand_under_its_figure():
     cells = deck(small_lesson(new_code_cell("draw()", outputs=[picture, printed])), "99_title").cells
     (figure,) = (cell for cell in cells if cell.metadata.get("kind") == "figure")
     assert "- it is wide &amp; &lt;low&gt; (0.62, at least 0.5)" in figure.source and "some table" not in figure.source
+
+
+TABLE = "          right   wrong\nmodel       88%     12%\nguess        5%     95%\n"
+
+
+def test_a_printed_table_has_a_page_with_its_claims_unless_a_figure_of_the_same_cells_shows_it():
+    seen = new_markdown_cell("**What you see.** The model is better.")
+    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    table = printing(f"{TABLE}holds: it is right (88%, at least 50%)\n")
+    alone, drawn = (
+        "\n".join(cell.source for cell in deck(small_lesson(*cells, seen), "99_title").cells)
+        for cells in ([table], [table, figure])
+    )
+    assert f"```text\n{TABLE}```\n\n- it is right (88%, at least 50%)" in alone
+    assert "guess" not in drawn and "- it is right (88%, at least 50%)" in drawn
+
+
+def test_what_was_printed_is_shown_before_a_text_and_cut_where_a_page_ends():
+    text = "\n".join(f"sample {number}" for number in range(30))
+    cells = [printing("loss 1\nloss 2"), printing(text), new_markdown_cell("**What you see.** Samples.")]
+    shown = "\n".join(cell.source for cell in deck(small_lesson(*cells), "99_title").cells)
+    assert "sample 0" in shown and "sample 29" not in shown and "\n...\n```" in shown and "loss 1" not in shown
+
+
+def test_an_exercise_named_in_its_text_and_in_its_cell_is_listed_once():
+    cells = [
+        new_markdown_cell("**Exercise 99.1** (easy, 5 minutes). *Add.* The sum of two numbers."),
+        new_code_cell("# Exercise 99.1, easy: the sum\ndef add(): ...", metadata={"tags": ["exercise"]}),
+    ]
+    shown = "\n".join(cell.source for cell in deck(small_lesson(*cells), "99_title").cells)
+    assert re.findall(r"- \*\*99\.1.*", shown) == ["- **99.1** (easy) the sum"]
+
+
+def test_a_short_first_sentence_is_not_left_alone_and_an_abbreviation_ends_none():
+    said = first_sentences(
+        "**The samples.** Numbers are half. See Dr. GRPO for why it is so in the longest of texts. More."
+    )
+    assert said == "**The samples.** Numbers are half. See Dr. GRPO for why it is so in the longest of texts."
+
+
+def test_a_section_with_nothing_to_show_has_more_than_its_heading():
+    cells = [
+        new_markdown_cell("## Quiz\n\nFive questions."),
+        new_markdown_cell("**Why?**", metadata={"tags": ["quiz"]}),
+    ]
+    last = deck(small_lesson(*cells), "99_title").cells[-2].source
+    assert last == "## Quiz\n\nFive questions."
+
+
+def test_a_table_is_shown_beside_its_figure_where_the_text_speaks_of_its_rows():
+    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    cells = [printing(TABLE), figure, new_markdown_cell("**What you see.** Look at the last row.")]
+    kinds = [
+        cell.metadata.get("kind") for cell in deck(small_lesson(*cells), "99_title").cells if "guess" in cell.source
+    ]
+    assert kinds == ["text"]
+
+
+def test_a_short_text_stands_on_the_page_of_the_figure_that_it_announces():
+    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    cells = [new_markdown_cell("**A threshold.** Answer only what is sure."), figure]
+    (page,) = (cell for cell in deck(small_lesson(*cells), "99_title").cells if "image/png" in cell.source)
+    assert page.metadata["kind"] == "figure" and "Answer only what is sure." in page.source
+
+
+def test_no_sentence_ends_inside_emphasis_or_brackets_and_code_with_empty_lines_stays_whole():
+    assert sentences("See *Is it so? A study*, 2024 (or not. Or so). Then rest.") == [
+        "See *Is it so? A study*, 2024 (or not. Or so).",
+        "Then rest.",
+    ]
+    ordered = "**Order.** 1. Write it. 2. Run it as in section 8."
+    assert sentences(f"{ordered} Done.") == [ordered, "Done."]
+    assert blocks("One.\n\n```python\nx = 1\n\ny = 2\n```\n\nTwo.") == [
+        "One.",
+        "```python\nx = 1\n\ny = 2\n```",
+        "Two.",
+    ]
+
+
+def test_a_single_row_that_is_left_over_gets_no_page_of_its_own():
+    head, row = "| a | b |\n|---|---|\n", "| 1 | word |\n"
+    fits = max(number for number in range(2, 40) if height((head + row * number).strip()) <= ROOM)
+    assert len(pages([(head + row * (fits + 1)).strip()])) == 1
+    assert len(pages([(head + row * (fits + 5)).strip()])) == 2
+
+
+def test_real_use_is_shown_as_code():
+    cells = [new_markdown_cell("## In practice\n\nSo it is done."), new_code_cell("model = load()\nmodel.generate()")]
+    assert "```python\nmodel = load()" in deck(small_lesson(*cells), "99_title").cells[-2].source
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_the_notes_of_every_figure_say_what_the_teachers_page_says_of_it(path):
+    cells, said = made(path).cells, list(read_teaching(path.stem).plots.values())
+    drawn = [number for number, cell in enumerate(cells) if cell.metadata.get("kind") in ("figure", "tall")]
+    assert drawn and all(any(text in cells[number + 1].source for text in said) for number in drawn)
 
 
 def test_exercises_are_named_in_their_cells_or_in_the_text_above_them():

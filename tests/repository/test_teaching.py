@@ -1,6 +1,5 @@
 """The teacher's pages name the sections, plots and exercises that the lessons have, all of them and no others."""
 
-import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -10,11 +9,11 @@ import pytest
 from course import notebooks
 from course.notebooks import output_text, select_notebooks
 from course.slides.sections import figures, sections
+from course.slides.teaching import FOLDER, titles_of
 from course.slides.time_plan import LECTURE, minutes
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import read_exercises
 
-FOLDER = ROOT / "docs" / "teaching"
 PLAN = ROOT / "docs" / "teaching.md"
 LESSONS = select_notebooks()
 read_notebook = cache(notebooks.read_notebook)
@@ -29,28 +28,6 @@ def page(path: Path) -> str:
 def part(text: str, heading: str) -> str:
     """What stands under a heading of level 2."""
     return re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
-
-
-def titles_of(source: str) -> list[re.Pattern]:
-    """Patterns of the titles of a cell's plots; what an f-string fills in may be anything."""
-    given = []
-    for node in ast.walk(ast.parse(source)):
-        names = [getattr(target, "id", "") for target in node.targets] if isinstance(node, ast.Assign) else []
-        if "title" in names or (isinstance(node, ast.keyword) and node.arg == "title"):
-            given.append(node.value)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("set_title", "suptitle"):
-            given.append(node.args[0])
-    patterns = []
-    for value in given:
-        if isinstance(value, ast.JoinedStr):
-            pieces = [re.escape(v.value) if isinstance(v, ast.Constant) else ".+" for v in value.values]
-            patterns.append(re.compile("".join(pieces)))
-        elif isinstance(value, ast.Constant):
-            patterns.append(re.compile(re.escape(value.value)))
-        else:  # it has a name: any text of the cell may be meant
-            texts = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
-            patterns += [re.compile(re.escape(text)) for text in texts if isinstance(text, str)]
-    return patterns
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
