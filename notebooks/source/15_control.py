@@ -1805,7 +1805,7 @@ answered = {
 recovered = {
     "perfect traces, messages": solved(smooth, hard_tasks),
     "traces with troubles, messages": solved(recovering, hard_tasks),
-    "traces with troubles, only `error`": solved(recovering, hard_tasks, messages=False),
+    "traces with troubles, bare error": solved(recovering, hard_tasks, messages=False),
 }
 show_table({name: [str(share)] for name, share in (answered | recovered).items()}, ["right"])
 busy_share = float(np.mean([bool(item["busy"]) for item in hard_tasks]))
