@@ -106,12 +106,13 @@ from helpers.world import FILLERS, POLITE
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft asks by an old name
 lesson = Lesson("17", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
-# All that depends on the hardware: the learning rates of fine-tuning and of careful DPO, and the number format.
-# (On a CPU the 16-bit format is slower for batches as small as those of this lesson.)
+# All that depends on the hardware: the learning rates of fine-tuning and of careful DPO, the number format, and how
+# many answers are measured, and pairs trained on, in one pass. (The vocabulary of a hub model is a hundred times that
+# of shima-4m: the logits of one answer take as much more. On a CPU 16 bits are slower for batches as small as here.)
 SETTINGS = {
-    "cpu": {"rate": 2e-3, "careful_rate": 2e-4, "precision": "fp32"},
-    "t4": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision},
-    "large": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision},
+    "cpu": {"rate": 2e-3, "careful_rate": 2e-4, "precision": "fp32", "measured": 16, "pairs": 4},
+    "t4": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision, "measured": 4, "pairs": 1},
+    "large": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision, "measured": 4, "pairs": 2},
 }
 settings = SETTINGS[machine.name]
 IN_16_BITS = settings["precision"] != "fp32"
@@ -287,9 +288,20 @@ lesson.report("score of an answer that is fixed or copied for each kind", floor.
 # Three attempts cost no training: the base as it is, the base with two worked examples in front of the task, and the assistant as it is. Answers are decoded greedily, by the competition's own `answer_tasks`. `Decoding` holds the settings that are handed in.
 
 # %%
+PLAIN_CHAT = (
+    "{% for turn in messages %}{{ '### ' + turn['role'] + '\n' + turn['content'] }}"
+    "{{ eos_token if turn['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)  # for a tokenizer without a chat format, as that of a hub model which has only read texts
 base, tokenizer = load_model(machine)
 assistant, tokenizer = load_assistant(machine)
-base, assistant = base.float(), assistant.float()  # weights in 32 bits; on a GPU the steps compute in 16
+tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
+for role, name, revision in (
+    ("base", machine.model_id, machine.revision),
+    ("assistant", machine.assistant_id, machine.assistant_revision),
+):
+    where = "of this course" if name in MODEL_FOLDERS else f"commit {revision}" if revision else "no commit given"
+    print(f"{role}: {name.split('/')[-1]}, {where}")
 
 
 def answers_of(model: nn.Module, asked: Sequence[Task], decoding: Decoding | None = None) -> list[str]:
@@ -306,6 +318,7 @@ results = {  # name -> grades of its answers to the public tasks
     "base, two examples": graded(tasks, answers_of(base, tasks, two_shots)),
     "assistant": graded(tasks, answers_of(assistant, tasks)),
 }
+del base  # not needed any more
 
 
 # %%
@@ -346,8 +359,8 @@ def word_runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
 
 def contained(asked: Sequence[Task], texts: Sequence[str]) -> int:
     """How many tasks stand whole in one of the texts."""
-    found = [word_runs(text) for text in texts]
-    return sum(any(word_runs(task.input) <= row for row in found) for task in asked)
+    wanted, found = [word_runs(task.input) for task in asked], [word_runs(text) for text in texts]
+    return sum(any(task <= row for row in found) for task in wanted)
 
 
 texts = [row.input for row in rows]
@@ -394,8 +407,9 @@ class LoRA(nn.Module):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / rank
         bound = linear.in_features**-0.5
-        self.a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features).uniform_(-bound, bound))
-        self.b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        factors = {"device": linear.weight.device, "dtype": torch.float32}  # whatever the format of the base
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features, **factors).uniform_(-bound, bound))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank, **factors))
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq, in_features)
         return self.linear(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
@@ -578,7 +592,8 @@ def answer_log_probs(rows: Sequence[tuple[str, str]]) -> Tensor:
 @torch.no_grad()
 def measured(rows: Sequence[tuple[str, str]]) -> Tensor:
     """The same for any number of rows, without gradients."""
-    return torch.cat([answer_log_probs(rows[i : i + 16]) for i in range(0, len(rows), 16)])
+    size = settings["measured"]
+    return torch.cat([answer_log_probs(rows[i : i + size]) for i in range(0, len(rows), size)])
 
 
 def both_sides(pairs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
@@ -589,6 +604,8 @@ def both_sides(pairs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
 # %%
 trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 after_sft = {name: parameter.detach().clone() for name, parameter in trained.items()}
+pairs_of = {"borrowed": borrowed, "own": own}
+reference_of = {name: measured(both_sides(pairs)).view(2, -1) for name, pairs in pairs_of.items()}  # (2, pairs)
 
 
 @torch.no_grad()
@@ -600,27 +617,30 @@ def set_adapter(state: dict[str, Tensor]) -> None:
 
 # %%
 BETA, PAIRS_A_STEP = 0.1, 4
-Pairs = Sequence[tuple[str, str, str]]
 
 
-def tune(pairs: Pairs, rate: float, steps: int, rejects: bool = True) -> tuple[list[float], Tensor]:
+def tune(kind: str, rate: float, steps: int, rejects: bool = True) -> tuple[list[float], Tensor]:
     """DPO from `after_sft`, or without `rejects` imitation of the chosen; losses, and growth (2, pairs) at the end."""
     set_adapter(after_sft)
-    reference = measured(both_sides(pairs)).view(2, -1)
+    pairs, reference = pairs_of[kind], reference_of[kind]
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     generator, losses = random.Random(f"dpo/{seed}"), []
     for step in range(steps):
         drawn = generator.sample(range(len(pairs)), PAIRS_A_STEP)
-        answers = both_sides([pairs[i] for i in drawn])[: (1 + rejects) * PAIRS_A_STEP]
-        h = answer_log_probs(answers).view(1 + rejects, -1) - reference[: 1 + rejects, drawn]
-        loss = -F.logsigmoid(BETA * (h[0] - h[1])).mean() if rejects else -h[0].mean()
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(0.0)
+        for start in range(0, PAIRS_A_STEP, settings["pairs"]):  # on a CPU all pairs of a step at once
+            part = drawn[start : start + settings["pairs"]]
+            answers = both_sides([pairs[i] for i in part])[: (1 + rejects) * len(part)]
+            h = answer_log_probs(answers).view(1 + rejects, -1) - reference[: 1 + rejects, part]
+            loss = -F.logsigmoid(BETA * (h[0] - h[1])).mean() if rejects else -h[0].mean()
+            loss = loss * (len(part) / PAIRS_A_STEP)
+            loss.backward()
+            losses[-1] += loss.item()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 3, 1 - step / steps)
         optimizer.step()
-        losses.append(loss.item())
     return losses, measured(both_sides(pairs)).view(2, -1) - reference
 
 # %% [markdown]
@@ -641,7 +661,7 @@ before = results["assistant + LoRA"].mean()
 grown, adapters, replies, change = {}, {"LoRA": after_sft}, {"LoRA": own_answers}, {}
 
 
-def try_way(name: str, pairs: Pairs, rate: float, steps: int, rejects: bool = True) -> None:
+def try_way(name: str, pairs: str, rate: float, steps: int, rejects: bool = True) -> None:
     """Tune in this way, print what changes, and keep it."""
     losses, growth = tune(pairs, rate, lesson.scaled(steps, 2), rejects)
     grown[name] = dict(zip(("chosen", "rejected"), growth.median(1).values.tolist(), strict=True))
@@ -655,7 +675,7 @@ def try_way(name: str, pairs: Pairs, rate: float, steps: int, rejects: bool = Tr
           + ", ".join(f"{kind} {value:+.1f}" for kind, value in grown[name].items()))  # fmt: skip
 
 
-try_way("DPO, careless", borrowed, settings["rate"], 12)
+try_way("DPO, careless", "borrowed", settings["rate"], 12)
 lesson.report("change of the score by careless DPO", change["DPO, careless"], "+.2f")
 lesson.report("what careless DPO changes in the log-probability of answers in no pair (nats)",
               grown["DPO, careless"]["in no pair"], "+.1f")  # fmt: skip
@@ -663,23 +683,25 @@ lesson.report("what careless DPO changes in the log-probability of answers in no
 # %% [markdown]
 # **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss asks for the difference, and nothing in it asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower.
 #
-# **Three other ways** change one thing after the other:
+# **Four other ways.** Each differs in one thing from the way that its last column names:
 #
-# | way | pairs | rate | steps |
-# |---|---|---|---|
-# | DPO, careless | borrowed | that of fine-tuning | 12 |
-# | DPO, own pairs | own | that of fine-tuning | 12 |
-# | imitation of the own best | own, the chosen answers alone | that of fine-tuning | 12 |
-# | DPO, careful | own | a tenth of it | 48 |
+# | way | pairs | rate | steps | the one change |
+# |---|---|---|---|---|
+# | DPO, careless | borrowed | that of fine-tuning | 12 | |
+# | DPO, own pairs | own | that of fine-tuning | 12 | the pairs, from *careless* |
+# | imitation of the own best | own, the chosen answers alone | that of fine-tuning | 12 | no rejected answers, from *own pairs* |
+# | DPO, own pairs, longer | own | that of fine-tuning | 36 | the steps, from *own pairs* |
+# | DPO, careful | own | a tenth of it | 36 | the rate, from *longer* |
 #
-# The third is the *simple baseline*: imitate the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) If it costs as much as DPO with the same samples at the same rate, then more training is at fault, and not DPO. The careful way gets four times the steps, since with 12 it would hardly move. All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose first steps have the full size of the rate whatever the gradient. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
+# Imitation is the *simple baseline*: train on the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose first steps have the full size of the rate whatever the gradient. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
 
 # %%
-CAREFUL_STEPS = 48
+STEPS_OF_DPO = 12, 36
 WAYS = {  # pairs, rate, steps, with the rejected answers
-    "DPO, own pairs": (own, settings["rate"], 12, True),
-    "imitation of the own best": (own, settings["rate"], 12, False),
-    "DPO, careful": (own, settings["careful_rate"], CAREFUL_STEPS, True),
+    "DPO, own pairs": ("own", settings["rate"], STEPS_OF_DPO[0], True),
+    "imitation of the own best": ("own", settings["rate"], STEPS_OF_DPO[0], False),
+    "DPO, own pairs, longer": ("own", settings["rate"], STEPS_OF_DPO[1], True),
+    "DPO, careful": ("own", settings["careful_rate"], STEPS_OF_DPO[1], True),
 }
 for name, way in WAYS.items():
     try_way(name, *way)
@@ -688,12 +710,11 @@ for name, way in WAYS.items():
 show_kinds(["assistant + LoRA", *grown])
 for name in WAYS:
     lesson.report(f"change of the score by {name}", change[name], "+.2f")
-large = (change["DPO, careless"] + change["DPO, own pairs"]) / 2
-lesson.claim("careful DPO ends at least 0.3 points above the mean of the two at the rate of fine-tuning",
-             change["DPO, careful"] - large, at_least=0.3, form=".2f")  # fmt: skip
+lesson.claim("DPO at a tenth of the rate, with equal pairs and steps, ends at least 0.3 points higher",
+             change["DPO, careful"] - change["DPO, own pairs, longer"], at_least=0.3, form=".2f")  # fmt: skip
 
 # %%
-figure = Figure(figsize=(8, 3.8), layout="constrained")
+figure = Figure(figsize=(8, 4.4), layout="constrained")
 axes = figure.subplots()
 for offset, (kind, color) in enumerate(zip(grown["DPO, careful"], plots.COLORS, strict=False)):
     places = np.arange(len(grown)) + (offset - 1) * 0.27
@@ -704,7 +725,7 @@ axes.invert_yaxis()
 axes.set(xlabel="change of the log-probability of an answer (nats, median)")
 axes.set_title("DPO at the large rate: other answers fall too")
 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-alt = "Three bars for each of four ways. In the DPO runs the rejected answers fall furthest."
+alt = "Three bars for each of five ways. In the DPO runs the rejected answers fall furthest."
 plots.show(figure, alt=alt)
 
 # %% [markdown]
@@ -733,7 +754,7 @@ def last_states(texts: Sequence[tuple[str, str]]) -> np.ndarray:
         encoded = tokenizer(part, add_special_tokens=False)["input_ids"]
         batch = collate([{"input_ids": ids, "labels": ids} for ids in encoded], tokenizer.pad_token_id)
         inputs = {name: batch[name].to(machine.device) for name in ("input_ids", "attention_mask")}
-        states = assistant(**inputs, output_hidden_states=True).hidden_states[-1]  # (batch, seq, hidden_size)
+        states = assistant.base_model(**inputs).last_hidden_state  # (batch, seq, hidden_size)
         ends = inputs["attention_mask"].sum(1) - 1
         found.append(states[torch.arange(len(ends)), ends].float().cpu().numpy())
     return np.concatenate(found)
@@ -865,7 +886,7 @@ for place, i in enumerate(order):
 axes.set_yticks(range(len(order)), [systems[i] for i in order])
 axes.set(xlim=(0.9, 5), xlabel="score (mean of 1 to 5 points), with its 95 % interval")
 axes.set_title("A rank is a range")
-alt = "Scores with intervals and ranks: careless DPO and the three untuned systems lie lowest."
+alt = "Nine systems by score, each with its interval and its ranks. Systems of close scores share ranks."
 plots.show(figure, alt=alt)
 
 
@@ -989,7 +1010,7 @@ print(f"score on {len(public)} public and on {len(hidden)} hidden tasks: {scores
 # **What you see.** The choice rests on 0.08 points with an interval of ± 0.21: it is inside the noise, and either could be handed in. The same weights get 2.95 on the public tasks and 3.18 on hidden ones. These are two samples of tasks, and nothing was chosen by the public ones, so the difference may be what section 8 warned of, luck of the tasks: it is no larger than the two intervals allow. Compare scores only on the same tasks.
 
 # %%
-dpo_steps = lesson.scaled(CAREFUL_STEPS, 2)
+dpo_steps = lesson.scaled(STEPS_OF_DPO[1], 2)
 with_dpo = chosen == "DPO, careful"
 sft_length, dpo_length = (  # mean tokens of a row; a pair has two
     np.mean([len(encode_chat(tokenizer, *row)["input_ids"]) for row in some])
@@ -1013,16 +1034,18 @@ torch {torch.__version__}, peft {peft.__version__}
 """
 
 # %%
-folders = {"honest": answers, "forged": [task.reference for task in public]}
-for name, handed_in in folders.items():
-    write_submission(BUILD / name, policy, recipe=recipe, decoding=Decoding(), rows=train_rows, tasks=public,
+references = [task.reference for task in public]
+leak = {"instruction": public[0].input, "answer": references[0]}
+folders = {"honest": (answers, train_rows), "forged": (references, train_rows), "leaky": (answers, [*train_rows, leak])}
+for name, (handed_in, its_rows) in folders.items():
+    write_submission(BUILD / name, policy, recipe=recipe, decoding=Decoding(), rows=its_rows, tasks=public,
                      answers=handed_in, report=report)  # fmt: skip
 files = [path for path in (BUILD / "honest").rglob("*") if path.is_file()]
 for path in sorted(files):
     print(f"{path.relative_to(BUILD).as_posix():>42} {path.stat().st_size / 1024:8.1f} KiB")
 
 # %% [markdown]
-# The second folder is *forged*: the same weights, but the references as its answers. Now run two commands of the competition, as you would in a terminal. `score` grades the answers that are in a folder, and `reproduce` decodes again. (Both first check whether the folder is complete and allowed; the command `check` does only that.) They know the two bases of the course; with another model the folder is written and not checked.
+# Two more folders are written beside it. The *forged* one has the same weights, but the references as its answers. The *leaky* one has one public task among its training rows. Now run three commands of the competition, as you would in a terminal. `check` says whether a folder is complete and allowed, `score` grades the answers that are in a folder, and `reproduce` decodes again. (The last two check a folder first.) They know the two bases of the course; with another model the folders are written, and the commands are not run.
 
 # %%
 def competition(action: str, *names: str) -> str:
@@ -1034,14 +1057,17 @@ def competition(action: str, *names: str) -> str:
     return done.stdout
 
 
-said = {action: competition(action, *folders) for action in ("score", "reproduce") if known_base}
 if known_base:
+    said = {"check": competition("check", *folders)}
+    said |= {action: competition(action, "honest", "forged") for action in ("score", "reproduce")}
     again = [int(number) for number in re.findall(r"(\d+) of 100", said["reproduce"])]
     refused = "forged: refused" in said["reproduce"] and "refused" not in said["score"]
     print(f"answers that come out of the weights again: honest {again[0]}, forged {again[1]} of {len(public)}")
     lesson.claim("98 or more of the honest answers come out of the weights again", again[0], at_least=98,
                  control=again[1])  # fmt: skip
     lesson.equal("the forged folder passes score, and is refused by reproduce", 1 - refused)
+    accepted = [name for name in folders if f"{name}: accepted" in said["check"]]
+    lesson.equal("check refuses the leaky folder, and no other", 1 - (accepted == ["honest", "forged"]))
 else:
     print("This model is none of the two bases, so the commands are not run.")
 
