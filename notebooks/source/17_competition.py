@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/17_competition.ipynb)
 #
-# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on the better one, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, and against a baseline that needs no DPO. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
+# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on the better one, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, in runs that differ in one thing each, and against a baseline that needs no DPO. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -11,7 +11,7 @@
 #
 # 1. write out how open answers of three kinds are graded from 1 to 5 by program, equal to the competition's rubric, and measure what an answer gets that reads nothing;
 # 2. train an adapter with a LoRA of your own, save it, and get the same answers from `peft`;
-# 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and compare it with imitation and with a smaller rate;
+# 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and change pairs, steps and rate one at a time, beside an imitation that needs no rejected answers;
 # 4. train a judge on the choices of people with a bias, and measure what it has learned from them;
 # 5. put an interval around your rank, climb a board without a better model, and hand in a folder that is checked, scored and reproduced by the competition's own commands, beside a forged one.
 #
@@ -722,8 +722,10 @@ figure = Figure(figsize=(8, 4.4), layout="constrained")
 axes = figure.subplots()
 for offset, (kind, color) in enumerate(zip(grown["DPO, careful"], plots.COLORS, strict=False)):
     places = np.arange(len(grown)) + (offset - 1) * 0.27
-    axes.barh(places, [values[kind] for values in grown.values()], height=0.24, color=color, label=kind)
+    bars = axes.barh(places, [values[kind] for values in grown.values()], height=0.24, color=color, label=kind)
+    axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
 axes.axvline(0, color=plots.INK, linewidth=1)
+axes.margins(x=0.1)
 axes.set_yticks(range(len(grown)), list(grown))
 axes.invert_yaxis()
 axes.set(xlabel="change of the log-probability of an answer (nats, median)")
