@@ -685,7 +685,7 @@ lesson.report("what careless DPO changes in the log-probability of answers in no
               grown["DPO, careless"]["in no pair"], "+.1f")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss asks for the difference, and nothing in it asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower.
+# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss asks for the difference, and nothing in it asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower (1.08).
 #
 # **Four other ways.** Each differs in one thing from the way that its last column names:
 #
@@ -735,9 +735,16 @@ alt = "Three bars for each of five ways. In the DPO runs the rejected answers fa
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What you see.** At the rate of fine-tuning DPO costs points with own pairs too. Imitation of the same chosen answers at the same rate changes little, within its interval. It did train: its printed loss swings from batch to batch, but over all pairs the chosen answers have become a little more probable. So with own pairs the loss is not more training alone: it comes with the push against the rejected answers. At a tenth of the rate, in four times the steps, DPO brings its loss as far down, and yet the chosen answers do not sink and the score stays, within its interval. (The bars of the first row are about the borrowed pairs, those of the others about the own ones; only the third bar, of answers in no pair, is about the same texts in all rows.)
+# **What you see.** Go through the rows by what changes.
 #
-# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims holds the same numbers for other seeds. In all of them both kinds of pairs cost points at that rate, and which kind costs more changes from run to run: nothing here says that the choice of pairs decides. Therefore the claim is about the mean of the two at the large rate, and each way alone is a report. Two things were not separated: the careful way has a smaller rate *and* more steps, and borrowed pairs were not tried with it.
+# - *Without the rejected answers* (own pairs against imitation): the chosen answers become more probable instead of less, the answers in no pair keep their probability, and the score stays within its interval. The imitation did train: its printed loss swings from batch to batch, but over all pairs the chosen answers rise. So it is not training at this rate as such that lets answers sink: the push against the rejected ones is needed.
+# - *More steps* (own pairs against longer): at the rate of fine-tuning, three times the steps bring the loss near zero, and the score down by a point. Chosen answers and those in no pair lose more than 20 nats each.
+# - *A tenth of the rate* (longer against careful): with the same pairs and as many steps the score stays within its interval, and chosen answers and those in no pair stay where they were. The loss falls here too, to about half of where it began. So a falling loss of DPO need not cost anything.
+# - *The pairs* (careless against own pairs): in this run the borrowed ones cost more points, and answers sink with both. This is not so in every run, as you see next. (The bars of the first row are about the borrowed pairs, those of the others about the own ones; only the third bar is about the same texts in all rows.)
+#
+# **What follows, and what does not.** At the rate of fine-tuning more steps do more harm; at a tenth of it, as many steps do none that can be seen. The small rate also goes less far: its rejected answers lose 3.9 nats, those of the large rate 68.4. It is not measured whether ten times as many careful steps would end where the large rate does, nor how borrowed pairs do at the small one.
+#
+# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims holds the same numbers for other seeds.
 #
 # **Does DPO gain anything?** Not here. Care changed the score little, for better or worse, and so did the imitation, which needs no reference model and no rejected answer: try that first. What DPO can gain with more pairs is shown in lesson 09. If DPO lowers your score, look at the log-probabilities, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one.
 
@@ -848,7 +855,7 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The biased judge takes the idle sentence nearly always, and it likes the first place. The fair one does neither. But of quality it has learned nothing at all ($\kappa$ near 0), so it is a weak control: it says that the method alone does not bring the taste for idle sentences, and no more. The people themselves agree with the rubric at 0.54 and 0.77; both judges are far below. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out and length control takes the idle sentences out, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
+# **What you see.** The biased judge takes the idle sentence nearly always, and it likes the first place. The fair one does neither. But of quality it has learned next to nothing ($\kappa$ of 0.07), so it is a weak control: it says that the method alone does not bring the taste for idle sentences, and no more. The people themselves agree with the rubric at 0.54 and 0.77; both judges are far below. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out, and after length control the chattier answer wins less than half of the pairs, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
 # %% [markdown] tags=["core"]
 # ## 8 · How sure is a rank?
@@ -928,7 +935,7 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Systems that are far apart keep their order in all draws. LoRA, careful DPO and the imitation share three ranks: these tasks cannot tell them apart. DPO with own pairs at the large rate has an interval that overlaps theirs, and is told from them all the same, since the comparison is paired. The difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
+# **What you see.** Systems that are far apart keep their order in all draws. LoRA, careful DPO and the imitation do not: their ranks overlap, and these tasks cannot tell them apart. (In this run DPO with own pairs, 12 steps, stands among them, too.) The two that DPO has spoilt lie below the assistant that nobody tuned. The difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Climbing a board without a better model
@@ -1013,7 +1020,7 @@ lesson.report("score of what is handed in, public and hidden tasks", scores)
 print(f"score on {len(public)} public and on {len(hidden)} hidden tasks: {scores}")
 
 # %% [markdown]
-# **What you see.** The choice rests on 0.08 points with an interval of ± 0.21: it is inside the noise, and either could be handed in. The same weights get 2.95 on the public tasks and 3.18 on hidden ones. These are two samples of tasks, and nothing was chosen by the public ones, so the difference may be what section 8 warned of, luck of the tasks: it is no larger than the two intervals allow. Compare scores only on the same tasks.
+# **What you see.** The choice rests on 0.07 points with an interval of ± 0.22: it is inside the noise, and either could be handed in. The same weights get 2.93 on the public tasks and 3.30 on hidden ones. Nothing was chosen by the public ones, so this is no luck of a choice. The difference of 0.37 has an interval of its own, ± 0.33 ($\sqrt{0.18^2 + 0.28^2}$): it is a little more than the draw of the tasks mostly brings. Whether these 50 tasks are easier for every system is not measured here. Compare scores only on the same tasks.
 
 # %%
 dpo_steps = lesson.scaled(STEPS_OF_DPO[1], 2)
@@ -1078,7 +1085,7 @@ else:
     print("This model is none of the two bases, so the commands are not run.")
 
 # %% [markdown]
-# **What you see.** `score` finds both folders complete and allowed, and believes what is written in them, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, the forged ones do not. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
+# **What you see.** `check` refuses the leaky folder and names the task; in the forged one it finds nothing wrong. `score` believes what is written in a folder, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, the forged ones do not. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
 
 # %% [markdown]
 # ## 11 · Exercises
