@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/17_competition.ipynb)
 #
-# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on the better one, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, and against a baseline that needs no DPO. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
+# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on the better one, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, in runs that differ in one thing each, and against a baseline that needs no DPO. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -11,7 +11,7 @@
 #
 # 1. write out how open answers of three kinds are graded from 1 to 5 by program, equal to the competition's rubric, and measure what an answer gets that reads nothing;
 # 2. train an adapter with a LoRA of your own, save it, and get the same answers from `peft`;
-# 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and compare it with imitation and with a smaller rate;
+# 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and change pairs, steps and rate one at a time, beside an imitation that needs no rejected answers;
 # 4. train a judge on the choices of people with a bias, and measure what it has learned from them;
 # 5. put an interval around your rank, climb a board without a better model, and hand in a folder that is checked, scored and reproduced by the competition's own commands, beside a forged one.
 #
@@ -106,12 +106,13 @@ from helpers.world import FILLERS, POLITE
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft asks by an old name
 lesson = Lesson("17", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
-# All that depends on the hardware: the learning rates of fine-tuning and of careful DPO, and the number format.
-# (On a CPU the 16-bit format is slower for batches as small as those of this lesson.)
+# All that depends on the hardware: the learning rates of fine-tuning and of careful DPO, the number format, and how
+# many answers are measured, and pairs trained on, in one pass. (The vocabulary of a hub model is a hundred times that
+# of shima-4m: the logits of one answer take as much more. On a CPU 16 bits are slower for batches as small as here.)
 SETTINGS = {
-    "cpu": {"rate": 2e-3, "careful_rate": 2e-4, "precision": "fp32"},
-    "t4": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision},
-    "large": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision},
+    "cpu": {"rate": 2e-3, "careful_rate": 2e-4, "precision": "fp32", "measured": 16, "pairs": 4},
+    "t4": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision, "measured": 4, "pairs": 1},
+    "large": {"rate": 2e-4, "careful_rate": 2e-5, "precision": lesson.precision, "measured": 4, "pairs": 2},
 }
 settings = SETTINGS[machine.name]
 IN_16_BITS = settings["precision"] != "fp32"
@@ -285,11 +286,24 @@ lesson.report("score of an answer that is fixed or copied for each kind", floor.
 # **Question.** What is the score before any training?
 #
 # Three attempts cost no training: the base as it is, the base with two worked examples in front of the task, and the assistant as it is. Answers are decoded greedily, by the competition's own `answer_tasks`. `Decoding` holds the settings that are handed in.
+#
+# **The choice of a base.** On a CPU both models are the course's own. With the profile `t4` or `large` the same cells take Qwen2.5-0.5B or -1.5B and the *Instruct* model of that size, each at the commit that is printed, so that everybody starts from the same weights. Another one goes in as `model_id = "owner/name@commit"`, for instance `Qwen/Qwen3-0.6B-Base@da87bfb608c14b7cf20ba1ce41287e8de496c0cd`; it is then base and assistant at once. A tokenizer without a chat format gets a plain one.
 
 # %%
+PLAIN_CHAT = (
+    "{% for turn in messages %}{{ '### ' + turn['role'] + '\n' + turn['content'] }}"
+    "{{ eos_token if turn['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)  # for a tokenizer without a chat format, as that of a hub model which has only read texts
 base, tokenizer = load_model(machine)
 assistant, tokenizer = load_assistant(machine)
-base, assistant = base.float(), assistant.float()  # weights in 32 bits; on a GPU the steps compute in 16
+tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
+for role, name, revision in (
+    ("base", machine.model_id, machine.revision),
+    ("assistant", machine.assistant_id, machine.assistant_revision),
+):
+    where = "of this course" if name in MODEL_FOLDERS else f"commit {revision}" if revision else "no commit given"
+    print(f"{role}: {name.split('/')[-1]}, {where}")
 
 
 def answers_of(model: nn.Module, asked: Sequence[Task], decoding: Decoding | None = None) -> list[str]:
@@ -306,6 +320,7 @@ results = {  # name -> grades of its answers to the public tasks
     "base, two examples": graded(tasks, answers_of(base, tasks, two_shots)),
     "assistant": graded(tasks, answers_of(assistant, tasks)),
 }
+del base  # not needed any more
 
 
 # %%
@@ -325,7 +340,9 @@ gain = (results["assistant"] - results["base"]).mean()
 lesson.claim("the assistant is half a point ahead of the base before any training", gain, at_least=0.5, form=".2f")
 
 # %% [markdown]
-# **What you see.** The assistant knows some of the ten kinds from its own training, in other words, and gains points there. The table by kind is worth more than the mean. It says where points are to be had, and it is the first thing to look at after every change. In its mean the assistant is hardly ahead of what reads nothing. By kind it is far ahead in `fact`, `describe`, `sum` and `mood`, and behind in the six others.
+# **What you see.** The assistant knows some of the ten kinds from its own training, in other words, and gains points there. The table by kind is worth more than the mean. It says where points are to be had, and it is the first thing to look at after every change. In its mean the assistant is hardly ahead of what reads nothing. By kind it is well ahead in `fact`, `describe`, `sum` and `mood`, and behind in the six others.
+#
+# So the rest of the lesson tunes the assistant. What this choice rests on is the score *before* training. It is not measured here whether the base would catch up with the same training, nor what any other base is worth: whoever competes tries that on development tasks (section 3). And all numbers in the text are those of the course's own models; with a hub model you read your own.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Training data
@@ -346,8 +363,8 @@ def word_runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
 
 def contained(asked: Sequence[Task], texts: Sequence[str]) -> int:
     """How many tasks stand whole in one of the texts."""
-    found = [word_runs(text) for text in texts]
-    return sum(any(word_runs(task.input) <= row for row in found) for task in asked)
+    wanted, found = [word_runs(task.input) for task in asked], [word_runs(text) for text in texts]
+    return sum(any(task <= row for row in found) for task in wanted)
 
 
 texts = [row.input for row in rows]
@@ -365,7 +382,7 @@ lesson.equal("the seven that were planted are found", abs(planted - clean - 7))
 #
 # The rows hold each kind equally often. That is a choice, too: where points are lacking, more rows may help.
 #
-# Choices need tasks of their own. *Development* tasks are training tasks that are in no row: whatever is chosen in this lesson is chosen by them. To choose by the public tasks would use them up (section 9 shows how).
+# Choices need tasks of their own. *Development* tasks are training tasks that are in no row: whatever is chosen from here on is chosen by them. To choose by the public tasks would use them up (section 9 shows how).
 
 # %%
 taken = {row.input for row in rows}
@@ -394,8 +411,9 @@ class LoRA(nn.Module):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / rank
         bound = linear.in_features**-0.5
-        self.a = nn.Parameter(linear.weight.new_empty(rank, linear.in_features).uniform_(-bound, bound))
-        self.b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        factors = {"device": linear.weight.device, "dtype": torch.float32}  # whatever the format of the base
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features, **factors).uniform_(-bound, bound))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank, **factors))
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, seq, in_features)
         return self.linear(x) + F.linear(F.linear(x, self.a), self.b) * self.scale
@@ -474,7 +492,7 @@ lesson.report("size of the adapter (MiB); 2 are allowed", size, ".2f")
 
 
 # %% [markdown]
-# **What you see.** The training reaches `compare` and `story`, in which the assistant had nothing, and leaves others where they were. One kind loses: `mood` falls from 4.0 to 2.8. `extract` gets nothing at all out of a training as short as this one. And on `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of what reads nothing; on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
+# **What you see.** Most of the gain is in `compare` and `story`, in which the assistant had nothing; `fact`, `describe` and `list` gain half a point or so. One kind loses: `mood` falls from 4.0 to 2.8. `extract` stays at the lowest grade. And on `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of what reads nothing; on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Decoding, and a penalty out of a template
@@ -525,7 +543,7 @@ print(f"the penalty of 1.2 costs {loss:.2f} points, with a standard error of {er
 lesson.report("what a repetition penalty of 1.2 costs (points)", loss, ".2f")
 
 # %% [markdown]
-# **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example a sentence of the usual form has to be said twice, of two people, and the penalty drives the model to something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose. How much it costs in all depends on the run: the standard error is printed, and with another seed of the training the loss was smaller than the 0.3 points that count here, so it is no claim. A penalty helps a model that runs in circles; this one does not. The right setting depends on the model and on the task, so measure it and do not copy it.
+# **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example a sentence of the usual form has to be said twice, of two people, and the penalty drives the model to something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose. How much it costs in all depends on the run. With four other seeds of the training the cost was between -0.17 and 0.32 points (the course's ledger of claims, a page of its site and `data/claims.json`), so it is no claim. The penalty is made for models that run in circles. The right setting depends on the model and on the task, so measure it and do not copy it.
 
 # %% [markdown] tags=["core"]
 # ## 6 · DPO with care, and without
@@ -578,7 +596,8 @@ def answer_log_probs(rows: Sequence[tuple[str, str]]) -> Tensor:
 @torch.no_grad()
 def measured(rows: Sequence[tuple[str, str]]) -> Tensor:
     """The same for any number of rows, without gradients."""
-    return torch.cat([answer_log_probs(rows[i : i + 16]) for i in range(0, len(rows), 16)])
+    size = settings["measured"]
+    return torch.cat([answer_log_probs(rows[i : i + size]) for i in range(0, len(rows), size)])
 
 
 def both_sides(pairs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
@@ -589,6 +608,8 @@ def both_sides(pairs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str]]:
 # %%
 trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 after_sft = {name: parameter.detach().clone() for name, parameter in trained.items()}
+pairs_of = {"borrowed": borrowed, "own": own}
+reference_of = {name: measured(both_sides(pairs)).view(2, -1) for name, pairs in pairs_of.items()}  # (2, pairs)
 
 
 @torch.no_grad()
@@ -600,27 +621,30 @@ def set_adapter(state: dict[str, Tensor]) -> None:
 
 # %%
 BETA, PAIRS_A_STEP = 0.1, 4
-Pairs = Sequence[tuple[str, str, str]]
 
 
-def tune(pairs: Pairs, rate: float, steps: int, rejects: bool = True) -> tuple[list[float], Tensor]:
+def tune(kind: str, rate: float, steps: int, rejects: bool = True) -> tuple[list[float], Tensor]:
     """DPO from `after_sft`, or without `rejects` imitation of the chosen; losses, and growth (2, pairs) at the end."""
     set_adapter(after_sft)
-    reference = measured(both_sides(pairs)).view(2, -1)
+    pairs, reference = pairs_of[kind], reference_of[kind]
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     generator, losses = random.Random(f"dpo/{seed}"), []
     for step in range(steps):
         drawn = generator.sample(range(len(pairs)), PAIRS_A_STEP)
-        answers = both_sides([pairs[i] for i in drawn])[: (1 + rejects) * PAIRS_A_STEP]
-        h = answer_log_probs(answers).view(1 + rejects, -1) - reference[: 1 + rejects, drawn]
-        loss = -F.logsigmoid(BETA * (h[0] - h[1])).mean() if rejects else -h[0].mean()
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(0.0)
+        for start in range(0, PAIRS_A_STEP, settings["pairs"]):  # on a CPU all pairs of a step at once
+            part = drawn[start : start + settings["pairs"]]
+            answers = both_sides([pairs[i] for i in part])[: (1 + rejects) * len(part)]
+            h = answer_log_probs(answers).view(1 + rejects, -1) - reference[: 1 + rejects, part]
+            loss = -F.logsigmoid(BETA * (h[0] - h[1])).mean() if rejects else -h[0].mean()
+            loss = loss * (len(part) / PAIRS_A_STEP)
+            loss.backward()
+            losses[-1] += loss.item()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 3, 1 - step / steps)
         optimizer.step()
-        losses.append(loss.item())
     return losses, measured(both_sides(pairs)).view(2, -1) - reference
 
 # %% [markdown]
@@ -641,7 +665,7 @@ before = results["assistant + LoRA"].mean()
 grown, adapters, replies, change = {}, {"LoRA": after_sft}, {"LoRA": own_answers}, {}
 
 
-def try_way(name: str, pairs: Pairs, rate: float, steps: int, rejects: bool = True) -> None:
+def try_way(name: str, pairs: str, rate: float, steps: int, rejects: bool = True) -> None:
     """Tune in this way, print what changes, and keep it."""
     losses, growth = tune(pairs, rate, lesson.scaled(steps, 2), rejects)
     grown[name] = dict(zip(("chosen", "rejected"), growth.median(1).values.tolist(), strict=True))
@@ -655,31 +679,33 @@ def try_way(name: str, pairs: Pairs, rate: float, steps: int, rejects: bool = Tr
           + ", ".join(f"{kind} {value:+.1f}" for kind, value in grown[name].items()))  # fmt: skip
 
 
-try_way("DPO, careless", borrowed, settings["rate"], 12)
+try_way("DPO, careless", "borrowed", settings["rate"], 12)
 lesson.report("change of the score by careless DPO", change["DPO, careless"], "+.2f")
 lesson.report("what careless DPO changes in the log-probability of answers in no pair (nats)",
               grown["DPO, careless"]["in no pair"], "+.1f")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss asks for the difference, and nothing in it asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower.
+# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss asks for the difference, and nothing in it asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower (1.08).
 #
-# **Three other ways** change one thing after the other:
+# **Four other ways.** Each differs in one thing from the way that its last column names:
 #
-# | way | pairs | rate | steps |
-# |---|---|---|---|
-# | DPO, careless | borrowed | that of fine-tuning | 12 |
-# | DPO, own pairs | own | that of fine-tuning | 12 |
-# | imitation of the own best | own, the chosen answers alone | that of fine-tuning | 12 |
-# | DPO, careful | own | a tenth of it | 48 |
+# | way | pairs | rate | steps | the one change |
+# |---|---|---|---|---|
+# | DPO, careless | borrowed | that of fine-tuning | 12 | |
+# | DPO, own pairs | own | that of fine-tuning | 12 | the pairs, from *careless* |
+# | imitation of the own best | own, the chosen answers alone | that of fine-tuning | 12 | no rejected answers, from *own pairs* |
+# | DPO, own pairs, longer | own | that of fine-tuning | 36 | the steps, from *own pairs* |
+# | DPO, careful | own | a tenth of it | 36 | the rate, from *longer* |
 #
-# The third is the *simple baseline*: imitate the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) If it costs as much as DPO with the same samples at the same rate, then more training is at fault, and not DPO. The careful way gets four times the steps, since with 12 it would hardly move. All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose first steps have the full size of the rate whatever the gradient. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
+# Imitation is the *simple baseline*: train on the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose first steps have the full size of the rate whatever the gradient. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
 
 # %%
-CAREFUL_STEPS = 48
+STEPS_OF_DPO = 12, 36
 WAYS = {  # pairs, rate, steps, with the rejected answers
-    "DPO, own pairs": (own, settings["rate"], 12, True),
-    "imitation of the own best": (own, settings["rate"], 12, False),
-    "DPO, careful": (own, settings["careful_rate"], CAREFUL_STEPS, True),
+    "DPO, own pairs": ("own", settings["rate"], STEPS_OF_DPO[0], True),
+    "imitation of the own best": ("own", settings["rate"], STEPS_OF_DPO[0], False),
+    "DPO, own pairs, longer": ("own", settings["rate"], STEPS_OF_DPO[1], True),
+    "DPO, careful": ("own", settings["careful_rate"], STEPS_OF_DPO[1], True),
 }
 for name, way in WAYS.items():
     try_way(name, *way)
@@ -688,31 +714,39 @@ for name, way in WAYS.items():
 show_kinds(["assistant + LoRA", *grown])
 for name in WAYS:
     lesson.report(f"change of the score by {name}", change[name], "+.2f")
-large = (change["DPO, careless"] + change["DPO, own pairs"]) / 2
-lesson.claim("careful DPO ends at least 0.3 points above the mean of the two at the rate of fine-tuning",
-             change["DPO, careful"] - large, at_least=0.3, form=".2f")  # fmt: skip
+lesson.claim("DPO at a tenth of the rate, with equal pairs and steps, ends at least 0.3 points higher",
+             change["DPO, careful"] - change["DPO, own pairs, longer"], at_least=0.3, form=".2f")  # fmt: skip
 
 # %%
-figure = Figure(figsize=(8, 3.8), layout="constrained")
+figure = Figure(figsize=(8, 4.4), layout="constrained")
 axes = figure.subplots()
 for offset, (kind, color) in enumerate(zip(grown["DPO, careful"], plots.COLORS, strict=False)):
     places = np.arange(len(grown)) + (offset - 1) * 0.27
-    axes.barh(places, [values[kind] for values in grown.values()], height=0.24, color=color, label=kind)
+    bars = axes.barh(places, [values[kind] for values in grown.values()], height=0.24, color=color, label=kind)
+    axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
 axes.axvline(0, color=plots.INK, linewidth=1)
+axes.margins(x=0.1)
 axes.set_yticks(range(len(grown)), list(grown))
 axes.invert_yaxis()
 axes.set(xlabel="change of the log-probability of an answer (nats, median)")
 axes.set_title("DPO at the large rate: other answers fall too")
 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-alt = "Three bars for each of four ways. In the DPO runs the rejected answers fall furthest."
+alt = "Three bars for each of five ways. In the DPO runs the rejected answers fall furthest."
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What you see.** At the rate of fine-tuning DPO costs points with own pairs too. Imitation of the same chosen answers at the same rate changes little, within its interval. It did train: its printed loss swings from batch to batch, but over all pairs the chosen answers have become a little more probable. So with own pairs the loss is not more training alone: it comes with the push against the rejected answers. At a tenth of the rate, in four times the steps, DPO brings its loss as far down, and yet the chosen answers do not sink and the score stays, within its interval. (The bars of the first row are about the borrowed pairs, those of the others about the own ones; only the third bar, of answers in no pair, is about the same texts in all rows.)
+# **What you see.** Go through the rows by what changes.
 #
-# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims (a page of its site, and `data/claims.json`) holds the same numbers for other seeds. In all of them both kinds of pairs cost points at that rate, and which kind costs more changes from run to run: nothing here says that the choice of pairs decides. Therefore the claim is about the mean of the two at the large rate, and each way alone is a report. Two things were not separated: the careful way has a smaller rate *and* more steps, and borrowed pairs were not tried with it.
+# - *Without the rejected answers* (own pairs against imitation): the chosen answers become more probable instead of less, the answers in no pair keep their probability, and the score stays within its interval. The imitation did train: its printed loss swings from batch to batch, but over all pairs the chosen answers rise. So it is not training at this rate as such that lets the chosen answers sink: the push against the rejected ones is needed.
+# - *More steps* (own pairs against longer): at the rate of fine-tuning, three times the steps bring the loss near zero, and the score down by a point. Chosen answers and those in no pair lose more than 20 nats each. (36 steps draw each pair about four times, 12 steps about once.)
+# - *A tenth of the rate* (longer against careful): with the same pairs and as many steps the score stays within its interval, and chosen answers and those in no pair stay where they were. The loss falls here too, to about half of where it began. So a falling loss of DPO need not cost anything.
+# - *The pairs* (careless against own pairs): in this run the borrowed ones cost more points, and answers sink with both. This is not so in every run, as you see next. (The bars of the first row are about the borrowed pairs, those of the others about the own ones; only the third bar is about the same texts in all rows.)
 #
-# **Does DPO gain anything?** Not here. Care changed the score little, for better or worse, and so did the imitation, which needs no reference model and no rejected answer: try that first. What DPO can gain with more pairs is shown in lesson 09. If DPO lowers your score, look at the log-probabilities, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one.
+# **What follows, and what does not.** At the rate of fine-tuning more steps do more harm; at a tenth of it, as many steps do none that can be seen. The small rate also goes less far: its rejected answers lose 3.9 nats, those of the large rate 68.4. It is not measured whether ten times as many careful steps would end where the large rate does, nor how borrowed pairs do at the small one.
+#
+# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims holds the same numbers for four other seeds. In all five runs the longer one costs at least 0.8 points (up to 1.38), and the careful one changes the score by -0.15 to 0.08; that is the claim. The rest is not so sure. Careless DPO costs between 0.27 and 1.08 points, own pairs after 12 steps between 0.07 and 0.82, and which of the two costs more changes from run to run: nothing here says that the choice of pairs decides. And the imitation loses 0.37 points in one run, as much as DPO with own pairs does there (0.34): training at that rate can cost points without any DPO.
+#
+# **Does DPO gain anything?** Not here. With care it changes the score little, for better or worse. The imitation needs no reference model and no rejected answer, and here it did no worse: try that first, and at a small rate, too (which is not measured here). What DPO can gain with more pairs is shown in lesson 09. If DPO lowers your score, look at the log-probabilities, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one.
 
 # %% [markdown] tags=["further"]
 # ## 7 · A language model as judge
@@ -733,7 +767,7 @@ def last_states(texts: Sequence[tuple[str, str]]) -> np.ndarray:
         encoded = tokenizer(part, add_special_tokens=False)["input_ids"]
         batch = collate([{"input_ids": ids, "labels": ids} for ids in encoded], tokenizer.pad_token_id)
         inputs = {name: batch[name].to(machine.device) for name in ("input_ids", "attention_mask")}
-        states = assistant(**inputs, output_hidden_states=True).hidden_states[-1]  # (batch, seq, hidden_size)
+        states = assistant.base_model(**inputs).last_hidden_state  # (batch, seq, hidden_size)
         ends = inputs["attention_mask"].sum(1) - 1
         found.append(states[torch.arange(len(ends)), ends].float().cpu().numpy())
     return np.concatenate(found)
@@ -821,7 +855,7 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The biased judge takes the idle sentence nearly always, and it likes the first place. The fair one does neither. But of quality it has learned nothing at all ($\kappa$ near 0), so it is a weak control: it says that the method alone does not bring the taste for idle sentences, and no more. The people themselves agree with the rubric at 0.54 and 0.77; both judges are far below. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out and length control takes the idle sentences out, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
+# **What you see.** The biased judge takes the idle sentence nearly always, and it likes the first place. The fair one does neither. But of quality it has learned next to nothing ($\kappa$ of 0.07), so it is a weak control: it says that the method alone does not bring the taste for idle sentences, and no more. The people themselves agree with the rubric at 0.54 and 0.77; both judges are far below. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out, and after length control the chattier answer wins less than half of the pairs, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
 # %% [markdown] tags=["core"]
 # ## 8 · How sure is a rank?
@@ -865,7 +899,7 @@ for place, i in enumerate(order):
 axes.set_yticks(range(len(order)), [systems[i] for i in order])
 axes.set(xlim=(0.9, 5), xlabel="score (mean of 1 to 5 points), with its 95 % interval")
 axes.set_title("A rank is a range")
-alt = "Scores with intervals and ranks: careless DPO and the three untuned systems lie lowest."
+alt = "Nine systems by score, each with its interval and its ranks. Systems of close scores share ranks."
 plots.show(figure, alt=alt)
 
 
@@ -901,7 +935,7 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Systems that are far apart keep their order in all draws. LoRA, careful DPO and the imitation share three ranks: these tasks cannot tell them apart. DPO with own pairs at the large rate has an interval that overlaps theirs, and is told from them all the same, since the comparison is paired. The difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
+# **What you see.** Systems that are far apart keep their order in all draws. LoRA, careful DPO and the imitation do not: their ranks overlap, and these tasks cannot tell them apart. (In this run DPO with own pairs, 12 steps, stands among them, too.) The two that DPO has spoilt lie below the assistant that nobody tuned. The difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Climbing a board without a better model
@@ -986,10 +1020,10 @@ lesson.report("score of what is handed in, public and hidden tasks", scores)
 print(f"score on {len(public)} public and on {len(hidden)} hidden tasks: {scores}")
 
 # %% [markdown]
-# **What you see.** The choice rests on 0.08 points with an interval of ± 0.21: it is inside the noise, and either could be handed in. The same weights get 2.95 on the public tasks and 3.18 on hidden ones. These are two samples of tasks, and nothing was chosen by the public ones, so the difference may be what section 8 warned of, luck of the tasks: it is no larger than the two intervals allow. Compare scores only on the same tasks.
+# **What you see.** The choice rests on 0.07 points with an interval of ± 0.22: it is inside the noise, and either could be handed in. The same weights get 2.93 on the public tasks and 3.30 on hidden ones. Nothing was chosen by the public ones, so this is no luck of a choice. The difference of 0.37 has an interval of its own, ± 0.33 ($\sqrt{0.18^2 + 0.28^2}$): it is a little more than the draw of the tasks mostly brings. Whether these 50 tasks are easier for every system is not measured here. Compare scores only on the same tasks.
 
 # %%
-dpo_steps = lesson.scaled(CAREFUL_STEPS, 2)
+dpo_steps = lesson.scaled(STEPS_OF_DPO[1], 2)
 with_dpo = chosen == "DPO, careful"
 sft_length, dpo_length = (  # mean tokens of a row; a pair has two
     np.mean([len(encode_chat(tokenizer, *row)["input_ids"]) for row in some])
@@ -1013,16 +1047,18 @@ torch {torch.__version__}, peft {peft.__version__}
 """
 
 # %%
-folders = {"honest": answers, "forged": [task.reference for task in public]}
-for name, handed_in in folders.items():
-    write_submission(BUILD / name, policy, recipe=recipe, decoding=Decoding(), rows=train_rows, tasks=public,
+references = [task.reference for task in public]
+leak = {"instruction": public[0].input, "answer": references[0]}
+folders = {"honest": (answers, train_rows), "forged": (references, train_rows), "leaky": (answers, [*train_rows, leak])}
+for name, (handed_in, its_rows) in folders.items():
+    write_submission(BUILD / name, policy, recipe=recipe, decoding=Decoding(), rows=its_rows, tasks=public,
                      answers=handed_in, report=report)  # fmt: skip
 files = [path for path in (BUILD / "honest").rglob("*") if path.is_file()]
 for path in sorted(files):
     print(f"{path.relative_to(BUILD).as_posix():>42} {path.stat().st_size / 1024:8.1f} KiB")
 
 # %% [markdown]
-# The second folder is *forged*: the same weights, but the references as its answers. Now run two commands of the competition, as you would in a terminal. `score` grades the answers that are in a folder, and `reproduce` decodes again. (Both first check whether the folder is complete and allowed; the command `check` does only that.) They know the two bases of the course; with another model the folder is written and not checked.
+# Two more folders are written beside it. The *forged* one has the same weights, but the references as its answers. The *leaky* one has one public task among its training rows. Now run three commands of the competition, as you would in a terminal. `check` says whether a folder is complete and allowed, `score` grades the answers that are in a folder, and `reproduce` decodes again. (The last two check a folder first.) They know the two bases of the course; with another model the folders are written, and the commands are not run.
 
 # %%
 def competition(action: str, *names: str) -> str:
@@ -1034,19 +1070,22 @@ def competition(action: str, *names: str) -> str:
     return done.stdout
 
 
-said = {action: competition(action, *folders) for action in ("score", "reproduce") if known_base}
 if known_base:
+    said = {"check": competition("check", *folders)}
+    said |= {action: competition(action, "honest", "forged") for action in ("score", "reproduce")}
     again = [int(number) for number in re.findall(r"(\d+) of 100", said["reproduce"])]
     refused = "forged: refused" in said["reproduce"] and "refused" not in said["score"]
     print(f"answers that come out of the weights again: honest {again[0]}, forged {again[1]} of {len(public)}")
     lesson.claim("98 or more of the honest answers come out of the weights again", again[0], at_least=98,
                  control=again[1])  # fmt: skip
     lesson.equal("the forged folder passes score, and is refused by reproduce", 1 - refused)
+    accepted = [name for name in folders if f"{name}: accepted" in said["check"]]
+    lesson.equal("check refuses the leaky folder, and no other", 1 - (accepted == ["honest", "forged"]))
 else:
     print("This model is none of the two bases, so the commands are not run.")
 
 # %% [markdown]
-# **What you see.** `score` finds both folders complete and allowed, and believes what is written in them, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, the forged ones do not. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
+# **What you see.** `check` refuses the leaky folder and names the task; in the forged one it finds nothing wrong. `score` believes what is written in a folder, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, the forged ones do not. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
 
 # %% [markdown]
 # ## 11 · Exercises
@@ -1420,7 +1459,7 @@ lesson.summary()
 # | 100 tasks | the 100 of ELYZA-tasks-100 (`elyza/ELYZA-tasks-100` on the hub, CC BY-SA 4.0): as few, so the intervals are as wide |
 # | `peft` reads an adapter | pin the revision of the base, and load the adapter on a fresh copy before you hand it in |
 #
-# With the profile `t4` or `large`, or with a `model_id`, the cells above have tuned an open model on the same tasks. Japanese bases such as `llm-jp/llm-jp-3-1.8b` have no chat template: give the tokenizer one first. The cell below asks the tuned model the first tasks of ELYZA-tasks-100, where the hub can be reached, and writes the answers in the format of such competitions.
+# With the profile `t4` or `large`, or with a `model_id`, the cells above have tuned an open model on the same tasks. A Japanese base such as `llm-jp/llm-jp-3-1.8b` is given as `model_id`, with its commit; if its tokenizer has no chat template, section 2 sets one. The cell below asks the tuned model the first tasks of ELYZA-tasks-100, where the hub can be reached, and writes the answers in the format of such competitions.
 
 # %%
 if machine.device != "cpu" and hub_is_reachable():
