@@ -910,8 +910,8 @@ for size, overlap in tqdm([(words, shared) for words in WORDS for shared in (0, 
     said = answer([reading_prompt(*pair) for pair in given])
     is_right = np.array([text.strip() == right for text, right in zip(said, right_answers, strict=True)])
     chunk_scores[size, overlap] = score(int(is_right.sum()), len(is_right))
-    print(f"{size:>2} words, overlap {overlap:>2}: {len(pieces):>6,} chunks; {whole.sum()} of {len(whole)} facts whole; right "
-          f"{chunk_scores[size, overlap]}, of the others {is_right[~whole].sum()}")  # fmt: skip
+    print(f"{size:>2} words, {overlap:>2} shared: {len(pieces):>6,} chunks, {whole.sum()} of {len(whole)} facts whole: "
+          f"right {chunk_scores[size, overlap]}; of the others {is_right[~whole].sum()}")  # fmt: skip
 
 # %%
 kinds = {"no overlap": lambda size: 0, "half overlaps": lambda size: size // 2}
@@ -1691,12 +1691,7 @@ def check_diverse(diverse):
     expect_equal("diverse of four vectors that point away from each other, trade 0.2", picks, [0, 2, 3])
     angles = torch.tensor([20.0, 5.0, 12.0, -15.0, 60.0, -70.0, 140.0, 100.0]).deg2rad()
     fan = torch.stack([angles.cos(), angles.sin()], dim=1)  # the query lies at 0 degrees
-    for trade, right in (
-        (0.3, [0, 6, 5, 4, 3]),
-        (0.5, [0, 5, 3, 1, 2]),
-        (0.7, [0, 3, 1, 2, 4]),
-        (0.9, [0, 1, 3, 2, 4]),
-    ):
+    for trade, right in ((0.3, [1, 6, 5, 4, 3]), (0.5, [1, 5, 3, 2, 0]), (0.9, [1, 2, 3, 0, 4])):
         expect_equal(f"diverse of 8 directions, trade {trade}", diverse(torch.tensor([1.0, 0.0]), fan, 5, trade), right)
 
 
