@@ -607,7 +607,7 @@ for name, values in shares.items():
     lesson.report(f"weaker model, {name}", f"{values.mean():.0%}")
 
 # %% [markdown]
-# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution back to about its share, and costs several times as much. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution. Temperature and number of solutions are the same in both votes. The order differs, and with it the cost: each order is a prompt of its own that is read. Compare the first numbers of the two printed lines: one solution alone gains little or nothing from another order. The last two lines are votes over three orders: *greedy* solutions of those that begin with another number each, and three of the six sampled ones. The greedy vote needs no temperature at all and does at least as well: it is the other paths that help, not the chance. The copies differ as well, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, and how different the solutions are.
+# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution to about its share and costs several times as much. Its printed difference from greedy is small against its interval. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution in each copy. But an order is a prompt of its own that is read, so compare for equal tokens: four orders cost a little less than six samples, and in this run more of their votes are right; the interval stands beside the difference. With one solution each the two lines of the table begin close together: one more order alone gains little or nothing, the vote does. The last line compares two votes over three orders: *greedy* solutions of those that begin with another number each, and three of the six sampled ones. The greedy vote needs no temperature at all and is not behind: it is the other paths that help, not the chance. The intervals are over problems. Three copies are few for a statement on other noise, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, how many tokens each side had, and how different the solutions are.
 
 # %% [markdown] tags=["further"]
 # ## 6 · A tree of thoughts
@@ -696,7 +696,7 @@ print(f"one greedy solution: {once.mean():.0%} of {once.size} (all copies) are r
 PAIRS = {"one sample, no search": "greedy, no search", "judged, m = 4, b = 1": "greedy, no search",
          "judged, m = 4, b = 2": "most frequent of m = 4, b = 1"}  # fmt: skip
 for one, other in PAIRS.items():
-    gaps = (right_sums[one] - right_sums[other]).mean(0)
+    gaps = (right_sums[one] - right_sums[other]).mean(0)  # (problems,)
     print(f"{one} minus {other}: {in_points(gaps)}")
     lesson.report(f"weaker model, step by step: {one} minus {other}", in_points(gaps))
 
@@ -742,7 +742,7 @@ gain = methods["step by step, no search"].accuracy - methods["whole solution, gr
 lesson.claim("on four numbers, being told each next addition gains at least 50 points", gain, at_least=0.5, form=".0%")
 
 # %% [markdown]
-# **What you see.** The first row searches nothing: one greedy result for each addition, and the program writes the numbers. It is already well above one greedy solution. The last line tells why: the program cannot miscopy a number, and greedy solutions without their miscopies would be right at most about as often. (How many mistakes are miscopies differs from copy to copy; the others are wrong additions, which remain.) Now the search. A sampled step is a little worse than a greedy one, and four samples with a judge end about where the greedy step was. Compare the judge with the plain count of the proposals (the short line in the figure), which needs no second format and fewer tokens: on average they are about level, and by copy either is ahead. On four numbers the mistake is another one: the whole solutions leave a number out, as counted above, since training never had more than three. Again the program cannot make this mistake, and where all sums are right nothing is left for a search to gain. Compare the tree with the vote over samples alone, and the tree wins; it is the program's copying that does it. Separate what the decomposition gives from what the search gives, and count the tokens of both.
+# **What you see.** The first row searches nothing: one greedy result for each addition, and the program writes the numbers. It is already well above one greedy solution. The line below the table offers a reason. It takes the wrong greedy solutions of all copies together and counts those in which a number of the question was copied wrongly. The program cannot make this mistake. Were all of these solutions right, which is the most that can be hoped for, greedy solutions would be right about as often as the first row. (How many mistakes are miscopies differs from copy to copy; the others are wrong additions, which remain.) Now the search: the last three lines are its differences on the same problems. A sampled step is no better than a greedy one. A judge over four samples cannot be told apart from the greedy step, and neither from the plain count of the proposals (the short line in the figure), which needs no second format and fewer tokens. So 64 problems and three copies show no gain of the search here; a small one they could not show. On four numbers the mistake is another one: the whole solutions leave a number out, as counted above, since training never had more than three. Again the program cannot make this mistake, and where all sums are right nothing is left for a search to gain. Compare the tree with the vote over samples alone, and the tree wins; but so does the first row, which searches nothing. Separate what the decomposition gives from what the search gives, and count the tokens of both.
 
 # %% [markdown] tags=["core"]
 # ## 7 · A library, cut into chunks
@@ -911,7 +911,7 @@ for size, overlap in tqdm([(words, shared) for words in WORDS for shared in (0, 
     is_right = np.array([text.strip() == right for text, right in zip(said, right_answers, strict=True)])
     chunk_scores[size, overlap] = score(int(is_right.sum()), len(is_right))
     print(f"{size:>2} words, {overlap:>2} shared: {len(pieces):>6,} chunks, {whole.sum()} of {len(whole)} facts whole: "
-          f"right {chunk_scores[size, overlap]}; of the others {is_right[~whole].sum()}")  # fmt: skip
+          f"right {chunk_scores[size, overlap]}; of the {(~whole).sum()} others {is_right[~whole].sum()}")  # fmt: skip
 
 # %%
 kinds = {"no overlap": lambda size: 0, "half overlaps": lambda size: size // 2}
@@ -1095,7 +1095,7 @@ def train_encoder(train_seed: int, steps: int) -> Encoder:
 
 
 island = World(seed + 1)
-encoders = [train_encoder(train_seed, lesson.scaled(300)) for train_seed in (seed, seed + 100, seed + 200)]
+encoders = [train_encoder(train_seed, lesson.scaled(100)) for train_seed in (seed, seed + 100, seed + 200)]
 
 
 # %%
@@ -1131,8 +1131,9 @@ def similarities(encoder) -> np.ndarray:
 
 similarity = similarities(chosen)
 rankings["dense"] = [top(row) for row in similarity]
-untrained = [top(row) for row in similarities(train_encoder(seed, steps=0))]
-trainings = [[top(row) for row in similarities(encoder)] for encoder in encoders]
+untrained, *trainings = ([top(row) for row in similarities(encoder)]
+                         for encoder in (train_encoder(seed, steps=0), *encoders) if encoder is not chosen)  # fmt: skip
+trainings += [] if encoder_id else [rankings["dense"]]  # the first, which is used from here on
 print(queries[-1])
 for chunk in rankings["dense"][-1][:5]:
     print(f"  {similarity[-1, chunk]:5.2f}  {chunks[chunk]}")
@@ -1258,7 +1259,7 @@ for name in rankings:
     lesson.report(f"{name}: recall@5, MRR", f"{means[name]['recall@5']:.2f}, {mrr[name]:.2f}")
 
 # %% [markdown]
-# **What you see.** BM25 has nearly everything among its first five, but less often in the first place: it finds the person, whose other sentences share as many words with the question. The encoder puts the right fact first more often, and loses some questions from its first five. A name comes to it as several tokens, and in the example above its ranking mixes in people with other names. Fusion trusts both alike: its recall at 5 is close to BM25's, and its first places lie between the two. The reranker repairs the first places, for six short answers of the language model on each question. The filter does nearly as well for next to nothing, or better, as one measure or the other has it; the last line of differences above says how far the two can be told apart. Two things help to read the table. Its last row is a perfect ranking: a question with more than one fitting chunk cannot have all of them in the first place, so recall at 1 has a ceiling, and the filter and the reranker are near it. Marks by chance instead of the reranker's lower the MRR: that is its control. And the encoder has learned from statements in the same forms as the library's; BM25 has learned nothing. The filter works because each of these questions holds a name. Where questions hold none, it cannot.
+# **What you see.** The second table has each difference with its interval over the questions; where an interval holds 0, these questions do not decide. BM25 has nearly everything among its first five, but less often in the first place: it finds the person, whose other sentences share as many words with the question. The encoder puts the right fact first more often, and loses some questions from its first five. A name comes to it as several tokens, and in the example above its ranking mixes in people with other names. How much of this is training? The untrained encoder, with the same random vectors for the tokens of question and chunk, finds something, and far less than BM25. The three trainings differ from each other by much less than they do from it or from BM25 in MRR. Fusion trusts both alike: its recall at 5 is close to BM25's, and its first places lie between the two. The reranker repairs the first places, for six short answers of the language model on each question. The filter costs next to nothing and comes close: read the last row measure by measure, recall at 5 too, before you say which is better. Two things help to read the first table. Its last row is a perfect ranking: a question with more than one fitting chunk cannot have all of them in the first place, so recall at 1 has a ceiling, and the filter and the reranker are nearest to it. Marks by chance instead of the reranker's lower the MRR: that is its control. And the encoder has learned from statements in the same forms as the library's; BM25 has learned nothing. The filter works because each of these questions holds a name. Where questions hold none, it cannot.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Answers, by how often a fact was seen
@@ -1319,7 +1320,7 @@ lesson.claim("retrieval lifts facts that pretraining never told by at least 40 p
              control=known_lift, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Facts that pretraining told a thousand times the model knows, and retrieval adds nothing: that is the control of the other two lifts. Of those that it told a few dozen times it knows a part, and of those that it was never told next to none. There retrieval gives nearly everything. The price stands in the last row of the table: three passages make the prompt several times as long, besides the search. All retrievers are near the oracle, the simple ones too: this reader mostly finds the right one of three passages, so first places matter less here than in section 11. This is the long tail of Kandpal et al. (2023): you cannot easily find more training text about a rare fact, but you can put one passage about it into the prompt.
+# **What you see.** Facts that pretraining told a thousand times the model knows, and retrieval adds nothing: that is the control of the other two lifts. Of those that it told a few dozen times it knows a part, and of those that it was never told next to none. There retrieval gives nearly everything. Each lift stands with its interval over the questions of its group. The price stands in the last row of the table: three passages make the prompt several times as long, besides the search. All retrievers are within a few points of the oracle, the simple ones too, and 80 questions a group do not rank them: this reader mostly finds the right one of three passages, so first places matter less here than in section 11. This is the long tail of Kandpal et al. (2023): you cannot easily find more training text about a rare fact, but you can put one passage about it into the prompt.
 
 # %% [markdown] tags=["further"]
 # ## 13 · Distractors and position
@@ -1406,7 +1407,7 @@ show_table(table, ["first", "middle", "last", "first minus middle", "last minus 
 print(f"shima-4m was trained on rows of {recipe.sequence_length} tokens")
 
 # %% [markdown]
-# **What you see.** Facts about other people cost little, although they have the same form: the model matches names. Lookalikes cost more from the first few on. Random chunks cost next to nothing in the shorter prompts, and in the longest ones, well beyond a row of training, most answers are lost. The place of the right sentence tells a similar story. In prompts that fit into a training row it hardly matters. In the longer ones both differences to the middle are printed with their intervals. In our runs the middle is ahead of the last place in all, and ahead of the first by less than the interval in some. So there is no U as in Liu et al. (2023). Distance from the question is not the whole cause, since the last place stands right beside it. What the cause is, this measurement does not show. Two things are sure: confusion and length look alike in a plot over the number of passages, and fewer and better passages avoid both.
+# **What you see.** There are 40 questions in each row, so only large gaps count. Facts about other people cost little or nothing, although they have the same form: the model matches names. Lookalikes cost much, and with two of them the loss is there already. Random chunks cost little or nothing in the shorter prompts, and in the longest ones, well beyond a row of training, most answers are lost. The place of the right sentence tells a similar story. In prompts that fit into a training row it hardly matters. In the longer ones the last place is behind the middle by more than the interval is wide to either side; whether the first place is behind too, read from its own interval. In the U of Liu et al. (2023) the last place would be ahead of the middle: this is not it. Distance from the question is not the whole cause, since the last place stands right beside it. What the cause is, this measurement does not show. What the table of tokens does show: confusion and length look alike in a plot over the number of passages, and only the lengths tell them apart.
 
 # %% [markdown] tags=["core"]
 # ## 14 · When the library is wrong: harm, and what a citation proves
@@ -1478,7 +1479,7 @@ lesson.claim("an outdated fact costs at least 20 points of what was known by hea
              at_least=0.2, control=lost["complete"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** With an outdated library the model mostly repeats what the passage says, also where it knew better. Not always: some known facts are still answered from memory, and for these we do not know whether the stale sentence was among the three passages. Strangers have no other source, so read the two groups apart. With the fact deleted it still answers, from memory or from what else the passages say. Retrieval is worth as much as the library, and against a closed book only those questions have much to lose that did not need it: a missing fact costs them some points, an outdated one most.
+# **What you see.** With an outdated library the model mostly repeats what the passage says, also where it knew better. Not always: some known facts are still answered from memory. The printed line counts them, and says in how many cases the stale sentence was among the three passages at all, so that memory is not taken for a miss of the retriever. Strangers have no other source, so read the two groups apart. With the fact deleted it still answers, from memory or from what else the passages say. Retrieval is worth as much as the library, and against a closed book only those questions have much to lose that did not need it: a missing fact costs them some points, an outdated one most.
 #
 # **Citations.** Can you notice it? Let each answer cite a passage, and check whether the passage supports the answer. A program that checks this does not know the truth, nor how Shima phrases facts. So it looks at the text alone: a passage *supports* an answer if one of its sentences holds both the name that was asked about and the answer. Cite the first such passage; without one, call the answer unsupported. First test the checker itself.
 
