@@ -607,7 +607,7 @@ for name, values in shares.items():
     lesson.report(f"weaker model, {name}", f"{values.mean():.0%}")
 
 # %% [markdown]
-# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution to about its share and costs several times as much. Its printed difference from greedy is small against its interval. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution in each copy. But an order is a prompt of its own that is read, so compare for equal tokens: four orders cost a little less than six samples, and in this run more of their votes are right; the interval stands beside the difference. With one solution each the two lines of the table begin close together: one more order alone gains little or nothing, the vote does. The last line compares two votes over three orders: *greedy* solutions of those that begin with another number each, and three of the six sampled ones. The greedy vote needs no temperature at all and is not behind: it is the other paths that help, not the chance. The intervals are over problems. Three copies are few for a statement on other noise, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, how many tokens each side had, and how different the solutions are.
+# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution to about its share and costs several times as much. Its printed difference from greedy is small against its interval. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution in each copy. But an order is a prompt of its own that is read, so compare for equal tokens: four orders cost a little less than six samples, and in this run more of their votes are right; the interval stands beside the difference. In the first row of the table, one solution each, the two columns are close together: another order by itself gains little or nothing, and the vote does it. The last line compares two votes over three orders: *greedy* solutions of those that begin with another number each, and three of the six sampled ones. The greedy vote needs no temperature at all and is not behind: what helps is the other paths, not the temperature. The intervals are over problems. Three copies are few for a statement on other noise, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, how many tokens each side had, and how different the solutions are.
 
 # %% [markdown] tags=["further"]
 # ## 6 · A tree of thoughts
@@ -1131,9 +1131,9 @@ def similarities(encoder) -> np.ndarray:
 
 similarity = similarities(chosen)
 rankings["dense"] = [top(row) for row in similarity]
-untrained, *trainings = ([top(row) for row in similarities(encoder)]
-                         for encoder in (train_encoder(seed, steps=0), *encoders) if encoder is not chosen)  # fmt: skip
-trainings += [] if encoder_id else [rankings["dense"]]  # the first, which is used from here on
+untrained = [top(row) for row in similarities(train_encoder(seed, steps=0))]
+trainings = [[top(row) for row in similarities(encoder)] for encoder in encoders if encoder is not chosen]
+trainings += [] if encoder_id else [rankings["dense"]]
 print(queries[-1])
 for chunk in rankings["dense"][-1][:5]:
     print(f"  {similarity[-1, chunk]:5.2f}  {chunks[chunk]}")
@@ -1560,7 +1560,7 @@ for version in LIBRARIES:
     lesson.report(f"supported and right, supported and wrong: {version}", " and ".join(table[version][:2]))
 
 # %% [markdown]
-# **What you see.** The checker needs neither the truth nor the forms of sentences. It rejects nearly all answers that belong to another question, so it can fail. But it does not look at what was asked: some other fact of the same person, of all that the passages tell, passes in each case. (Many facts are tried here, and one answer in the row above.) It is of use only where answers are of the kind that was asked; the last column of the table says how often they are here, and elsewhere you would have to check. With the complete library most answers are supported and right. With the outdated one many answers are supported and *wrong*: the passage says so, and the passage is old. With the fact deleted no answer can be supported and right, since the sentences that would support it are those that were deleted. Some answers, from memory, are right without any support. So support is a check of the answer against its source. It tells you whether the library says it, which is why a system that answers from documents should make it. It does not tell you whether it is true: that check is the library's.
+# **What you see.** The checker needs neither the truth nor the forms of sentences. It rejects nearly all answers that belong to another question, so it can fail. But it does not look at what was asked: some other fact of the same person, of all that the passages tell, passes in all or nearly all cases. (Many facts are tried here, and one answer in the row above.) It is of use only where answers are of the kind that was asked; the last column of the table says how often they are here, and elsewhere you would have to check. With the complete library most answers are supported and right. With the outdated one many answers are supported and *wrong*: the passage says so, and the passage is old. With the fact deleted no answer can be supported and right, since the sentences that would support it are those that were deleted. Some answers, from memory, are right without any support. So support is a check of the answer against its source. It tells you whether the library says it, which is why a system that answers from documents should make it. It does not tell you whether it is true: that check is the library's.
 
 # %% [markdown]
 # ## 15 · Exercises
