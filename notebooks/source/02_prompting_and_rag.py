@@ -838,7 +838,7 @@ print(f"\n{len(chunks):,} chunks of {SIZE} words with an overlap of {OVERLAP}")
 #
 # Nothing in it depends on the question but the choice of words, so the terms are computed once and stored with each word.
 #
-# BM25 has variants (Kamphuis et al. 2020). This is Lucene's, which is `method="lucene"` in `bm25s`: the 1 in the logarithm keeps the weight of a common word above zero, where Robertson and Zaragoza's can fall below it; and their factor $k_1 + 1$ in the numerator is left out, which scales all scores alike and changes no ranking. Lucene's own default is $k_1 = 1.2$, and it stores lengths rounded to one byte; here, as by default in `bm25s`, $k_1$ is 1.5 and lengths are exact.
+# BM25 has variants. This one is called *Lucene (accurate)* by Kamphuis et al. (2020), and `method="lucene"` in `bm25s`. The 1 in the logarithm keeps the weight of a common word above zero; in the original form it can fall below. Lucene itself has this formula since version 8 (before, and in many texts, all is multiplied by $k_1 + 1$, which changes no ranking), with $k_1 = 1.2$ by default, and it stores lengths rounded to one byte. Here $k_1$ is 1.5, the default of `bm25s`, and lengths are exact.
 
 # %%
 def words_of(text: str) -> list[str]:
