@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.evaluation import score
 from helpers.profiles import ROOT
 from tests.support.exercise_proof import planted, prove_check, read_exercises
 from tests.support.lesson_run import run_lesson
@@ -113,7 +114,9 @@ def test_the_check_of_the_new_ways_finds_other_prompts_endings_and_a_missing_pre
 
     names = {
         **NAMES,
-        "NEW_WAYS": {"plain": ("", "{} {}; ", "{}"), "is": ("Pairs: ", "{} is {}; ", "{}")},
+        "WAYS": {"plain": ("", "{} {}; ", "{}"), "comma": ("", "{} {}, ", "{}"), "is": ("", "{} is {}; ", "{}")},
+        "way_scores": {name: score(share * 6, 6) for name, share in {"plain": 1, "comma": 1, "is": 0}.items()},
+        "NEW_WAYS": {"lines": ("", "{} {}\n", "{}"), "is": ("Pairs: ", "{} is {}; ", "{}")},
         "label_games": lambda n, num_words: [(pairs, pairs[0]) for pairs in games],
         "lesson": SimpleNamespace(scaled=lambda number: number),
         "written": lambda way, pairs, key: (
@@ -125,7 +128,9 @@ def test_the_check_of_the_new_ways_finds_other_prompts_endings_and_a_missing_pre
     wrong = [
         planted(solution, "[0.5, 0.5]", "None"),
         planted(solution, "[0.5, 0.5]", "[50, 50]"),
-        planted(solution, '(";", "\\n")', '("\\n",)'),  # reads on over the end of the pair
+        planted(solution, '(";", ",", "\\n")', '("\\n",)'),  # reads on over the end of the pair
+        planted(solution, '(";", ",", "\\n")', '(";", "\\n")'),
+        planted(solution, "ways.values()", "NEW_WAYS.values()"),  # not the ways that are given
         planted(solution, "text.strip() == label", "text == label"),
         planted(solution, "text.strip() == label", "True"),
         planted(solution, "    return shares", "    return shares[:1]"),
