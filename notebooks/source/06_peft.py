@@ -338,7 +338,7 @@ PARAMETERS = dict(base.named_parameters())
 LINEAR = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
 updates = {}
 for name in LINEAR:
-    delta = full_weights[f"{name}.weight"] - PARAMETERS[f"{name}.weight"]
+    delta = (full_weights[f"{name}.weight"] - PARAMETERS[f"{name}.weight"]).to(machine.device)
     updates[name] = torch.linalg.svd(delta, full_matrices=False)  # (out, k), (k,), (k, in)
 
 
@@ -353,8 +353,7 @@ def truncated(rank: int, others: Sequence[str] = ()) -> nn.Module:
     """The base model, the best update of this rank, and all changes of `others`."""
     model = fresh()
     for name, (u, s, vh) in updates.items():
-        part = (u[:, :rank] * s[:rank]) @ vh[:rank]
-        model.get_submodule(name).weight += part.to(machine.device)
+        model.get_submodule(name).weight += (u[:, :rank] * s[:rank]) @ vh[:rank]
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in updates and any(o in name for o in others):
             parameter.copy_(full_weights[name])
@@ -679,7 +678,8 @@ def update_size(update: Callable[[str], Tensor]) -> tuple[float, float]:
     """Norm and largest singular value of the updates relative to those of the weights."""
     sizes = []
     for name in LINEAR:
-        weight, delta = PARAMETERS[f"{name}.weight"], update(name)
+        pair = PARAMETERS[f"{name}.weight"], update(name)
+        weight, delta = (matrix.to(machine.device) for matrix in pair)  # a GPU is faster here
         spectral = torch.linalg.matrix_norm(delta, 2) / torch.linalg.matrix_norm(weight, 2)
         sizes.append((float(delta.norm() / weight.norm()), float(spectral)))
     return tuple(np.mean(sizes, axis=0))
