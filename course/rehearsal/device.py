@@ -61,6 +61,14 @@ class DeviceTensor(torch.Tensor):
         torch.Tensor.data.__set__(self, other)
         self.meta = other.meta
 
+    def __getitem__(self, index) -> torch.Tensor:
+        """As of any tensor; of a list the C++ of PyTorch would keep the length alone."""
+        return torch.Tensor.__getitem__(self, _listed(index))
+
+    def __setitem__(self, index, value) -> None:
+        """As of any tensor."""
+        torch.Tensor.__setitem__(self, _listed(index), value)
+
     def to(self, *arguments, copy: bool = False, **settings) -> torch.Tensor:
         """As of any tensor: itself if nothing changes."""
         if arguments and isinstance(arguments[0], torch.Tensor):
@@ -262,6 +270,14 @@ def _is_meant(tensors: list[torch.Tensor]) -> bool:
     return built or Device.current.default == META
 
 
+def _listed(index):
+    """An index with tensors in place of lists of numbers."""
+    if isinstance(index, tuple):
+        return tuple([_listed(part) for part in index])
+    is_list = isinstance(index, list) and index and all(isinstance(part, int) for part in index)
+    return torch.tensor(index) if is_list else index
+
+
 def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.meta if isinstance(tensor, DeviceTensor) else tensor
 
@@ -332,6 +348,8 @@ def _multinomial(device: Device, func, args, kwargs):
     if device.numbers.of(source.meta) is not None:
         return _by_numbers(device, func, args, kwargs)
     device._check_generator(kwargs, "cuda")
+    if (scores := device.numbers.allowed(source.meta)) is not None:
+        return device.take(scores.topk(number, -1).indices)
     drawn = device.numbers.random.integers(0, source.shape[-1], (*source.shape[:-1], number))
     return device.take(torch.as_tensor(drawn))
 

@@ -3,8 +3,10 @@
 Known are small tensors that came from the CPU or were computed from known ones alone: token ids, masks, positions,
 counters. What comes out of a model is not known; who reads it gets plausible numbers: a loss between 0.5 and 1.5, any
 token of the vocabulary. The numbers belong to a storage, so that views share them and writing into one is seen by all.
+Where a lesson put minus infinity into scores that are not known, as under a mask of allowed tokens, no choice falls.
 """
 
+import math
 import weakref
 from contextlib import suppress
 
@@ -14,7 +16,7 @@ import torch
 from course.rehearsal.shapes import convert, places_written, tensors_of
 
 aten = torch.ops.aten
-FLOATS, OTHERS = 2**14, 2**22  # elements up to which numbers are kept
+FLOATS, OTHERS = 2**14, 2**25  # elements, and bytes of what is no fraction, up to which numbers are kept
 LAZY = 2**20  # from here on made-up numbers are zeros, which take no memory until they are written
 # Operations that say where something stands in numbers -> which of their results that is.
 WHICH = {aten.argmax: 0, aten.argmin: 0, aten.argsort: 0, aten.searchsorted: 0, aten.sort: 1, aten.topk: 1,
@@ -23,10 +25,13 @@ WHICH = {aten.argmax: 0, aten.argmin: 0, aten.argsort: 0, aten.searchsorted: 0, 
 ALWAYS = {aten.isnan: False, aten.isinf: False, aten.isfinite: True, aten.isclose: True, aten.any: False,
           aten.all: True}  # fmt: skip
 
+# Operations whose result is minus infinity, or 0 after a softmax, in the places where what went in is minus infinity.
+KEEP_BARRED = {aten.add, aten.sub, aten.mul, aten.div, aten._softmax, aten._log_softmax, aten._to_copy, aten.clone}
+
 
 def is_small(meta: torch.Tensor) -> bool:
     """Whether the numbers of such a tensor are kept."""
-    return meta.numel() <= (FLOATS if meta.is_floating_point() else OTHERS)
+    return meta.numel() <= FLOATS if meta.is_floating_point() else meta.numel() * meta.element_size() <= OTHERS
 
 
 class Values:
@@ -35,6 +40,7 @@ class Values:
     def __init__(self) -> None:
         """Nothing is known."""
         self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.barred: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage -> where it is minus infinity
         self.random = np.random.default_rng(0)
 
     def of(self, meta: torch.Tensor) -> torch.Tensor | None:
@@ -61,7 +67,8 @@ class Values:
         if (numbers := self.of(meta)) is not None:
             return numbers.clone()
         made = self._make_up(meta)
-        if is_small(meta) and meta.numel() * meta.element_size() == meta.untyped_storage().nbytes():
+        whole = meta.numel() * meta.element_size() == meta.untyped_storage().nbytes()
+        if is_small(meta) and whole and self._barred_in(meta) is None:
             self.learn(meta, made)
         return made
 
@@ -76,11 +83,16 @@ class Values:
                     if any(fresh) or written:
                         self._compute(func, args, kwargs, results, fresh)
                     return
+        packet = func.overloadpacket
+        barred = self._bar(packet, args, results)
         for place in written:
             name = func._schema.arguments[place].name
             for tensor in tensors_of(args[place] if place < len(args) else kwargs.get(name)):
                 self.known.pop(tensor.meta.untyped_storage(), None)
-        packet = func.overloadpacket
+                if barred is None:
+                    self.barred.pop(tensor.meta.untyped_storage(), None)
+        if barred is not None:
+            self._barred_in(results[0], make=True).copy_(barred)
         if packet in WHICH and is_small(results[-1]):
             self._choose(packet, args, results)
         elif packet in ALWAYS and is_small(results[0]):
@@ -98,6 +110,42 @@ class Values:
     def _numbers_of(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.of(tensor.meta) if hasattr(tensor, "meta") else tensor
 
+    def allowed(self, meta: torch.Tensor) -> torch.Tensor | None:
+        """Random numbers from 0 to 1 of the tensor's shape, -1 where it is barred; None if it is nowhere."""
+        if (barred := self._barred_in(meta)) is None:
+            return None
+        return torch.from_numpy(self.random.random(tuple(meta.shape), dtype=np.float32)).masked_fill(barred, -1)
+
+    def _barred_in(self, meta: torch.Tensor, make: bool = False) -> torch.Tensor | None:
+        """Where the tensor is barred, a view that shares memory with that of its storage; None if it is nowhere."""
+        storage = meta.untyped_storage()
+        if storage not in self.barred:
+            if not make:
+                return None
+            self.barred[storage] = torch.zeros(storage.nbytes() // meta.element_size(), dtype=torch.bool)
+        return self.barred[storage].as_strided(meta.shape, meta.stride(), meta.storage_offset())
+
+    def _bar(self, packet, args: tuple, results: list[torch.Tensor]) -> torch.Tensor | None:
+        """Where the result is barred, if that is known. Scores to choose from have at most two dimensions."""
+        if len(results) != 1 or results[0].dim() > 2 or not results[0].is_floating_point():
+            return None
+        shape, value = results[0].shape, args[-1] if args and isinstance(args[-1], (int, float)) else None
+        if packet in (aten.full_like, aten.fill_) and value == -math.inf:
+            return torch.ones(shape, dtype=torch.bool) if results[0].numel() <= OTHERS else None
+        if packet in (aten.masked_fill, aten.masked_fill_) and value == -math.inf:
+            found = [self._barred_in(args[0].meta), self.of(args[1].meta)]
+        elif packet in KEEP_BARRED:
+            found = [self._barred_in(t.meta) for t in tensors_of(args) if hasattr(t, "meta") and t.shape == shape]
+        elif packet in (aten.index_put_, aten._index_put_impl_) and self._barred_in(args[0].meta) is not None:
+            places, put = convert(args[1], self._numbers_of), self._numbers_of(args[2])
+            if any(place is None for place in places) or put is None:
+                return None
+            return self._barred_in(args[0].meta).index_put(places, put.isneginf())
+        else:
+            return None
+        found = [part.expand(shape) for part in found if part is not None]
+        return torch.stack(found).any(0) if found else None
+
     def _choose(self, packet, args: tuple, outputs: list[torch.Tensor]) -> None:
         """Places that an operation found in numbers that nobody knows: any."""
         if WHICH[packet] >= len(outputs) or outputs[WHICH[packet]].dtype != torch.int64:
@@ -108,7 +156,9 @@ class Values:
             dim = args[2] if len(args) > 2 else -1
         whole = source.dim() == 0 or (packet in (aten.argmax, aten.argmin) and len(args) == 1)
         size = source.numel() if whole else source.shape[dim]
-        if packet is aten.sort and places.dim():
+        if (scores := self.allowed(source)) is not None:
+            drawn = tensors_of(packet(scores, *args[1:]))[WHICH[packet]]
+        elif packet is aten.sort and places.dim():
             drawn = self.random.permuted(np.broadcast_to(np.arange(size), (*places.movedim(dim, -1).shape,)), axis=-1)
             drawn = np.moveaxis(drawn, -1, dim)
         else:

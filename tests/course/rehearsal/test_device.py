@@ -104,9 +104,20 @@ token = layer(x).argmax(-1)
 drawn = torch.multinomial(torch.softmax(torch.randn(4, 2**19, device="cuda"), -1), 2)  # more than are made up
 found["drawn"] = [tuple(drawn.shape), max(drawn.flatten().tolist()) < 2**19]
 found["made up"] = [0 <= number < 8 for number in token.tolist()] + [token.tolist() == token.tolist()]
+scores, allowed = torch.randn(4, 2**17, device="cuda"), torch.zeros(4, 2**17, dtype=torch.bool)
+allowed[:, [7, 90_000]] = True
+masked = scores.masked_fill(~allowed.cuda(), float("-inf"))
+chosen = [masked.argmax(-1), masked.topk(2).indices, torch.multinomial((masked / 0.7).softmax(-1), 1)]
+added = torch.full_like(scores, float("-inf"))  # the way of transformers
+for row in range(4):
+    added[row, [7, 90_000]] = 0
+chosen += [(scores + added).argmax(-1), torch.multinomial((scores + added).softmax(-1), 2)]
+found["chosen under a mask"] = [set(places.flatten().tolist()) <= {7, 90_000} for places in chosen]
+found["chosen when the mask is gone"] = set((scores + added.zero_()).argmax(-1).tolist()) <= {7, 90_000}
 total = torch.zeros(4, 4, device="cuda")
 torch.addmm(total, x.half(), x.half().T, out_dtype=torch.float32, out=total)
 found["added in float32"] = str(total.dtype)
+found["a list picks numbers"] = torch.arange(4).cuda()[[2, 3]].tolist()
 found["a list picks rows"] = [tuple(x[[0, 2, 2]].shape), str(x[[0, 2, 2]].device)]
 found["pinned"] = torch.empty(2, pin_memory=True).to("cuda").shape[0]
 found["there and back"] = torch.equal(torch.arange(5.0).cuda().cpu(), torch.arange(5.0))
@@ -206,6 +217,7 @@ def test_a_product_of_fp16_may_be_added_in_fp32(found):
 def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(found):
     assert found["numbers"] == [[[5, 7, -100], [3, -100, -100]], 3, 3, [12, 3]]
     assert found["reads"] == 3
+    assert found["a list picks numbers"] == [2, 3]
     assert found["a list picks rows"] == [[3, 8], "cuda:0"]
     assert found["there and back"]
     assert found["pinned"] == 2
@@ -214,6 +226,11 @@ def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(fo
 def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(found):
     assert all(found["made up"])
     assert found["drawn"] == [[4, 2], True]
+
+
+def test_no_choice_falls_on_what_a_lesson_masked(found):
+    assert found["chosen under a mask"] == [True] * 5
+    assert not found["chosen when the mask is gone"]
 
 
 def test_the_device_has_generators_and_modules_move_in_place(found):
