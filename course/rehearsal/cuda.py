@@ -91,7 +91,7 @@ def _replace_torch_cuda(gpu: GPU, allocator: Allocator, device: Device) -> None:
     torch.Generator = Generator
     torch.Tensor.pin_memory = lambda self, *_: self
     address_elsewhere = torch.UntypedStorage.data_ptr
-    torch.UntypedStorage.data_ptr = lambda storage: device.addresses.get(storage) or address_elsewhere(storage)
+    torch.UntypedStorage.data_ptr = lambda storage: device.addresses.get(storage._cdata) or address_elsewhere(storage)
 
 
 def _let_modules_move() -> None:

@@ -7,7 +7,6 @@ Where a lesson put minus infinity into scores that are not known, as under a mas
 """
 
 import math
-import weakref
 from contextlib import suppress
 
 import numpy as np
@@ -27,6 +26,16 @@ ALWAYS = {aten.isnan: False, aten.isinf: False, aten.isfinite: True, aten.isclos
 
 # Operations whose result is minus infinity, or 0 after a softmax, in the places where what went in is minus infinity.
 KEEP_BARRED = {aten.add, aten.sub, aten.mul, aten.div, aten._softmax, aten._log_softmax, aten._to_copy, aten.clone}
+BAR = {aten.full_like, aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_put_, aten._index_put_impl_}
+
+_nature: dict[int, tuple] = {}  # operation -> what `follow` has to know of it; hashing the operation takes longer
+
+
+def _know(func) -> tuple:
+    packet = func.overloadpacket
+    in_sets = [packet in operations for operations in (BAR, KEEP_BARRED, WHICH, ALWAYS)]
+    _nature[id(func)] = (places_written(func), *in_sets)
+    return _nature[id(func)]
 
 
 def is_small(meta: torch.Tensor) -> bool:
@@ -34,33 +43,42 @@ def is_small(meta: torch.Tensor) -> bool:
     return meta.numel() <= FLOATS if meta.is_floating_point() else meta.numel() * meta.element_size() <= OTHERS
 
 
+def _place(meta: torch.Tensor) -> int:
+    return meta.untyped_storage()._cdata
+
+
 class Values:
-    """Storage on `meta` -> storage on the CPU with the numbers that it would hold."""
+    """Storage on `meta`, by its address -> storage on the CPU with the numbers that it would hold."""
 
     def __init__(self) -> None:
         """Nothing is known."""
-        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        self.barred: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage -> where it is minus infinity
+        self.known: dict[int, torch.UntypedStorage] = {}
+        self.barred: dict[int, torch.Tensor] = {}  # storage -> where it is minus infinity
         self.random = np.random.default_rng(0)
 
     def of(self, meta: torch.Tensor) -> torch.Tensor | None:
         """The numbers of the tensor, sharing memory with those of its storage; None if they are not known."""
-        storage = self.known.get(meta.untyped_storage())
+        storage = self.known.get(_place(meta))
         if storage is None:
             return None
         return torch.empty(0, dtype=meta.dtype).set_(storage, meta.storage_offset(), meta.shape, meta.stride())
 
+    def forget(self, place: int) -> None:
+        """The storage at this address is gone."""
+        self.known.pop(place, None)
+        self.barred.pop(place, None)
+
     def learn(self, meta: torch.Tensor, numbers: torch.Tensor | None) -> None:
         """From now on these are the numbers of a tensor that has its storage to itself, or they are not known."""
         storage = meta.untyped_storage()
-        self.known.pop(storage, None)
+        self.known.pop(storage._cdata, None)
         if numbers is None or not storage.nbytes():
             return
         kept = torch.zeros(storage.nbytes(), dtype=torch.uint8).untyped_storage()
         view = torch.empty(0, dtype=meta.dtype).set_(kept, meta.storage_offset(), meta.shape, meta.stride())
         if meta.numel() and 0 not in meta.stride():
             view.copy_(numbers.detach())
-            self.known[storage] = kept
+            self.known[storage._cdata] = kept
 
     def read(self, meta: torch.Tensor) -> torch.Tensor:
         """A copy of the numbers, made up if they are not known; who asks again is told the same."""
@@ -74,29 +92,30 @@ class Values:
 
     def follow(self, func, args: tuple, kwargs: dict, here: list, results: list[torch.Tensor]) -> None:
         """After an operation: compute its numbers if all that went in is known, and forget what it overwrote if not."""
-        written = places_written(func)
-        if all(tensor.meta.untyped_storage() in self.known for tensor in here):
-            old = {tensor.meta.untyped_storage()._cdata for tensor in here}
-            fresh = [result.untyped_storage()._cdata not in old for result in results]
+        written, bars, keeps, chooses, always = _nature.get(id(func)) or _know(func)
+        places = [_place(tensor.meta) for tensor in here]
+        if all(place in self.known for place in places):
+            fresh = [_place(result) not in places for result in results]
             if all(is_small(result) for result, new in zip(results, fresh, strict=True) if new):
                 with suppress(NotImplementedError):  # some operations are the GPU's alone
                     if any(fresh) or written:
                         self._compute(func, args, kwargs, results, fresh)
                     return
-        packet = func.overloadpacket
-        barred = self._bar(packet, args, results)
+        barred = None
+        if bars or (keeps and self.barred):
+            barred = self._bar(func.overloadpacket, args, results)
         for place in written:
             name = func._schema.arguments[place].name
             for tensor in tensors_of(args[place] if place < len(args) else kwargs.get(name)):
-                self.known.pop(tensor.meta.untyped_storage(), None)
+                self.known.pop(_place(tensor.meta), None)
                 if barred is None:
-                    self.barred.pop(tensor.meta.untyped_storage(), None)
+                    self.barred.pop(_place(tensor.meta), None)
         if barred is not None:
             self._barred_in(results[0], make=True).copy_(barred)
-        if packet in WHICH and is_small(results[-1]):
-            self._choose(packet, args, results)
-        elif packet in ALWAYS and is_small(results[0]):
-            self.learn(results[0], torch.full(results[0].shape, ALWAYS[packet]))
+        if chooses and is_small(results[-1]):
+            self._choose(func.overloadpacket, args, results)
+        elif always and is_small(results[0]):
+            self.learn(results[0], torch.full(results[0].shape, ALWAYS[func.overloadpacket]))
 
     def _compute(self, func, args: tuple, kwargs: dict, results: list[torch.Tensor], fresh: list[bool]) -> None:
         settings = {name: convert(value, self._numbers_of) for name, value in kwargs.items()}
@@ -118,12 +137,14 @@ class Values:
 
     def _barred_in(self, meta: torch.Tensor, make: bool = False) -> torch.Tensor | None:
         """Where the tensor is barred, a view that shares memory with that of its storage; None if it is nowhere."""
-        storage = meta.untyped_storage()
-        if storage not in self.barred:
+        nbytes, place = meta.untyped_storage().nbytes(), _place(meta)
+        if place not in self.barred:
             if not make:
                 return None
-            self.barred[storage] = torch.zeros(storage.nbytes() // meta.element_size(), dtype=torch.bool)
-        return self.barred[storage].as_strided(meta.shape, meta.stride(), meta.storage_offset())
+            self.barred[place] = torch.zeros(nbytes // meta.element_size(), dtype=torch.bool)
+        if len(self.barred[place]) * meta.element_size() != nbytes:  # seen as another format
+            return None
+        return self.barred[place].as_strided(meta.shape, meta.stride(), meta.storage_offset())
 
     def _bar(self, packet, args: tuple, results: list[torch.Tensor]) -> torch.Tensor | None:
         """Where the result is barred, if that is known. Scores to choose from have at most two dimensions."""
