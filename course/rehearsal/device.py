@@ -168,11 +168,11 @@ class Device(TorchDispatchMode):
 
     # Tensors
 
-    def place(self, meta: torch.Tensor) -> DeviceTensor:
+    def place(self, meta: torch.Tensor, counted: bool = True) -> DeviceTensor:
         """The tensor of the device that has the memory of `meta`, counted if it is new."""
         storage = meta.untyped_storage()
         if (place := storage._cdata) not in self.addresses:
-            self.addresses[place] = self.allocator.allocate(storage.nbytes()) if storage.nbytes() else 0
+            self.addresses[place] = self.allocator.allocate(storage.nbytes()) if counted and storage.nbytes() else 0
             self._alive[place] = weakref.ref(storage, lambda _: self._end(place))
         placed = torch.Tensor._make_subclass(DeviceTensor, meta, False, device_for_backend_keys=DEVICE)
         placed.meta = meta

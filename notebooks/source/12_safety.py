@@ -709,7 +709,7 @@ def losses(reader: nn.Module, texts: Sequence[str]) -> np.ndarray:
 
 
 by_spy, by_base = losses(spy, texts), losses(model, texts)
-del spy  # a GPU needs the room
+spy = None  # a GPU needs the room
 is_member = np.arange(len(texts)) < len(members)
 generator = random.Random(f"membership/{seed}")
 number = lesson.scaled(300, 16)
@@ -1363,7 +1363,7 @@ places = [(int(torch.randint(SUFFIX_TOKENS, (), generator=generator)),
 numeric = torch.tensor([(nudged_loss(*place, 1e-4) - nudged_loss(*place, -1e-4)) / 2e-4 for place in places])
 gap = (numeric - torch.tensor([derivative[place].item() for place in places])).abs().max().item()
 lesson.equal("the derivative by one-hot entries is that of finite differences, in float64", gap, within=1e-6)
-del exact  # a GPU needs the room
+exact = None  # a GPU needs the room
 
 # %% [markdown]
 # **Many candidates at once.** All candidates have the question before them in common. Read it once, keep its keys and values, and hand a copy of them to each candidate. A suffix is sent as text, and may be cut into other tokens when it is read again: `survives` keeps only those that come back unchanged.

@@ -160,6 +160,12 @@ found["packed on the way"] = [tuple(layer.weight.shape), str(layer(torch.ones(1,
 packed = four_bit.model.layers[0].mlp.up_proj.weight
 four_bit.to("cuda")
 found["moving in place changes nothing"] = four_bit.model.layers[0].mlp.up_proj.weight is packed
+weight = torch.nn.Parameter(torch.ones(512, 512, device="cuda"))
+optimizer = bnb.optim.PagedAdamW8bit([weight])
+weight.sum().backward()
+before = memory.allocated
+optimizer.step()
+found["paged state"] = (memory.allocated - before) / weight.numel()
 print(json.dumps(found))
 """
 
@@ -248,3 +254,7 @@ def test_weights_in_four_bits_take_what_they_take_and_carry_gradients_to_adapter
     assert 2e6 < found["packed copies are packed"] < 4e6
     assert found["moving in place changes nothing"]
     assert found["packed on the way"] == [[2048, 1], "cuda:0"]
+
+
+def test_paged_states_of_an_optimiser_take_no_room_on_the_device(found):
+    assert found["paged state"] < 0.1
