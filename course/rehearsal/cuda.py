@@ -100,7 +100,7 @@ def _let_modules_move() -> None:
 
     def move_by_swapping(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
         before = torch.__future__.get_swap_module_params_on_conversion()
-        torch.__future__.set_swap_module_params_on_conversion(True)
+        torch.__future__.set_swap_module_params_on_conversion(not _stays(module, function))
         try:
             return move(module, function, recurse)
         finally:
@@ -123,6 +123,15 @@ def _let_modules_move() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self.to(DEVICE)
     torch.Tensor.to = _to
     torch.tensor, torch.as_tensor = _made_on_the_cpu(torch.tensor), _made_on_the_cpu(torch.as_tensor)
+
+
+def _stays(module: torch.nn.Module, function) -> bool:
+    """Whether the module's own parameters are on the device and remain there: then, as anywhere, they get new data."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if not own or any(type(parameter) is not DeviceTensor for parameter in own):
+        return False
+    with torch.no_grad():
+        return type(function(own[0])) is DeviceTensor
 
 
 def _follow_default_device(device: Device) -> None:

@@ -124,6 +124,9 @@ found["there and back"] = torch.equal(torch.arange(5.0).cuda().cpu(), torch.aran
 generator = torch.Generator("cuda").manual_seed(0)
 found["own generator"] = tuple(torch.rand(3, device="cuda", generator=generator).shape)
 parameter = layer.weight
+graph = layer(x).sum()  # it refers to the parameter, which therefore cannot be swapped
+found["moved where it is"] = layer.to("cuda").weight is parameter and layer.half().weight.dtype is torch.float16
+del graph
 layer.half().float().cpu()
 found["moved in place"] = layer.weight is parameter and parameter.device.type == "cpu"
 
@@ -242,6 +245,7 @@ def test_no_choice_falls_on_what_a_lesson_masked(found):
 def test_the_device_has_generators_and_modules_move_in_place(found):
     assert found["own generator"] == [3]
     assert found["moved in place"]
+    assert found["moved where it is"]
 
 
 def test_a_model_of_shapes_alone_takes_no_memory(found):
