@@ -100,9 +100,14 @@ def _let_modules_move() -> None:
 
     def move_by_swapping(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
         before = torch.__future__.get_swap_module_params_on_conversion()
-        torch.__future__.set_swap_module_params_on_conversion(not _stays(module, function))
+        torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             return move(module, function, recurse)
+        except RuntimeError:  # something else refers to a parameter
+            if not _stays(module, function):
+                raise
+            torch.__future__.set_swap_module_params_on_conversion(False)
+            return move(module, function, recurse=False)
         finally:
             torch.__future__.set_swap_module_params_on_conversion(before)
 

@@ -14,7 +14,7 @@ from helpers.profiles import ROOT
 pytestmark = pytest.mark.slow
 
 CODE = """
-import copy, gc, json, sys
+import copy, gc, json, sys, weakref
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -119,14 +119,16 @@ torch.addmm(total, x.half(), x.half().T, out_dtype=torch.float32, out=total)
 found["added in float32"] = str(total.dtype)
 found["a list picks numbers"] = torch.arange(4).cuda()[[2, 3]].tolist()
 found["a list picks rows"] = [tuple(x[[0, 2, 2]].shape), str(x[[0, 2, 2]].device)]
+scale, zero = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda", dtype=torch.int32)
+found["fake codes"] = tuple(torch.fake_quantize_per_channel_affine(x, scale, zero, 0, 0, 15).shape)
 found["pinned"] = torch.empty(2, pin_memory=True).to("cuda").shape[0]
 found["there and back"] = torch.equal(torch.arange(5.0).cuda().cpu(), torch.arange(5.0))
 generator = torch.Generator("cuda").manual_seed(0)
 found["own generator"] = tuple(torch.rand(3, device="cuda", generator=generator).shape)
 parameter = layer.weight
-graph = layer(x).sum()  # it refers to the parameter, which therefore cannot be swapped
-found["moved where it is"] = layer.to("cuda").weight is parameter and layer.half().weight.dtype is torch.float16
-del graph
+stays = torch.nn.Linear(8, 8).to("cuda")
+weight, reference = stays.weight, weakref.ref(stays.weight)  # PyTorch does not swap what others refer to
+found["moved where it is"] = stays.to("cuda").weight is weight and stays.half().weight.dtype is torch.float16
 layer.half().float().cpu()
 found["moved in place"] = layer.weight is parameter and parameter.device.type == "cpu"
 
@@ -230,6 +232,7 @@ def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(fo
     assert found["a list picks rows"] == [[3, 8], "cuda:0"]
     assert found["there and back"]
     assert found["pinned"] == 2
+    assert found["fake codes"] == [4, 8]
 
 
 def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(found):
