@@ -21,12 +21,20 @@ LAZY = 2**20  # from here on made-up numbers are zeros, which take no memory unt
 WHICH = {aten.argmax: 0, aten.argmin: 0, aten.argsort: 0, aten.searchsorted: 0, aten.sort: 1, aten.topk: 1,
          aten.max: 1, aten.min: 1}  # fmt: skip
 # What is true of numbers as they should be.
-ALWAYS = {aten.isnan: False, aten.isinf: False, aten.isfinite: True, aten.isclose: True, aten.any: False,
-          aten.all: True}  # fmt: skip
+ALWAYS = {aten.isnan: False, aten.isinf: False, aten.isneginf: False, aten.isposinf: False, aten.isfinite: True,
+          aten.isclose: True, aten.any: False, aten.all: True}  # fmt: skip
 
 # Operations whose result is minus infinity, or 0 after a softmax, in the places where what went in is minus infinity.
 KEEP_BARRED = {aten.add, aten.sub, aten.mul, aten.div, aten._softmax, aten._log_softmax, aten._to_copy, aten.clone}
-BAR = {aten.full_like, aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_put_, aten._index_put_impl_}
+BAR = {
+    aten.where,
+    aten.full_like,
+    aten.fill_,
+    aten.masked_fill,
+    aten.masked_fill_,
+    aten.index_put_,
+    aten._index_put_impl_,
+}
 
 _nature: dict[int, tuple] = {}  # operation -> what `follow` has to know of it; hashing the operation takes longer
 
@@ -146,17 +154,29 @@ class Values:
             return None
         return self.barred[place].as_strided(meta.shape, meta.stride(), meta.storage_offset())
 
+    def _barred_at(self, part, shape: torch.Size) -> torch.Tensor:
+        """Where a tensor or a number is barred, at every place of that shape."""
+        barred = self._barred_in(part.meta) if hasattr(part, "meta") else torch.as_tensor(part).isneginf()
+        return torch.zeros(shape, dtype=torch.bool) if barred is None else barred.expand(shape)
+
     def _bar(self, packet, args: tuple, results: list[torch.Tensor]) -> torch.Tensor | None:
         """Where the result is barred, if that is known. Scores to choose from have at most two dimensions."""
         if len(results) != 1 or results[0].dim() > 2 or not results[0].is_floating_point():
             return None
+        if results[0].numel() > OTHERS:
+            return None
         shape, value = results[0].shape, args[-1] if args and isinstance(args[-1], (int, float)) else None
         if packet in (aten.full_like, aten.fill_) and value == -math.inf:
-            return torch.ones(shape, dtype=torch.bool) if results[0].numel() <= OTHERS else None
+            return torch.ones(shape, dtype=torch.bool)
         if packet in (aten.masked_fill, aten.masked_fill_) and value == -math.inf:
             found = [self._barred_in(args[0].meta), self.of(args[1].meta)]
         elif packet in KEEP_BARRED:
             found = [self._barred_in(t.meta) for t in tensors_of(args) if hasattr(t, "meta") and t.shape == shape]
+        elif packet is aten.where:
+            chosen, pair = self._numbers_of(args[0]), [self._barred_at(part, shape) for part in args[1:]]
+            if not (pair[0].any() or pair[1].any()):
+                return None
+            return pair[0] & pair[1] if chosen is None else torch.where(chosen, *pair)
         elif packet in (aten.index_put_, aten._index_put_impl_) and self._barred_in(args[0].meta) is not None:
             places, put = convert(args[1], self._numbers_of), self._numbers_of(args[2])
             if any(place is None for place in places) or put is None:

@@ -111,7 +111,8 @@ chosen = [masked.argmax(-1), masked.topk(2).indices, torch.multinomial((masked /
 added = torch.full_like(scores, float("-inf"))  # the way of transformers
 for row in range(4):
     added[row, [7, 90_000]] = 0
-chosen += [(scores + added).argmax(-1), torch.multinomial((scores + added).softmax(-1), 2)]
+lost = (scores + added).amax(-1).isneginf().view(4, -1).all(-1, keepdim=True)
+chosen += [torch.where(lost, added, scores + added).argmax(-1), torch.multinomial((scores + added).softmax(-1), 2)]
 found["chosen under a mask"] = [set(places.flatten().tolist()) <= {7, 90_000} for places in chosen]
 found["chosen when the mask is gone"] = set((scores + added.zero_()).argmax(-1).tolist()) <= {7, 90_000}
 total = torch.zeros(4, 4, device="cuda")
