@@ -34,6 +34,7 @@ IN_PLACE = {
     aten._amp_update_scale_, aten.record_stream,
 }  # fmt: skip
 
+UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_  # a GradScaler's; CUDA has none for bfloat16
 # How layers begin on the CPU. For large ones that takes long, and a rehearsal has no use for the numbers.
 BEGINNINGS = {id(aten.normal_.default), id(aten.uniform_.default)}
 
@@ -232,6 +233,8 @@ class Device(TorchDispatchMode):
         if operation.one_format:
             self._check_formats(operation.packet, args, here)
         if operation.only_changes:
+            if operation.packet is UNSCALE and any(tensor.dtype == torch.bfloat16 for tensor in here):
+                raise NotImplementedError(f"\"{UNSCALE.__name__[:-1]}_cuda\" not implemented for 'BFloat16'")
             return None
         return self.carry_out(func, args, kwargs, here)
 

@@ -63,6 +63,11 @@ for precision, batch_size, seq_len in (("fp16-mixed", 4, 256), ("fp32", 2, 512))
 x = torch.randn(4, 8).cuda()
 layer = torch.nn.Linear(8, 8).to("cuda")
 half = torch.nn.Linear(8, 8).half().cuda()
+def scaled_bfloat16():
+    layer = torch.nn.Linear(8, 8).bfloat16().cuda()
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cuda")
+    scaler.scale(layer(x.bfloat16()).float().sum()).backward()
+    scaler.step(optimizer)
 def scaled_half():
     optimizer, scaler = torch.optim.SGD(half.parameters(), lr=1.0), torch.amp.GradScaler("cuda")
     scaler.scale(half(x.half()).float().sum()).backward()
@@ -76,6 +81,7 @@ faults = {
     "a generator of the CPU": lambda: torch.rand(3, device="cuda", generator=torch.Generator()),
     "numpy": lambda: x.detach().numpy(),
     "a scaler with fp16 weights": scaled_half,
+    "a scaler with bf16 weights": scaled_bfloat16,
 }
 for fault, cause in faults.items():
     try:
@@ -204,6 +210,7 @@ def test_a_copy_of_a_model_is_counted_and_what_is_dropped_is_free(found):
         ("a generator of the CPU", "Expected a 'cuda' device type for generator"),
         ("numpy", "can't convert cuda:0 device type tensor to numpy"),
         ("a scaler with fp16 weights", "Attempting to unscale FP16 gradients"),
+        ("a scaler with bf16 weights", "_unscale_cuda\" not implemented for 'BFloat16'"),
     ],
 )
 def test_what_a_gpu_refuses_is_refused_in_its_words(found, fault, words):
