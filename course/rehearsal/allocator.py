@@ -8,6 +8,7 @@ smallest free block that holds it, in a pool of small or of large blocks; withou
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import wraps
 
 MIB = 2**20
 ROUNDING = 512
@@ -30,6 +31,24 @@ class Block:
     after: "Block | None" = None
 
 
+def _undisturbed(method):
+    """Python's garbage collector may release blocks in the middle of a method, in any line: these wait for its end."""
+
+    @wraps(method)
+    def run(self, *arguments):
+        if self._busy:  # called by another of these methods
+            return method(self, *arguments)
+        self._busy = True
+        try:
+            return method(self, *arguments)
+        finally:
+            self._busy = False
+            while self._waiting:
+                self._release(self._waiting.pop())
+
+    return run
+
+
 class Allocator:
     """Bytes in use and bytes taken from the device, with the peaks of both since `reset_peaks`.
 
@@ -45,10 +64,12 @@ class Allocator:
         self.peak_allocated = self.peak_reserved = 0  # since reset_peaks, for the rehearsal
         self.lesson_peak = 0  # of what is allocated, since the lesson itself reset it
         self._blocks: dict[int, Block] = {}  # in use, by address
+        self._busy, self._waiting = False, []  # addresses that were released in the middle of something
         self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # by pool: size, address, block
         places = {True: SPACE, False: 2 * SPACE}  # no address is 0
         self._first = {small: Block(place, SPACE, small, mapped=False) for small, place in places.items()}
 
+    @_undisturbed
     def allocate(self, size: int) -> int:
         """Address of a block for so many bytes."""
         asked, size = size, -(-size // ROUNDING) * ROUNDING
@@ -66,12 +87,20 @@ class Allocator:
 
     def release(self, address: int) -> None:
         """The block is no longer in use; it joins its free neighbours."""
+        if self._busy:
+            self._waiting.append(address)
+        else:
+            self._release(address)
+
+    @_undisturbed
+    def _release(self, address: int) -> None:
         block = self._blocks.pop(address)
         self.requested -= block.asked
         self.allocated -= block.size
         block.free = True
         self._keep(block)
 
+    @_undisturbed
     def release_cached(self) -> None:
         """Give pages of which nothing is in use back to the device, as `torch.cuda.empty_cache` does."""
         for small, page in PAGES.items():

@@ -91,7 +91,7 @@ def _replace_torch_cuda(gpu: GPU, allocator: Allocator, device: Device) -> None:
     torch.Generator = Generator
     torch.Tensor.pin_memory = lambda self, *_: self
     address_elsewhere = torch.UntypedStorage.data_ptr
-    torch.UntypedStorage.data_ptr = lambda storage: device.addresses.get(storage) or address_elsewhere(storage)
+    torch.UntypedStorage.data_ptr = lambda storage: device.addresses.get(storage._cdata) or address_elsewhere(storage)
 
 
 def _let_modules_move() -> None:
@@ -103,6 +103,11 @@ def _let_modules_move() -> None:
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             return move(module, function, recurse)
+        except RuntimeError:  # something else refers to a parameter
+            if not _stays(module, function):
+                raise
+            torch.__future__.set_swap_module_params_on_conversion(False)
+            return move(module, function, recurse=False)
         finally:
             torch.__future__.set_swap_module_params_on_conversion(before)
 
@@ -123,6 +128,15 @@ def _let_modules_move() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self.to(DEVICE)
     torch.Tensor.to = _to
     torch.tensor, torch.as_tensor = _made_on_the_cpu(torch.tensor), _made_on_the_cpu(torch.as_tensor)
+
+
+def _stays(module: torch.nn.Module, function) -> bool:
+    """Whether the module's own parameters are on the device and remain there: then, as anywhere, they get new data."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if not own or any(type(parameter) is not DeviceTensor for parameter in own):
+        return False
+    with torch.no_grad():
+        return type(function(own[0])) is DeviceTensor
 
 
 def _follow_default_device(device: Device) -> None:

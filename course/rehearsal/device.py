@@ -9,7 +9,7 @@ loops and conditions take the way that they would take. Tensors of the CPU are l
 
 import weakref
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,19 @@ IN_PLACE = {
     aten._fused_adamw_, aten._fused_adam_, aten._fused_sgd_, aten._amp_foreach_non_finite_check_and_unscale_,
     aten._amp_update_scale_, aten.record_stream,
 }  # fmt: skip
+
+UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_  # a GradScaler's; CUDA has none for bfloat16
+# How layers begin on the CPU. For large ones that takes long, and a rehearsal has no use for the numbers.
+BEGINNINGS = {id(aten.normal_.default), id(aten.uniform_.default)}
+
+_library = torch.library.Library("aten", "IMPL")
+
+
+def _fake_quantize(source, scale, zero_point, axis, low, high):
+    return torch.empty_like(source), torch.empty_like(source, dtype=torch.bool)
+
+
+_library.impl("fake_quantize_per_channel_affine_cachemask", _fake_quantize, "Meta")  # PyTorch has none
 
 
 class DeviceTensor(torch.Tensor):
@@ -60,6 +73,14 @@ class DeviceTensor(torch.Tensor):
             raise RuntimeError("rehearsal: a tensor of the device was given the data of one on the CPU")
         torch.Tensor.data.__set__(self, other)
         self.meta = other.meta
+
+    def __getitem__(self, index) -> torch.Tensor:
+        """As of any tensor; of a list the C++ of PyTorch would keep the length alone."""
+        return torch.Tensor.__getitem__(self, _listed(index))
+
+    def __setitem__(self, index, value) -> None:
+        """As of any tensor."""
+        torch.Tensor.__setitem__(self, _listed(index), value)
 
     def to(self, *arguments, copy: bool = False, **settings) -> torch.Tensor:
         """As of any tensor: itself if nothing changes."""
@@ -143,7 +164,8 @@ class Device(TorchDispatchMode):
         super().__init__()
         Device.current = self
         self.allocator, self.capability = allocator, capability
-        self.addresses: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage -> address
+        self.addresses: dict[int, int] = {}  # storage, by its own address in this process -> address on the device
+        self._alive: dict[int, weakref.ref] = {}  # storage -> what tells of its end
         self.numbers = values.Values()
         self.generators: dict[int, torch.Generator] = {}  # of the device, by address; PyTorch wraps them anew
         self.default: torch.device | None = None  # where a `with torch.device(...)` around the operation makes tensors
@@ -156,17 +178,22 @@ class Device(TorchDispatchMode):
 
     # Tensors
 
-    def place(self, meta: torch.Tensor) -> DeviceTensor:
+    def place(self, meta: torch.Tensor, counted: bool = True) -> DeviceTensor:
         """The tensor of the device that has the memory of `meta`, counted if it is new."""
         storage = meta.untyped_storage()
-        if storage not in self.addresses:
-            address = self.allocator.allocate(storage.nbytes()) if storage.nbytes() else 0
-            self.addresses[storage] = address
-            if address:
-                weakref.finalize(storage, self.allocator.release, address).atexit = False
+        if (place := storage._cdata) not in self.addresses:
+            self.addresses[place] = self.allocator.allocate(storage.nbytes()) if counted and storage.nbytes() else 0
+            self._alive[place] = weakref.ref(storage, lambda _: self._end(place))
         placed = torch.Tensor._make_subclass(DeviceTensor, meta, False, device_for_backend_keys=DEVICE)
         placed.meta = meta
         return placed
+
+    def _end(self, place: int) -> None:
+        """The storage is gone."""
+        self.numbers.forget(place)
+        del self._alive[place]
+        if address := self.addresses.pop(place):
+            self.allocator.release(address)
 
     def take(self, numbers: torch.Tensor) -> DeviceTensor:
         """A copy of a tensor of the CPU, on the device."""
@@ -177,7 +204,7 @@ class Device(TorchDispatchMode):
 
     def address(self, tensor: DeviceTensor) -> int:
         """Where the tensor's memory begins."""
-        return self.addresses[tensor.meta.untyped_storage()]
+        return self.addresses[tensor.meta.untyped_storage()._cdata]
 
     def read(self, tensor: DeviceTensor) -> torch.Tensor:
         """The tensor's numbers on the CPU, made up where they are not known."""
@@ -189,21 +216,25 @@ class Device(TorchDispatchMode):
     def run(self, func, args: tuple, kwargs: dict[str, Any]):
         """Carry out one operation."""
         tensors = tensors_of(args) + tensors_of([*kwargs.values()]) if kwargs else tensors_of(args)
-        here = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+        here = _of_the_device(tensors)
         asked = kwargs.get("device")
         if not here and (asked is None or asked.type == "cpu" or (asked.type == "meta" and _is_meant(tensors))):
             self._check_generator(kwargs, "cpu")
+            if id(func) in BEGINNINGS and args[0].numel() >= values.LAZY:
+                return args[0]
             return func(*args, **kwargs | {"pin_memory": False} if kwargs.get("pin_memory") else kwargs)
-        if _is_composite(func):  # in inference mode nobody has taken it apart before
+        operation = _operations.get(id(func)) or _know(func)
+        if operation.composite:  # in inference mode nobody has taken it apart before
             with self:
                 return func.decompose(*args, **kwargs)
-        packet = func.overloadpacket
-        if (special := SPECIAL.get(packet)) is not None:
-            return special(self, func, args, kwargs)
-        self._check(packet, tensors, kwargs)
-        if packet in ONE_FORMAT:
-            self._check_formats(packet, args, here)
-        if packet in IN_PLACE:
+        if operation.special is not None:
+            return operation.special(self, func, args, kwargs)
+        self._check(operation.packet, tensors, here, kwargs)
+        if operation.one_format:
+            self._check_formats(operation.packet, args, here)
+        if operation.only_changes:
+            if operation.packet is UNSCALE and any(tensor.dtype == torch.bfloat16 for tensor in here):
+                raise NotImplementedError(f"\"{UNSCALE.__name__[:-1]}_cuda\" not implemented for 'BFloat16'")
             return None
         return self.carry_out(func, args, kwargs, here)
 
@@ -214,24 +245,33 @@ class Device(TorchDispatchMode):
             settings = {name: convert(value, _meta_of) for name, value in kwargs.items()}
             settings.update({name: value for name, value in (("device", META), ("generator", None)) if name in kwargs})
         result = shapes.carry_out(func, convert(args, _meta_of), settings)
-        owners = {id(tensor.meta): tensor for tensor in here}
-        placed = convert(result, lambda meta: owners[id(meta)] if id(meta) in owners else self.place(meta))
-        if self.capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in tensors_of(result)):
+        results = tensors_of(result)
+        if self.capability < (8, 0) and any(tensor.dtype == torch.bfloat16 for tensor in results):
             self.emulated.add(f"bfloat16 in {func.overloadpacket.__name__}")
-        if torch.Tag.inplace_view in func.tags:
+        if (_operations.get(id(func)) or _know(func)).swaps:
             torch.Tensor.data.__set__(here[0], self.place(here[0].meta))
-        self.numbers.follow(func, args, kwargs, here, tensors_of(result))
+        placed = convert(result, lambda meta: self._owner(meta, here) if here else self.place(meta))
+        self.numbers.follow(func, args, kwargs, here, results)
         return placed
 
-    def _check(self, packet, tensors: list[torch.Tensor], kwargs: dict[str, Any]) -> None:
+    def _owner(self, meta: torch.Tensor, here: list[DeviceTensor]) -> DeviceTensor:
+        """The tensor that has `meta`, after an operation on these."""
+        for tensor in here:
+            if tensor.meta is meta:
+                return tensor
+        return self.place(meta)
+
+    def _check(self, packet, tensors: list[torch.Tensor], here: list[DeviceTensor], kwargs: dict[str, Any]) -> None:
         """Refuse another device, as a GPU does, in its words."""
-        strangers = [t for t in tensors if not isinstance(t, DeviceTensor) and t.dim() > 0 and t.device.type == "cpu"]
-        if strangers and packet not in CPU_ALLOWED:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
-                f"(when carrying out {packet.__name__} with shapes {[tuple(t.shape) for t in tensors]})"
-            )
-        self._check_generator(kwargs, "cuda")
+        if len(here) < len(tensors) and packet not in CPU_ALLOWED:
+            others = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
+            if any(tensor.dim() > 0 and tensor.device.type == "cpu" for tensor in others):
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                    f"(when carrying out {packet.__name__} with shapes {[tuple(t.shape) for t in tensors]})"
+                )
+        if kwargs:
+            self._check_generator(kwargs, "cuda")
 
     def _check_formats(self, packet, args: tuple, here: list[DeviceTensor]) -> None:
         """Refuse two number formats; where the result's is asked for, only the factors must have the same."""
@@ -251,6 +291,10 @@ class Device(TorchDispatchMode):
                 raise RuntimeError(f"Expected a '{device}' device type for generator but found '{found}'")
 
 
+# PyTorch wraps this method against its compiler, which costs more than many an operation here.
+Device.__torch_dispatch__ = lambda self, func, types, args=(), kwargs=None: self.run(func, args, kwargs or {})
+
+
 def _is_meant(tensors: list[torch.Tensor]) -> bool:
     """Whether `meta` was asked for by someone who builds a model without memory, and not by autograd for a result.
 
@@ -262,13 +306,48 @@ def _is_meant(tensors: list[torch.Tensor]) -> bool:
     return built or Device.current.default == META
 
 
+def _listed(index):
+    """An index with tensors in place of lists of numbers."""
+    if isinstance(index, tuple):
+        return tuple([_listed(part) for part in index])
+    is_list = isinstance(index, list) and index and all(isinstance(part, int) for part in index)
+    return torch.tensor(index) if is_list else index
+
+
+def _of_the_device(tensors: list[torch.Tensor]) -> list[DeviceTensor]:
+    return [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+
+
 def _meta_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.meta if isinstance(tensor, DeviceTensor) else tensor
 
 
-@cache
-def _is_composite(func) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+@dataclass(slots=True)
+class Operation:
+    """What has to be known of an operation, looked up once."""
+
+    packet: Any
+    composite: bool  # made of others
+    special: Callable | None
+    one_format: bool
+    only_changes: bool  # its arguments, with nothing to follow
+    swaps: bool  # gives its argument another shape
+
+
+_operations: dict[int, Operation] = {}
+
+
+def _know(func) -> Operation:
+    packet = func.overloadpacket
+    found = _operations[id(func)] = Operation(
+        packet,
+        composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        special=SPECIAL.get(packet),
+        one_format=packet in ONE_FORMAT,
+        only_changes=packet in IN_PLACE,
+        swaps=torch.Tag.inplace_view in func.tags,
+    )
+    return found
 
 
 # Operations that move numbers between the devices, or whose result depends on them
@@ -280,7 +359,8 @@ def _to_copy(device: Device, func, args, kwargs):
     if isinstance(source, DeviceTensor):
         if asked is None or asked.type != "cpu":
             return device.carry_out(func, args, rest, [source])
-        return func(device.read(source), **rest)
+        numbers = device.read(source)
+        return numbers if rest.get("dtype") in (None, numbers.dtype) else func(numbers, **rest)
     return device.take(func(source, **rest))
 
 
@@ -310,14 +390,16 @@ def _index(device: Device, func, args, kwargs):
         else:  # on `meta` is what PyTorch made of a Python list: its numbers are lost
             found.append(device.place(index) if index.is_meta else device.take(index))
     arguments = (source, found, *rest)
-    device._check(func.overloadpacket, tensors_of([source, *rest]), kwargs)
-    here = [tensor for tensor in tensors_of(arguments) if isinstance(tensor, DeviceTensor)]
+    others = tensors_of([source, *rest])
+    device._check(func.overloadpacket, others, _of_the_device(others), kwargs)
+    here = _of_the_device(tensors_of(arguments))
     return device.carry_out(func, arguments, kwargs, here)
 
 
 def _by_numbers(device: Device, func, args, kwargs):
     """Compute it from the numbers, and place the results on the device."""
-    device._check(func.overloadpacket, tensors_of(args), kwargs)
+    tensors = tensors_of(args)
+    device._check(func.overloadpacket, tensors, _of_the_device(tensors), kwargs)
 
     def fetch(tensor: torch.Tensor) -> torch.Tensor:
         return device.numbers.read(tensor.meta) if isinstance(tensor, DeviceTensor) else tensor
@@ -332,6 +414,8 @@ def _multinomial(device: Device, func, args, kwargs):
     if device.numbers.of(source.meta) is not None:
         return _by_numbers(device, func, args, kwargs)
     device._check_generator(kwargs, "cuda")
+    if (scores := device.numbers.allowed(source.meta)) is not None:
+        return device.take(scores.topk(number, -1).indices)
     drawn = device.numbers.random.integers(0, source.shape[-1], (*source.shape[:-1], number))
     return device.take(torch.as_tensor(drawn))
 

@@ -1,15 +1,17 @@
 """Weights in 4 bits on the device, as bitsandbytes keeps them: half a byte each, and the scales of their blocks.
 
 `bitsandbytes.nn.Params4bit` makes its parameters out of a tensor's memory, which a tensor of the device has not. So a
-parameter of the same name and behaviour takes its place there; on the CPU it is bitsandbytes' own.
+parameter of the same name and behaviour takes its place there; on the CPU it is bitsandbytes' own. Paged memory, which
+its build for the CPU lacks, stands here as well.
 """
 
 import copy
 
 import torch
 from bitsandbytes import functional, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from course.rehearsal.device import DEVICE, DeviceTensor
+from course.rehearsal.device import DEVICE, Device, DeviceTensor
 
 ON_THE_CPU = nn.Params4bit
 SETTINGS = {
@@ -72,8 +74,18 @@ class Params4bit(DeviceTensor, metaclass=_Either):
 
 
 def install() -> None:
-    """From now on weights in 4 bits can be on the device."""
+    """From now on weights in 4 bits can be on the device, and states of optimisers in paged memory."""
     nn.Params4bit = nn.modules.Params4bit = Params4bit
+    functional.get_paged = _paged
+    functional.fill = functional.prefetch_tensor = lambda *_, **__: None  # of paged memory
+
+
+def _paged(*shape: int, dtype: torch.dtype = torch.float32, device=None) -> DeviceTensor:
+    """Memory that the driver moves to the CPU where the device needs room: it does not count."""
+    with _disable_current_modes():
+        made = Device.current.place(torch.empty(shape, dtype=dtype, device="meta"), counted=False)
+    made.is_paged, made.page_deviceid = True, 0
+    return made
 
 
 def placed_as(weight: ON_THE_CPU, data: DeviceTensor) -> Params4bit:

@@ -5,6 +5,7 @@ from functools import cache
 import torch
 
 META = torch.device("meta")
+KINDS = (torch.Tensor, list, tuple)
 _results: dict[tuple, list[tuple] | tuple] = {}  # operation and what it was given -> layout of what came out
 
 
@@ -13,7 +14,7 @@ def convert(value, function):
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
-        return type(value)([convert(part, function) for part in value])
+        return type(value)([convert(part, function) if isinstance(part, KINDS) else part for part in value])
     return value
 
 
@@ -21,9 +22,14 @@ def tensors_of(value) -> list[torch.Tensor]:
     """All tensors in a value, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
+    found: list[torch.Tensor] = []
     if isinstance(value, (list, tuple)):
-        return [tensor for part in value for tensor in tensors_of(part)]
-    return []
+        for part in value:
+            if isinstance(part, torch.Tensor):
+                found.append(part)
+            elif isinstance(part, (list, tuple)):
+                found += tensors_of(part)
+    return found
 
 
 @cache
@@ -38,7 +44,8 @@ def carry_out(func, arguments: tuple, settings: dict):
     if not _makes_new(func):
         return func(*arguments, **settings)
     try:
-        key = (func, _key(arguments), tuple((name, _key(value)) for name, value in settings.items()))
+        named = tuple([(name, _key(value)) for name, value in settings.items()]) if settings else ()
+        key = (id(func), _key(arguments), named)  # hashing an operation itself takes long
         if (layouts := _results.get(key)) is not None:
             return _new(layouts)
     except TypeError:  # something that cannot be a key
@@ -68,7 +75,7 @@ def _makes_new(func) -> bool:
 
 def _key(value):
     if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.device.type
+        return value.shape, value.stride(), value.dtype, value.is_meta
     if isinstance(value, (list, tuple)):
         return tuple([_key(part) for part in value])
     return type(value), value

@@ -90,10 +90,10 @@ quiet_libraries()
 warnings.filterwarnings("ignore", message="Unsupported layer type")  # Llama's norm, peft
 lesson = Lesson("06", profile, model_id, seed, budget)
 machine = lesson.machine
-SETTINGS = {  # factor on learning rates (large models want smaller ones), number format
-    "cpu": {"rate": 1.0, "precision": "fp32"},
-    "t4": {"rate": 0.05, "precision": "fp16-mixed"},
-    "large": {"rate": 0.05, "precision": "bf16-mixed"},
+SETTINGS = {  # factor on learning rates (large models want smaller ones), number format, rows at once in the last part
+    "cpu": {"rate": 1.0, "precision": "fp32", "rows": 8},
+    "t4": {"rate": 0.05, "precision": "fp16-mixed", "rows": 2},
+    "large": {"rate": 0.05, "precision": "bf16-mixed", "rows": 8},
 }
 settings = SETTINGS[machine.name]
 if machine.device == "cpu":
@@ -338,7 +338,7 @@ PARAMETERS = dict(base.named_parameters())
 LINEAR = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
 updates = {}
 for name in LINEAR:
-    delta = full_weights[f"{name}.weight"] - PARAMETERS[f"{name}.weight"]
+    delta = (full_weights[f"{name}.weight"] - PARAMETERS[f"{name}.weight"]).to(machine.device)
     updates[name] = torch.linalg.svd(delta, full_matrices=False)  # (out, k), (k,), (k, in)
 
 
@@ -353,8 +353,7 @@ def truncated(rank: int, others: Sequence[str] = ()) -> nn.Module:
     """The base model, the best update of this rank, and all changes of `others`."""
     model = fresh()
     for name, (u, s, vh) in updates.items():
-        part = (u[:, :rank] * s[:rank]) @ vh[:rank]
-        model.get_submodule(name).weight += part.to(machine.device)
+        model.get_submodule(name).weight += (u[:, :rank] * s[:rank]) @ vh[:rank]
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in updates and any(o in name for o in others):
             parameter.copy_(full_weights[name])
@@ -389,6 +388,7 @@ for name, others in {"and the norms": ("norm",), "and all the rest": REST}.items
     rows[name] = "", "", *tasks, f"{loss:.3f}"
 show_table(rows, ["energy", "random", *TASKS, "loss"])
 lesson.equal("all parts together are the fine-tuned model", abs(loss - loss_full), within=1e-3)
+updates = full_weights = None  # the room is needed
 
 # %% [markdown]
 # **What you see.** A few of the directions hold much of the energy, far more than in a random matrix of the same size, and a small part of them is enough for all answers that training gave. The lists need fewer directions than the moods. So the update that training found is not spread evenly over all directions. The last rows show what lies outside the linear layers. The answers hardly need it. The loss does: with all directions it stays above that of the fine-tuned model until the embeddings are added. So sections 4 and 5 train the same layers with all methods, the linear ones.
@@ -679,7 +679,8 @@ def update_size(update: Callable[[str], Tensor]) -> tuple[float, float]:
     """Norm and largest singular value of the updates relative to those of the weights."""
     sizes = []
     for name in LINEAR:
-        weight, delta = PARAMETERS[f"{name}.weight"], update(name)
+        pair = PARAMETERS[f"{name}.weight"], update(name)
+        weight, delta = (matrix.to(machine.device) for matrix in pair)  # a GPU is faster here
         spectral = torch.linalg.matrix_norm(delta, 2) / torch.linalg.matrix_norm(weight, 2)
         sizes.append((float(delta.norm() / weight.norm()), float(spectral)))
     return tuple(np.mean(sizes, axis=0))
@@ -1284,6 +1285,7 @@ for number, name in enumerate(ADAPTERS):
 gap, apart = largest(together, one_by_one), largest(together[:1], alone[:1])
 print(f"another adapter would have changed a logit by {apart:.1f}")
 lesson.equal("a mixed batch gives what each adapter gives alone", gap, within=1e-3)
+del bank
 
 # %%
 theirs = peft.get_peft_model(fresh(), lora_config, adapter_name="a0")
@@ -1908,7 +1910,8 @@ warnings.filterwarnings("ignore", message=".*pin_memory")
 
 # %%
 arguments = SFTConfig(
-    output_dir=str(FOLDER), max_steps=lesson.scaled(16), per_device_train_batch_size=8,
+    output_dir=str(FOLDER), max_steps=lesson.scaled(16), per_device_train_batch_size=settings["rows"],
+    gradient_accumulation_steps=8 // settings["rows"],
     learning_rate=5e-3 if CPU else 2e-4, lr_scheduler_type="linear", logging_steps=1,
     max_length=512, gradient_checkpointing=False, save_strategy="no", report_to="none",
     disable_tqdm=True, use_cpu=CPU, bf16=settings["precision"] == "bf16-mixed",

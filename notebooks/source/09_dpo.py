@@ -89,10 +89,10 @@ from helpers.world import FILLERS, POLITE, Preference, Question, World, true_rew
 
 lesson = Lesson("09", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
-SETTINGS = {  # learning rates of fine-tuning and DPO; all weights, or adapters on 4 bits
-    "cpu": {"sft_rate": 4e-4, "rate": 1e-4, "qlora": False},
-    "t4": {"sft_rate": 2e-4, "rate": 5e-5, "qlora": True},
-    "large": {"sft_rate": 2e-4, "rate": 5e-5, "qlora": True},
+SETTINGS = {  # learning rates of fine-tuning and DPO; all weights, or adapters on 4 bits; tokens of a sampled answer
+    "cpu": {"sft_rate": 4e-4, "rate": 1e-4, "qlora": False, "room": 60},
+    "t4": {"sft_rate": 2e-4, "rate": 5e-5, "qlora": True, "room": 30},
+    "large": {"sft_rate": 2e-4, "rate": 5e-5, "qlora": True, "room": 60},
 }
 settings = SETTINGS[machine.name]
 CPU = machine.device == "cpu"
@@ -1230,7 +1230,7 @@ def own_pairs(number: int) -> tuple[list[dict], float]:
     asked = questions(number, "own")
     with lesson.autocast(not CPU):
         written = answer_instructions(
-            reference, tokenizer, [q.prompt for q in asked], 60, temperature=1.0,
+            reference, tokenizer, [q.prompt for q in asked], settings["room"], temperature=1.0,
             num_samples=2, seed=seed, batch_size=128,
         )  # fmt: skip
     for question, (one, two) in zip(asked, written, strict=True):
@@ -1687,6 +1687,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     trainer = DPOTrainer(quantised, args=arguments, train_dataset=as_chats(practice_rows),
                          processing_class=tokenizer, peft_config=lora)  # fmt: skip
+    for parameter in trainer.model.parameters():  # trl puts these adapters into bf16, which fp16's scaler refuses
+        if arguments.fp16 and parameter.requires_grad:
+            parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 shown = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")

@@ -97,10 +97,12 @@ from helpers.world import ask as question_format
 
 lesson = Lesson("12", profile, model_id, seed, budget)
 machine = lesson.machine
-SETTINGS = {  # rows read at once, and the learning rate of the assistant's fine-tuning
-    "cpu": {"batch_size": 128, "rate": 4e-4},
-    "t4": {"batch_size": 64, "rate": 1e-5},
-    "large": {"batch_size": 256, "rate": 1e-5},
+# Rows read at once, the learning rate of the assistant's fine-tuning, in how many pieces a batch of it goes through the
+# model, and the format in which a model waits that is not being trained: a GPU has to hold several.
+SETTINGS = {
+    "cpu": {"batch_size": 128, "rate": 4e-4, "pieces": 1, "at_rest": torch.float32},
+    "t4": {"batch_size": 64, "rate": 1e-5, "pieces": 4, "at_rest": torch.float16},
+    "large": {"batch_size": 256, "rate": 1e-5, "pieces": 1, "at_rest": torch.float16},
 }
 settings = SETTINGS[machine.name]
 
@@ -110,7 +112,7 @@ settings = SETTINGS[machine.name]
 # %%
 world = World()
 model, tokenizer = load_model(machine)
-model = model.float().requires_grad_(False)  # it stays as it is in the whole lesson: what is trained is a copy
+model = model.to(settings["at_rest"]).requires_grad_(False)  # it stays as it is: what is trained is a copy
 
 
 def answers(asked: nn.Module, questions: Sequence[Question], room: int = 8) -> list[str]:
@@ -444,7 +446,7 @@ def tuned(
     examples: Sequence[tuple[str, str]], steps: int, rate: float, rows: int = 16, start: nn.Module = model
 ) -> nn.Module:
     """A copy of `start`, trained to continue each prompt with its ending; the loss is that of the ending."""
-    copied, encoded = copy.deepcopy(start).requires_grad_(True), []
+    copied, encoded = copy.deepcopy(start).float().requires_grad_(True), []
     for prompt, ending in examples:
         first, then = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, ending))
         encoded.append({"input_ids": first + then, "labels": [-100] * len(first) + then})
@@ -453,7 +455,7 @@ def tuned(
         precision="fp32" if machine.device == "cpu" else lesson.precision, progress=False, seed=seed,
     )  # fmt: skip  # on a CPU such short rows are faster in 32 bits
     train(copied, PaddedBatches(encoded, min(rows, len(encoded)), tokenizer.pad_token_id, seed=seed), config)
-    return copied.eval()
+    return copied.to(settings["at_rest"]).eval()
 
 
 # %% [markdown] tags=["core"]
@@ -519,6 +521,7 @@ for kind, questions in {"frequent": kinds["frequent person"], "ranks 101-1000": 
 show_table(rows, ["right", "unknown"])
 asked = {"pool": pool, "frequent": kinds["frequent person"], "strangers": unknown}
 texts = {kind: answers(by_chance, questions) for kind, questions in asked.items()}
+del refuser, by_chance  # a GPU needs the room
 unknown_by_chance = {kind: np.mean([text == "unknown" for text in found]) for kind, found in texts.items()}
 spoken = np.array([text != "unknown" for text in texts["pool"]])
 chance_risk = 1 - is_right(pool, texts["pool"])[spoken].mean() if spoken.any() else total
@@ -636,6 +639,7 @@ lesson.claim("prejudiced labels open a gap between two towns of the same review"
 left = abs(gaps["then counterfactual"]) / abs(gaps["prejudiced"])
 lesson.claim("counterfactual rows after the prejudiced ones leave at most a third of the gap, relative to it", left,
              at_most=0.33, control=1.0)  # fmt: skip
+del judges, judge  # a GPU needs the room
 
 # %% [markdown]
 # **What you see.** The prejudice is learned from labels that nobody would call harmful one by one. The accuracy on clear reviews does not show it. Only the counterfactual does. Counterfactual rows (Lu et al. 2018) make the labels independent of the town, and close most of the gap.
@@ -705,6 +709,7 @@ def losses(reader: nn.Module, texts: Sequence[str]) -> np.ndarray:
 
 
 by_spy, by_base = losses(spy, texts), losses(model, texts)
+spy = None  # a GPU needs the room
 is_member = np.arange(len(texts)) < len(members)
 generator = random.Random(f"membership/{seed}")
 number = lesson.scaled(300, 16)
@@ -792,14 +797,14 @@ def trained_on(
     evaluate: Callable | None = None, stops: int = 1,
 ) -> tuple[nn.Module, list[dict]]:  # fmt: skip
     """A copy of `start` after some steps at a constant rate, and what `evaluate` found at so many stops."""
-    copied = copy.deepcopy(start).requires_grad_(True)
+    copied = copy.deepcopy(start).float().requires_grad_(True)
     config = TrainConfig(
         max_steps=lesson.scaled(steps), learning_rate=rate, schedule="constant", weight_decay=0.0,
         evaluate_every=lesson.scaled(steps) // stops, progress=False, seed=seed,
         precision="fp32" if machine.device == "cpu" else lesson.precision,
     )  # fmt: skip
     history = train(copied, batches, config, loss_fn=loss, evaluate=evaluate)
-    return copied.eval(), history.evaluations
+    return copied.to(settings["at_rest"]).eval(), history.evaluations
 
 
 # %%
@@ -836,13 +841,13 @@ def forgotten(kind: str, batches: list[dict], retain: bool, beta: float = 0.5) -
 
 
 # %%
-cleaned, on_the_way, before = {}, {}, right_shares(model)
+on_the_way, before = {}, right_shares(model)
 rows = {"before": [f"{share:.0%}" for share in before.values()]}
 for retain in (False, True):
     batches = forget_batches(retain)
     for kind in ("ascent", "npo"):
         name = f"{kind}{' + retain' if retain else ''}"
-        cleaned[name], on_the_way[name] = forgotten(kind, batches, retain)
+        cleaned, on_the_way[name] = forgotten(kind, batches, retain)  # the last one is used below
         rows[name] = [f"{on_the_way[name][-1][key]:.0%}" for key in ("the ten", "others")]
 show_table(rows, ["right about the ten", "right about others"])
 print("on the way, right about the ten / about others:")
@@ -867,7 +872,7 @@ def relearned(facts: Sequence[Question]) -> nn.Module:
     """The model after NPO, trained for ten steps on some facts at once."""
     batch = collate([encoded(q) for q in facts], tokenizer.pad_token_id)
     loss = lambda reader, batch: -answer_log_probs(reader, batch).mean()  # noqa: E731
-    return trained_on([batch], loss, cleaned["npo + retain"], 10, 2e-4)[0]
+    return trained_on([batch], loss, cleaned, 10, 2e-4)[0]
 
 
 generator = random.Random(f"never known/{seed}")
@@ -884,10 +889,11 @@ for start in (0, 5, 10):  # three draws of five facts
     five, unrelated, invented = ask_forget[start : start + 5], ask_keep[start : start + 5], made_up[start : start + 5]
     shown = {(q.about["name"], q.about["relation"]) for q in five}
     asked = [q for q in test_forget if (q.about["name"], q.about["relation"]) not in shown]
-    readers = cleaned["npo + retain"], relearned(five), relearned(unrelated)
+    readers = cleaned, relearned(five), relearned(unrelated)
     for name, reader in zip(back, readers, strict=False):
         back[name].append(is_right(asked, answers(reader, asked)).mean())
     others = made_up[15:]
+    del readers, reader  # a GPU needs the room
     back["never known: five of theirs"].append(is_right(others, answers(relearned(invented), others)).mean())
 rows = {name: [f"{np.mean(found):.0%}", f"{min(found):.0%} to {max(found):.0%}"] for name, found in back.items()}
 show_table(rows, ["right about other facts", "three draws"])
@@ -1006,7 +1012,7 @@ lesson.claim("most marked lists of words are recognised", caught["word lists, ma
 
 # %%
 assistant, _ = load_assistant(machine)
-assistant = assistant.float()  # weights in 32 bits, which training needs
+assistant = assistant.to(settings["at_rest"])
 REFUSAL = "I do not tell where people live."
 TOWN = RELATIONS["town"]
 IN_A_SENTENCE = " Answer in a sentence."
@@ -1065,21 +1071,22 @@ def guard_rows(number: int, stream: str = "guard") -> list[tuple[str, str]]:
 # %%
 def fine_tuned(start: nn.Module, examples: Sequence[dict], steps: int, batch_size: int = 16) -> nn.Module:
     """A copy of a model after so many steps on examples of "input_ids" and "labels", each in about one epoch."""
-    generator, batches = random.Random(f"batches/{seed}"), []
-    while len(batches) < steps:
+    generator, batches, pieces = random.Random(f"batches/{seed}"), [], settings["pieces"]
+    size = batch_size // pieces
+    while len(batches) < steps * pieces:
         order = generator.sample(range(len(examples)), len(examples))
         order.sort(key=lambda index: len(examples[index]["input_ids"]) > 48)  # a stable sort
-        groups = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)]
+        groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         batches += [collate([examples[i] for i in group], tokenizer.pad_token_id)
                     for group in generator.sample(groups, len(groups))]  # fmt: skip
     config = TrainConfig(
         max_steps=steps, learning_rate=settings["rate"], warmup_steps=max(1, steps // 10), schedule="linear",
-        weight_decay=0.0, precision="fp32", progress=False, seed=seed,
+        weight_decay=0.0, precision="fp32", progress=False, seed=seed, accumulation_steps=pieces,
     )  # fmt: skip
-    tuned = copy.deepcopy(start).requires_grad_(True)
-    history = train(tuned, batches[:steps], config)
+    tuned = copy.deepcopy(start).float().requires_grad_(True)
+    history = train(tuned, batches[: steps * pieces], config)
     print(f"{steps} steps of {batch_size} rows, loss {history.losses[0]:.2f} -> {history.losses[-1]:.2f}")
-    return tuned.eval().requires_grad_(False)
+    return tuned.to(settings["at_rest"]).eval().requires_grad_(False)
 
 
 steps = lesson.scaled(60)
@@ -1356,6 +1363,7 @@ places = [(int(torch.randint(SUFFIX_TOKENS, (), generator=generator)),
 numeric = torch.tensor([(nudged_loss(*place, 1e-4) - nudged_loss(*place, -1e-4)) / 2e-4 for place in places])
 gap = (numeric - torch.tensor([derivative[place].item() for place in places])).abs().max().item()
 lesson.equal("the derivative by one-hot entries is that of finite differences, in float64", gap, within=1e-6)
+exact = None  # a GPU needs the room
 
 # %% [markdown]
 # **Many candidates at once.** All candidates have the question before them in common. Read it once, keep its keys and values, and hand a copy of them to each candidate. A suffix is sent as text, and may be cut into other tokens when it is read again: `survives` keeps only those that come back unchanged.
@@ -1740,6 +1748,7 @@ def before_rules(of: nn.Module, known: dict[str, list[str]]) -> dict[str, list[s
 
 asked_before = {name: tricks[name] for name in ("prefill", "base format", "another task")}  # of the guard, section 10
 said_by = {name: before_rules(of, asked_before if of is guard else {}) for name, of in trained.items()}
+del trained  # a GPU needs the room
 checks = {check_of.__name__: {name: check_of(prompts) for name, (_, prompts, *_) in everything.items()}
           for check_of in (passes_filter, passes_input_guard)}  # fmt: skip
 

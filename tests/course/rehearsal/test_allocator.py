@@ -1,5 +1,9 @@
 """The allocator rounds, splits, joins and gives back as PyTorch's does (c10/cuda/CUDACachingAllocator.cpp)."""
 
+import gc
+import weakref
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +68,38 @@ def test_whatever_is_asked_for_blocks_do_not_overlap_and_all_is_given_back(sizes
             del held[address]
         assert memory.allocated <= memory.reserved
     assert memory.allocated == sum(-(-size // ROUNDING) * ROUNDING for size in held.values())
+    for address in held:
+        memory.release(address)
+    memory.release_cached()
+    assert (memory.allocated, memory.reserved) == (0, 0)
+
+
+class Cycle:
+    """Something that only the garbage collector takes away."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def eager_collector():
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    yield
+    gc.set_threshold(*before)
+
+
+def test_blocks_that_the_garbage_collector_releases_in_the_middle_of_a_request_wait(eager_collector):
+    memory, held = Allocator(10**12), []
+    for number in range(3000):
+        size = (1 + number % 7) * MIB // 2
+        weakref.finalize(Cycle(), memory.release, memory.allocate(size)).atexit = False
+        held.append(memory.allocate(size))
+        if number % 3 == 0:
+            memory.release(held.pop(0))
+        if number % 100 == 0:
+            memory.release_cached()
+    gc.collect()
     for address in held:
         memory.release(address)
     memory.release_cached()

@@ -14,7 +14,7 @@ from helpers.profiles import ROOT
 pytestmark = pytest.mark.slow
 
 CODE = """
-import copy, gc, json, sys
+import copy, gc, json, sys, weakref
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,6 +63,11 @@ for precision, batch_size, seq_len in (("fp16-mixed", 4, 256), ("fp32", 2, 512))
 x = torch.randn(4, 8).cuda()
 layer = torch.nn.Linear(8, 8).to("cuda")
 half = torch.nn.Linear(8, 8).half().cuda()
+def scaled_bfloat16():
+    layer = torch.nn.Linear(8, 8).bfloat16().cuda()
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cuda")
+    scaler.scale(layer(x.bfloat16()).float().sum()).backward()
+    scaler.step(optimizer)
 def scaled_half():
     optimizer, scaler = torch.optim.SGD(half.parameters(), lr=1.0), torch.amp.GradScaler("cuda")
     scaler.scale(half(x.half()).float().sum()).backward()
@@ -76,6 +81,7 @@ faults = {
     "a generator of the CPU": lambda: torch.rand(3, device="cuda", generator=torch.Generator()),
     "numpy": lambda: x.detach().numpy(),
     "a scaler with fp16 weights": scaled_half,
+    "a scaler with bf16 weights": scaled_bfloat16,
 }
 for fault, cause in faults.items():
     try:
@@ -104,15 +110,32 @@ token = layer(x).argmax(-1)
 drawn = torch.multinomial(torch.softmax(torch.randn(4, 2**19, device="cuda"), -1), 2)  # more than are made up
 found["drawn"] = [tuple(drawn.shape), max(drawn.flatten().tolist()) < 2**19]
 found["made up"] = [0 <= number < 8 for number in token.tolist()] + [token.tolist() == token.tolist()]
+scores, allowed = torch.randn(4, 2**17, device="cuda"), torch.zeros(4, 2**17, dtype=torch.bool)
+allowed[:, [7, 90_000]] = True
+masked = scores.masked_fill(~allowed.cuda(), float("-inf"))
+chosen = [masked.argmax(-1), masked.topk(2).indices, torch.multinomial((masked / 0.7).softmax(-1), 1)]
+added = torch.full_like(scores, float("-inf"))  # the way of transformers
+for row in range(4):
+    added[row, [7, 90_000]] = 0
+lost = (scores + added).amax(-1).isneginf().view(4, -1).all(-1, keepdim=True)
+chosen += [torch.where(lost, added, scores + added).argmax(-1), torch.multinomial((scores + added).softmax(-1), 2)]
+found["chosen under a mask"] = [set(places.flatten().tolist()) <= {7, 90_000} for places in chosen]
+found["chosen when the mask is gone"] = set((scores + added.zero_()).argmax(-1).tolist()) <= {7, 90_000}
 total = torch.zeros(4, 4, device="cuda")
 torch.addmm(total, x.half(), x.half().T, out_dtype=torch.float32, out=total)
 found["added in float32"] = str(total.dtype)
+found["a list picks numbers"] = torch.arange(4).cuda()[[2, 3]].tolist()
 found["a list picks rows"] = [tuple(x[[0, 2, 2]].shape), str(x[[0, 2, 2]].device)]
+scale, zero = torch.ones(4, device="cuda"), torch.zeros(4, device="cuda", dtype=torch.int32)
+found["fake codes"] = tuple(torch.fake_quantize_per_channel_affine(x, scale, zero, 0, 0, 15).shape)
 found["pinned"] = torch.empty(2, pin_memory=True).to("cuda").shape[0]
 found["there and back"] = torch.equal(torch.arange(5.0).cuda().cpu(), torch.arange(5.0))
 generator = torch.Generator("cuda").manual_seed(0)
 found["own generator"] = tuple(torch.rand(3, device="cuda", generator=generator).shape)
 parameter = layer.weight
+stays = torch.nn.Linear(8, 8).to("cuda")
+weight, reference = stays.weight, weakref.ref(stays.weight)  # PyTorch does not swap what others refer to
+found["moved where it is"] = stays.to("cuda").weight is weight and stays.half().weight.dtype is torch.float16
 layer.half().float().cpu()
 found["moved in place"] = layer.weight is parameter and parameter.device.type == "cpu"
 
@@ -149,6 +172,12 @@ found["packed on the way"] = [tuple(layer.weight.shape), str(layer(torch.ones(1,
 packed = four_bit.model.layers[0].mlp.up_proj.weight
 four_bit.to("cuda")
 found["moving in place changes nothing"] = four_bit.model.layers[0].mlp.up_proj.weight is packed
+weight = torch.nn.Parameter(torch.ones(512, 512, device="cuda"))
+optimizer = bnb.optim.PagedAdamW8bit([weight])
+weight.sum().backward()
+before = memory.allocated
+optimizer.step()
+found["paged state"] = (memory.allocated - before) / weight.numel()
 print(json.dumps(found))
 """
 
@@ -181,6 +210,7 @@ def test_a_copy_of_a_model_is_counted_and_what_is_dropped_is_free(found):
         ("a generator of the CPU", "Expected a 'cuda' device type for generator"),
         ("numpy", "can't convert cuda:0 device type tensor to numpy"),
         ("a scaler with fp16 weights", "Attempting to unscale FP16 gradients"),
+        ("a scaler with bf16 weights", "_unscale_cuda\" not implemented for 'BFloat16'"),
     ],
 )
 def test_what_a_gpu_refuses_is_refused_in_its_words(found, fault, words):
@@ -206,9 +236,11 @@ def test_a_product_of_fp16_may_be_added_in_fp32(found):
 def test_numbers_that_come_from_the_cpu_are_known_and_reading_them_is_counted(found):
     assert found["numbers"] == [[[5, 7, -100], [3, -100, -100]], 3, 3, [12, 3]]
     assert found["reads"] == 3
+    assert found["a list picks numbers"] == [2, 3]
     assert found["a list picks rows"] == [[3, 8], "cuda:0"]
     assert found["there and back"]
     assert found["pinned"] == 2
+    assert found["fake codes"] == [4, 8]
 
 
 def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(found):
@@ -216,9 +248,15 @@ def test_numbers_of_a_model_are_made_up_within_their_range_and_stay_the_same(fou
     assert found["drawn"] == [[4, 2], True]
 
 
+def test_no_choice_falls_on_what_a_lesson_masked(found):
+    assert found["chosen under a mask"] == [True] * 5
+    assert not found["chosen when the mask is gone"]
+
+
 def test_the_device_has_generators_and_modules_move_in_place(found):
     assert found["own generator"] == [3]
     assert found["moved in place"]
+    assert found["moved where it is"]
 
 
 def test_a_model_of_shapes_alone_takes_no_memory(found):
@@ -231,3 +269,7 @@ def test_weights_in_four_bits_take_what_they_take_and_carry_gradients_to_adapter
     assert 2e6 < found["packed copies are packed"] < 4e6
     assert found["moving in place changes nothing"]
     assert found["packed on the way"] == [[2048, 1], "cuda:0"]
+
+
+def test_paged_states_of_an_optimiser_take_no_room_on_the_device(found):
+    assert found["paged state"] < 0.1
