@@ -89,7 +89,9 @@ from helpers.world import FILLERS, POLITE, Preference, Question, World, true_rew
 
 lesson = Lesson("09", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
-SETTINGS = {  # learning rates of fine-tuning and DPO; all weights, or adapters on 4 bits; tokens of a sampled answer
+# Learning rates of fine-tuning and DPO; all weights, or adapters on 4 bits; the most
+# tokens of a sampled answer.
+SETTINGS = {
     "cpu": {"sft_rate": 4e-4, "rate": 1e-4, "qlora": False, "room": 60},
     "t4": {"sft_rate": 2e-4, "rate": 5e-5, "qlora": True, "room": 30},
     "large": {"sft_rate": 2e-4, "rate": 5e-5, "qlora": True, "room": 60},
@@ -1687,7 +1689,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     trainer = DPOTrainer(quantised, args=arguments, train_dataset=as_chats(practice_rows),
                          processing_class=tokenizer, peft_config=lora)  # fmt: skip
-    for parameter in trainer.model.parameters():  # trl puts these adapters into bf16, which fp16's scaler refuses
+    # trl puts adapters of a 4-bit model into bf16, which the scaler of fp16 refuses
+    for parameter in trainer.model.parameters():
         if arguments.fp16 and parameter.requires_grad:
             parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)
