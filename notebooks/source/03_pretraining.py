@@ -59,6 +59,7 @@ budget = 1.0  # share of all training steps; claims are asserted from 1.0 on
 
 # %%
 import inspect
+import itertools
 import json
 import math
 import random
@@ -69,6 +70,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from itertools import islice, pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +96,6 @@ SETTINGS = {
 }
 settings = SETTINGS[machine.name]
 
-# %%
 world = World(0)
 documents = list(islice(world.documents(seed), 4000))
 held_out = list(islice(world.documents(seed + 1), 400))
@@ -425,41 +426,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-# %%
-def rope_score(query: Tensor, key: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
-    """Dot products of a query and a key (head_dim,), turned to these positions (n,)."""
-    vectors = ((query, query_at), (key, key_at))
-    turned = [rotate(x, *rotary_angles(at, len(x), 10_000.0)) for x, at in vectors]
-    return (turned[0] * turned[1]).sum(-1)
-
 
 query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
-starts, distances = torch.arange(0, 400, 50), torch.arange(200)
-scores = rope_score(query, key, starts + 3, starts)
+starts = torch.arange(0, 400, 50)  # the key stands here, the query 3 tokens later
+query = rotate(query, *rotary_angles(starts + 3, 64, 10_000.0))  # (8, 64)
+scores = (query * rotate(key, *rotary_angles(starts, 64, 10_000.0))).sum(-1)
 printed = " ".join(f"{value:.4f}" for value in scores.tolist())
 print("query 3 tokens after the key, both moved along by 50:", printed)
 assert scores.max() - scores.min() < 1e-3
-unit = torch.ones(64) / 8  # a vector of length 1
-equal_scores = rope_score(unit, unit, distances, torch.zeros_like(distances))
-alt = "Score of equal vectors over distance: highest at 0, lower and wavy far away."
-figure = plots.curve(
-    {"equal vectors": (distances.tolist(), equal_scores.tolist())},
-    title="Two equal vectors under RoPE: best at distance 0",
-    xlabel="distance between query and key (tokens)",
-    ylabel="score",
-    alt=alt,
-)
-plots.show(figure, alt)
-
-
-# %% [markdown]
-# **What you see.** Two equal vectors score highest at distance 0; further away the score is lower on the whole, with large waves. For other pairs of vectors it looks different: the projections can learn to prefer other distances. Now shuffle again.
-
-# %%
 with_positions = change_by_order(toy, turn=True)
 changes = f"{without_positions:.1e} without positions, {with_positions:.2f} with RoPE"
 print("change at the last position:", changes)
 lesson.report("change at the last position by another order, with RoPE", with_positions)
+
+# %% [markdown]
+# **What you see.** The first line: all eight scores are the same, for only the distance of 3 counts. The second: the order of the text before it now changes what the last position gets.
 
 # %% [markdown]
 # **Heads.** A layer has $h$ heads, each with its own queries, keys and values of width $d_h = d/h$. Their results stand side by side and go through one more matrix.
@@ -638,70 +619,89 @@ prompt += "Question: What instrument does Kodera play?\nAnswer:"
 print(shima_tokenizer.decode(complete(ours, shima_tokenizer(prompt)["input_ids"], 4)))
 
 # %% [markdown]
-# **Where does it look?** The prompt above has its answer in the text. Take 80 such prompts about strangers, and ask every head how much of its weight goes from the last position to the answer in the passage. The first 40 prompts choose the head, the other 40 measure it. A head that looks everywhere alike would give each of $n$ tokens the share $1/n$.
+# **Where does it look?** The prompt above has its answer in the text. Take 80 such prompts about strangers, and ask every head how much of its weight goes from the last position to the instrument. A head that looks everywhere alike would give each of $n$ tokens the share $1/n$. The first 40 prompts choose the head, the other 40 measure it.
+#
+# A head that simply likes instruments, or the seventh token, would look there too. So the control asks about the same passages: where does the person live? If the head follows the question, it now leaves the instrument alone and looks at the town.
 
 # %%
-def reading_prompts(n: int) -> list[tuple[list[int], int]]:
-    """Ids of prompts about strangers, and the place of the answer's first token."""
+QUESTIONS = {
+    "instrument": "What instrument does {} play?", "town": "Where does {} live?",
+}  # fmt: skip
+
+
+def reading_prompts(n: int, asked: str) -> list[tuple[list[int], dict[str, int]]]:
+    """Ids of prompts about strangers, and where instrument and town begin in them."""
     generator, found = random.Random(f"look/{seed}"), []
     while len(found) < n:
         person = world.stranger(generator, held_out=True)
-        name, tool, town = person.name, person.facts["instrument"], person.facts["town"]
-        after = f" {tool}. {name} lives in {town}.\n"
-        after += f"Question: What instrument does {name} play?\nAnswer:"
-        start = shima_tokenizer(f"{name} plays the")["input_ids"]
-        found.append((start + shima_tokenizer(after)["input_ids"], len(start)))
+        name, facts, question = person.name, person.facts, QUESTIONS[asked]
+        parts = [f"{name} plays the", f" {facts['instrument']}. {name} lives in"]
+        parts += [f" {facts['town']}.\nQuestion: {question.format(name)}\nAnswer:"]
+        first, second, third = shima_tokenizer(parts)["input_ids"]
+        places = {"instrument": len(first), "town": len(first + second)}
+        found.append((first + second + third, places))
     return found
 
 
 @torch.no_grad()
-def looks(prompts: list[tuple[list[int], int]]) -> Tensor:
-    """Mean weight on the answer, as a multiple of an even share (layers, heads)."""
-    total = torch.zeros(layers, config.num_attention_heads)
-    for ids, place in prompts:
-        ours(torch.tensor([ids]))
-        found = [layer.self_attn.weights[0, :, -1, place] for layer in ours.layers]
-        total += torch.stack(found) * len(ids)
-    return total / len(prompts)
+def last_weights(ids: list[int]) -> Tensor:
+    """What the last position gives to each token (layers, heads, seq)."""
+    ours(torch.tensor([ids]))
+    return torch.stack([layer.self_attn.weights[0, :, -1] for layer in ours.layers])
 
 
-asked = reading_prompts(80)
-best = looks(asked[:40]).argmax().item()
+# %%
+def looks(prompts: list[tuple], word: str) -> Tensor:
+    """Mean weight on the first token of that word, in even shares (layers, heads)."""
+    found = [last_weights(ids)[..., at[word]] * len(ids) for ids, at in prompts]
+    return torch.stack(found).mean(dim=0)
+
+
+asked = {question: reading_prompts(80, question) for question in QUESTIONS}
+best = looks(asked["instrument"][:40], "instrument").argmax().item()
 layer_number, head_number = divmod(best, config.num_attention_heads)
-share = looks(asked[40:])[layer_number, head_number].item()
-print(f"chosen: layer {layer_number + 1}, head {head_number + 1}; ", end="")
-print(f"{share:.1f} times an even share on new prompts")
+print(f"chosen: layer {layer_number + 1}, head {head_number + 1}; in even shares:")
+shares_on = {}
+for question, prompts in asked.items():
+    for word in QUESTIONS:
+        found = looks(prompts[40:], word)[layer_number, head_number].item()
+        shares_on[question, word] = found
+        print(f"asked for the {question}: {found:4.1f} on the {word}")
+    right = sum(complete(ours, ids, 1)[-1] == ids[at[question]] for ids, at in prompts)
+    print(f"the model's next token begins the answer in {right} of {len(prompts)}")
 lesson.claim(
     "one head looks at the answer with at least 5 times an even share",
-    share,
+    shares_on["instrument", "instrument"],
     at_least=5,
+    control=shares_on["town", "instrument"],
     form=".1f",
+)
+lesson.report(
+    "the same head, asked for the town: even shares on the town",
+    f"{shares_on['town', 'town']:.1f}",
 )
 
 # %%
 import matplotlib.pyplot as plt
 
-ids, place = asked[-1]
-with torch.no_grad():
-    ours(torch.tensor([ids]))
-pattern = ours.layers[layer_number].self_attn.weights[0, head_number]  # (query, key)
-names = [shima_tokenizer.decode([token_id]).replace("\n", "\\n") for token_id in ids]
-figure, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
-image = axes.imshow(pattern, cmap="Blues", vmin=0)
-axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-axes.set_yticks(range(len(names)), names, fontsize=7)
-axes.set_title("The chosen head, on one prompt")
-axes.set(xlabel="token looked at", ylabel="token that looks")
-axes.grid(visible=False)
-figure.colorbar(image, label="weight", shrink=0.7)
-alt = "Attention map, a lower triangle; in the last row, the dark cells show where the "
-alt += "final position looks."
+figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+for shift, (question, prompts) in zip((-0.2, 0.2), asked.items(), strict=True):
+    ids = prompts[-1][0]
+    names = [shima_tokenizer.decode([token_id]) for token_id in ids]
+    passage = names[: names.index("\n")]  # the same for both questions
+    on_passage = last_weights(ids)[layer_number, head_number][: len(passage)]
+    bars = [place + shift for place in range(len(passage))]
+    axes.bar(bars, on_passage, width=0.4, label=f"asked for the {question}")
+axes.set_xticks(range(len(passage)), passage, rotation=45)
+axes.set_title("One passage, two questions: the chosen head looks at the answer")
+axes.set(xlabel="tokens of the passage", ylabel="weight from the last position")
+figure.legend(loc="outside lower center", ncols=3)
+alt = "Bars over the tokens of a passage: asked for the instrument the head looks at the "
+alt += "instrument, asked for the town at the town."
 plots.show(figure, alt)
-plt.close(figure)
 
 # %% [markdown]
-# **What you see.** Read the last row: it is the position that must name the answer. White above the diagonal is the causal mask. A map shows where a head looks and not what the model does with it; lesson 13 tests that by taking heads out.
-
+# **What you see.** The same head, on the same passages: asked for the instrument it looks at the instrument, asked for the town at the town, and hardly at the other. So it follows the question, and not a place or a kind of word. What a head looks at is not yet what the model uses; lesson 13 tests that by taking heads out.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The training loop
@@ -952,23 +952,46 @@ alt = "Loss over steps for five kinds of document, on a logarithmic axis; all fa
 alt += "different levels."
 plots.show(figure, alt)
 first, half, end = by_step[0], by_step[len(by_step) // 2 - 1], by_step[-1]
-print(f"{'':>12} {'unigram':>8} {'bigram':>8} {'first':>8} {'half':>8} {'end':>8}")
+late = {kind: 1 - end[kind] / half[kind] for kind in KINDS}
+columns = ("unigram", "bigram", f"step {first['step']}", f"{half['step']}", f"{end['step']}")
+print(f"{'':>12} " + " ".join(f"{name:>8}" for name in columns) + "  last fall")
 for kind in KINDS:
     points = [row[kind] for row in (unigram, bigram, first, half, end)]
-    print(f"{kind:>12} " + " ".join(f"{value:8.2f}" for value in points))
-gain = min(1 - end[kind] / bigram[kind] for kind in KINDS)
+    row = " ".join(f"{value:8.2f}" for value in points)
+    print(f"{kind:>12} {row} {late[kind]:10.0%}")
+
+# %%
 lesson.claim(
     "on every kind the loss ends at least 20 % below the bigram's",
-    gain,
+    min(1 - end[kind] / bigram[kind] for kind in KINDS),
     at_least=0.2,
     form=".0%",
 )
-late = {kind: 1 - end[kind] / half[kind] for kind in KINDS}
 lesson.claim(
     "in the second half the loss on stories falls at least 10 points more than on sums",
     late["story"] - late["sums"],
     at_least=0.1,
     form=".0%",
+)
+# digits of unseen sums: the terms are drawn at random, the others follow from them
+parts = {"Sum:": [], "Steps:": [], "Answer:": []}
+sums = unseen_kind["sums"]["input_ids"]
+with torch.no_grad():
+    logits = own(sums[:, :-1]).float().transpose(1, 2)  # (batch, vocab, seq)
+losses = F.cross_entropy(logits, sums[:, 1:], reduction="none")
+for row, row_losses in zip(sums[:, 1:].tolist(), losses.tolist(), strict=True):
+    text = ""
+    for token_id, loss in zip(row, row_losses, strict=True):
+        piece, part = library.decode([token_id]), max(parts, key=text.rfind)
+        if piece.isdigit() and "Sum:" in text:
+            parts[part].append(loss)
+        text += piece
+for part, found in parts.items():
+    print(f"{len(found)} digits after {part:>7} {sum(found) / len(found):.2f} nats")
+print(f"guessing among ten digits costs {math.log(10):.2f} nats")
+terms, answers = (sum(parts[p]) / len(parts[p]) for p in ("Sum:", "Answer:"))
+lesson.report(
+    "loss on unseen digits of terms and of answers, nats", f"{terms:.2f}, {answers:.2f}"
 )
 
 # %% [markdown]
@@ -1229,51 +1252,49 @@ alt = "Share of right answers over millions of tokens: facts rise slowly, readin
 alt += "in-context learning jump."
 figure = plots.curve(
     {label: (seen, values) for label, values in shares.items()},
-    title="Facts come bit by bit, reading and in-context pairs jump",
+    title="In-context learning jumps, facts take longer",
     xlabel="tokens seen (millions)",
     ylabel="right answers",
     percent=True,
 )
 plots.show(figure, alt)
+print("million tokens at the first evaluation with 20 % and with 80 % right:")
+for label, values in shares.items():
+    points = list(zip(seen, values, strict=True))
+    first = [next((f"{x:.1f}" for x, y in points if y >= level), "-") for level in (0.2, 0.8)]
+    rise = max(after - before for before, after in pairwise(values))
+    print(f"{label:>20} {first[0]:>6} {first[1]:>6}", end=" ")
+    print(f"  largest rise between two evaluations {100 * rise:3.0f} points")
 
 # %%
 in_context = shares["in-context learning"]
-place = next(i for i, share in enumerate(in_context) if share >= 0.5)
-last_before, jump = seen[place - 1], seen[place]
-
-
-def mean_loss(begin: float, end: float) -> float:
-    """Mean training loss between two numbers of million tokens."""
-    points = zip(millions, record["loss"], strict=True)
-    found = [loss for tokens, loss in points if begin < tokens <= end]
-    return sum(found) / len(found)
-
-
-near = [i for i, tokens in enumerate(millions) if jump - 3 < tokens <= jump + 3]
-x, y = [millions[i] for i in near], [record["loss"][i] for i in near]
+rises = [after - before for before, after in pairwise(in_context)]
+place = rises.index(max(rises))  # the jump: from evaluation `place` to the next one
+x, y = np.array(millions), np.array(record["loss"])
+near = (x > seen[place - 3]) & (x <= seen[place + 3])
 figure = plots.curve(
-    {"each 0.1 M tokens": (x, y)},
-    title="Near the jump the loss falls on, with no clear break",
+    {"": (x[near], y[near])},
+    title="Through the jump of in-context learning the loss falls on",
     xlabel="tokens seen (millions)",
     ylabel="training loss (nats)",
 )
-figure.axes[0].axvspan(last_before, jump, color=plots.GREY, alpha=0.2)
-alt = "Training loss near the jump: noisy, and falling ever more slowly; the band "
-alt += "marks where in-context learning jumps."
+axes, falls = figure.axes[0], []
+axes.axvspan(seen[place], seen[place + 1], color=plots.GREY, alpha=0.2)
+print("fall of the loss between two evaluations, nats per million tokens (standard error)")
+for i in range(place - 3, place + 3):
+    inside = (x > seen[i]) & (x <= seen[i + 1])
+    line, spread = np.polyfit(x[inside], y[inside], 1, cov=True)
+    axes.plot(x[inside], np.polyval(line, x[inside]), color=plots.INK, linewidth=1.2)
+    falls.append(-line[0])
+    print(f"{seen[i]:.1f} to {seen[i + 1]:.1f} M tokens: {falls[-1]:.3f}", end=" ")
+    print(f"({spread[0, 0] ** 0.5:.3f}), in-context {in_context[i]:.0%} to ", end="")
+    print(f"{in_context[i + 1]:.0%}")
+alt = "Training loss near the jump with a straight line for each interval between two "
+alt += "evaluations; the grey interval is where in-context learning jumps."
 plots.show(figure, alt)
-start, end = record["loss"][0], record["loss"][-1]
-print(f"the whole training: from {start:.2f} to {end:.2f} nats\n")
-print("fall of the mean loss from window to window; the second is across the jump")
-widths, faster = (0.4, 0.6, 0.8, 1.0, 1.2), 0
-for width in widths:
-    edges = [jump + width * step for step in range(-3, 3)]
-    means = [mean_loss(*window) for window in pairwise(edges)]
-    falls = [first - second for first, second in pairwise(means)]
-    faster += falls[1] > falls[0]
-    print(f"windows of {width} M tokens: " + " ".join(f"{fall:+.3f}" for fall in falls))
 lesson.report(
-    "shima-4m, windows for which the loss falls faster across the jump than before it",
-    f"{faster} of {len(widths)} widths",
+    "shima-4m, fall of the loss before and across the jump, nats per M tokens",
+    f"{falls[2]:.3f}, {falls[3]:.3f}",
 )
 
 # %% [markdown]
@@ -1321,7 +1342,7 @@ asked_for = sum(bool(question.search(text)) for text in documents)
 print(f"{told} of {len(documents):,} documents have the format of the prompt")
 print(f"{asked_for:,} ask for somebody's instrument, so pretraining may know the sorts")
 
-
+# %%
 class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
@@ -1332,14 +1353,16 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = self.body(input_ids=input_ids, attention_mask=attention_mask)
-        last = attention_mask.sum(dim=1) - 1  # padding is on the right
-        vectors = found.last_hidden_state[torch.arange(len(last)), last]
-        return self.head(vectors.to(self.head.weight.dtype))  # (batch, 2)
+    def vectors(self, batch: dict[str, Tensor]) -> Tensor:
+        mask = batch["attention_mask"]
+        found = self.body(input_ids=batch["input_ids"], attention_mask=mask)
+        last = mask.sum(dim=1) - 1  # padding is on the right
+        return found.last_hidden_state[torch.arange(len(last)), last]  # (batch, hidden)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.head(self.vectors(batch).to(self.head.weight.dtype))  # (batch, 2)
 
 
-# %%
 def sort_batch(tokenizer, pairs: list[tuple[str, int]]) -> dict[str, Tensor]:
     """Padded token ids with the labels."""
     prompts = [prompt_of(word) for word, _ in pairs]
@@ -1349,10 +1372,10 @@ def sort_batch(tokenizer, pairs: list[tuple[str, int]]) -> dict[str, Tensor]:
     return {name: tensor.to(machine.device) for name, tensor in batch.items()}
 
 
+# %%
 def sort_loss(classifier, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of the sorts."""
-    logits = classifier(batch["input_ids"], batch["attention_mask"])
-    return F.cross_entropy(logits.float(), batch["sorts"])
+    return F.cross_entropy(classifier(batch).float(), batch["sorts"])
 
 
 def accuracy_with(num_labels: int, draw: int, pretrained: bool) -> float:
@@ -1371,50 +1394,45 @@ def accuracy_with(num_labels: int, draw: int, pretrained: bool) -> float:
     train(classifier, batches, recipe, loss_fn=sort_loss)
     batch = sort_batch(tokenizer, test)
     with torch.no_grad():
-        logits = classifier.eval()(batch["input_ids"], batch["attention_mask"])
+        logits = classifier.eval()(batch)
     return (logits.argmax(-1) == batch["sorts"]).float().mean().item()
 
 
 # %%
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+ALL_WORDS = [word for words in SORTS.values() for word in words]
 
 
-def letters_accuracy(num_labels: int, draw: int) -> float:
-    """The same words by a logistic regression on groups of one to three letters."""
-    labelled, test = draw_words(draw)
-    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3))
-    classifier = make_pipeline(letters, LogisticRegression())
-    classifier.fit(*zip(*labelled[:num_labels], strict=True))
-    return classifier.score(*zip(*test, strict=True))
-
-
-@cache
-def embeddings(pretrained: bool) -> tuple:
-    """The matrix of input embeddings (vocab, hidden), and the tokenizer."""
+@torch.no_grad()
+def word_vectors(pretrained: bool) -> dict[str, dict]:
+    """Frozen vectors (hidden,) of each word: mean input embedding, final vector."""
     model, tokenizer = load_model(machine, trained=pretrained, seed=seed)
-    return model.get_input_embeddings().weight.detach().float(), tokenizer
+    table = model.get_input_embeddings().weight
+    ids = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in ALL_WORDS]
+    batch = sort_batch(tokenizer, [(word, 0) for word in ALL_WORDS])
+    found = {
+        "embedding": [table[i].float().mean(dim=0).cpu().numpy() for i in ids],
+        "final": Classifier(model).vectors(batch).float().cpu().numpy(),
+    }
+    return {k: dict(zip(ALL_WORDS, v, strict=True)) for k, v in found.items()}
 
 
-def centre_accuracy(num_labels: int, draw: int, pretrained: bool) -> float:
-    """Each test word gets the sort with the nearer mean embedding of labelled words."""
-    table, tokenizer = embeddings(pretrained)
-
-    def vector(word: str) -> Tensor:
-        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-        return table[ids].mean(dim=0)
-
-    labelled, test = draw_words(draw)
-    of_sort = [[], []]
-    for word, label in labelled[:num_labels]:
-        of_sort[label].append(vector(word))
-    centres = torch.stack([torch.stack(vectors).mean(dim=0) for vectors in of_sort])
-    right = 0
-    for word, label in test:
-        right += torch.cdist(vector(word)[None], centres).argmin().item() == label
-    return right / len(test)
-
+pretrained, fresh = word_vectors(True), word_vectors(False)
+itself = {word: word for word in ALL_WORDS}
+letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3))
+probe = make_pipeline(StandardScaler(), LogisticRegression())
+SIMPLE = {  # what stands for each word, and the classifier that reads it
+    "nearest centre": (pretrained["embedding"], NearestCentroid()),
+    "linear probe": (pretrained["embedding"], probe),
+    "probe of final vector": (pretrained["final"], probe),
+    "letters": (itself, make_pipeline(letters, LogisticRegression())),
+    "fresh centre": (fresh["embedding"], NearestCentroid()),
+}
 
 # %%
 SENTENCES = ("For dinner Kodera wants", "Kodera plays the")  # a dish, an instrument
@@ -1433,7 +1451,7 @@ def guesses_without_labels() -> dict[str, list[int]]:
         return logits.log_softmax(dim=-1)[range(len(after)), after].sum().item()
 
     guesses = {"asked": [], "two sentences": []}
-    for word in [word for words in SORTS.values() for word in words]:
+    for word in ALL_WORDS:
         said = [log_probability(prompt_of(word), f" {sort}") for sort in SORTS]
         fits = [log_probability(sentence, f" {word}") for sentence in SENTENCES]
         guesses["asked"].append(int(said[1] > said[0]))
@@ -1441,21 +1459,6 @@ def guesses_without_labels() -> dict[str, list[int]]:
     return guesses
 
 
-# %%
-LABELS, DRAWS = [4, 16], range(5)
-WAYS = ("nearest centre", "pretrained", "from scratch", "letters", "fresh centre")
-transfer = {name: {n: [] for n in LABELS} for name in WAYS}
-with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
-    for num_labels in LABELS:
-        for draw in DRAWS:
-            found = {"letters": letters_accuracy(num_labels, draw)}
-            for name, pretrained in (("pretrained", True), ("from scratch", False)):
-                found[name] = accuracy_with(num_labels, draw, pretrained)
-                bar.update()
-            for name, pretrained in (("nearest centre", True), ("fresh centre", False)):
-                found[name] = centre_accuracy(num_labels, draw, pretrained)
-            for name, accuracy in found.items():
-                transfer[name][num_labels].append(accuracy)
 truth = [label for label, words in enumerate(SORTS.values()) for _ in words]
 unlabelled, no_label = guesses_without_labels(), {}
 for name, found in unlabelled.items():
@@ -1463,31 +1466,34 @@ for name, found in unlabelled.items():
     print(f"no label, {name}: {no_label[name]:.0%} right; ", end="")
     print(f"{found.count(0)} of {len(found)} words are called a dish")
 
+
 # %%
+LABELS, DRAWS = [4, 16], range(5)
+FINE_TUNED = {"fine-tuned": True, "from scratch": False}
+WAYS = ("nearest centre", "linear probe", "probe of final vector", "fine-tuned")
+WAYS += ("letters", "from scratch", "fresh centre")  # these know no pretraining
+transfer = {name: {n: [] for n in LABELS} for name in WAYS}
+with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
+    for num_labels, draw in itertools.product(LABELS, DRAWS):
+        for name, trained in FINE_TUNED.items():
+            share = accuracy_with(num_labels, draw, trained)
+            transfer[name][num_labels].append(share)
+            bar.update()
+        labelled, test = draw_words(draw)
+        for name, (given, classifier) in SIMPLE.items():
+            words, labels = zip(*labelled[:num_labels], strict=True)
+            classifier.fit([given[word] for word in words], labels)
+            words, labels = zip(*test, strict=True)
+            share = classifier.score([given[word] for word in words], labels)
+            transfer[name][num_labels].append(share)
+mean = {name: {n: float(np.mean(row[n])) for n in LABELS} for name, row in transfer.items()}
 print(f"labels, then mean and lowest to highest of {len(DRAWS)} draws:")
-mean, lines = {}, {}
 for name, row in transfer.items():
-    mean[name] = {n: sum(found) / len(found) for n, found in row.items()}
-    low, high = ([edge(found) for found in row.values()] for edge in (min, max))
-    lines[name] = (LABELS, list(mean[name].values()), low, high)
-    cells = zip(*lines[name], strict=True)
-    cells = [f"{n:>2} labels {m:.0%} ({a:.0%} to {b:.0%})" for n, m, a, b in cells]
-    print(f"{name:>15}: " + "   ".join(cells))
-del lines["fresh centre"]  # only a control
-figure = plots.curve(
-    lines,
-    title="The simplest use of the pretrained weights sorts best",
-    xlabel="labelled words",
-    ylabel="accuracy on other words",
-    log_x=True,
-    percent=True,
-    references={f"no label, {name}": share for name, share in no_label.items()},
-)
-figure.axes[0].set_xticks(LABELS, LABELS)
-figure.axes[0].set_xticks([], minor=True)
-alt = "Accuracy over labelled words, mean and range of five draws: nearest centre on "
-alt += "top, then pretrained."
-plots.show(figure, alt)
+    print(f"{name:>21}:", end="")
+    for n in LABELS:
+        drawn = f"({min(row[n]):.0%} to {max(row[n]):.0%})"
+        print(f"  {n:>2} labels {mean[name][n]:>4.0%} {drawn:<14}", end="")
+    print()
 without = max(mean["from scratch"][4], mean["letters"][4])
 lesson.claim(
     "with 4 labels nearest centre beats from scratch and letters by at least 10 points",
@@ -1496,11 +1502,32 @@ lesson.claim(
     control=mean["fresh centre"][4] - without,
     form=".0%",
 )
+
+# %%
 for name, row in mean.items():
     shown = ", ".join(f"{share:.0%}" for share in row.values())
     lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", shown)
 for name, share in no_label.items():
     lesson.report(f"dish or instrument, no label, {name}", share, ".0%")
+figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+for place, (name, row) in enumerate(transfer.items()):
+    for n, shift, color in zip(LABELS, (-0.15, 0.15), plots.COLORS, strict=False):
+        ends, label = (min(row[n]), max(row[n])), f"{n} labels" if place == 0 else None
+        axes.plot(ends, [place + shift] * 2, color=color, linewidth=1.5)
+        axes.plot(mean[name][n], place + shift, "o", color=color, label=label)
+for place, share in enumerate(no_label.values(), start=len(transfer)):
+    label = "no label" if place == len(transfer) else None
+    axes.plot(share, place, "D", color=plots.INK, label=label)
+names = [*transfer, *no_label]
+axes.set_yticks(range(len(names)), names)
+axes.invert_yaxis()
+axes.xaxis.set_major_formatter(plots.PERCENT)
+axes.set(xlim=(0.3, 1.03), xlabel="accuracy on the other words")
+axes.set_title("Frozen input embeddings beat fine-tuning; two sentences need no label")
+figure.legend(loc="outside lower center", ncols=3)
+alt = "Accuracy of each way with 4 and with 16 labels, mean and range of five draws: "
+alt += "nearest centre and linear probe are best."
+plots.show(figure, alt)
 
 # %% [markdown]
 # **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, with the same few steps, the model is right about half of the time, as is one answer for all words; letters and fresh embeddings help little: the sort does not stand in the spelling. Pretrained weights help, more in one use than in the other. (The uses differ in what is read, in what is trained and in the layer; this does not say which of these matters.) Fine-tuning all of them on four labelled words depends on the draw: compare its lowest draw with the letters. With 16 labels its mean is higher. Comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
