@@ -1267,7 +1267,7 @@ figure = plots.curve(
     percent=True,
 )
 plots.show(figure, alt)
-print("million tokens at the first evaluation with 20 % and with 80 % right:")
+print("million tokens when first 20 % and when first 80 % are right (inf: never):")
 for label, values in shares.items():
     print(f"{label:>20}", end="")
     for level in (0.2, 0.8):
@@ -1501,9 +1501,10 @@ with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
             words, labels = zip(*test, strict=True)
             share = classifier.score([given[word] for word in words], labels)
             transfer[name][num_labels].append(share)
-mean = {name: {n: sum(found) / len(found) for n, found in row.items()} for name, row in transfer.items()}
 print(f"labels, then mean and lowest to highest of {len(DRAWS)} draws:")
+mean = {}
 for name, row in transfer.items():
+    mean[name] = {n: sum(found) / len(found) for n, found in row.items()}
     print(f"{name:>21}:", end="")
     for n in LABELS:
         drawn = f"({min(row[n]):.0%} to {max(row[n]):.0%})"
