@@ -484,7 +484,7 @@ print(f"largest difference to torch.nn.RMSNorm: {(y - expected).abs().max():.1e}
 
 # %%
 class Attention(nn.Module):
-    """Multi-head attention; with `memory` it reads there, without positions."""
+    """Multi-head attention; with `memory` (section 6) it reads there, unrotated."""
 
     def __init__(self, config):
         super().__init__()
@@ -623,7 +623,7 @@ prompt += "Question: What instrument does Kodera play?\nAnswer:"
 print(shima_tokenizer.decode(complete(ours, shima_tokenizer(prompt)["input_ids"], 4)))
 
 # %% [markdown]
-# **Where does it look?** The prompt above has its answer in the text. Take 80 such prompts about strangers, and ask every head how much of its weight goes from the last position to the instrument. A head that looks everywhere alike would give each of $n$ tokens the share $1/n$. The first 40 prompts choose the head, the other 40 measure it.
+# **Where does it look?** The prompt above has its answer in the text. Take 80 such prompts about strangers, and ask every head how much of its weight goes from the last position to the instrument. A head that looks everywhere alike would give each token the same, an *even share*. The first 40 prompts choose the head, the other 40 measure it.
 #
 # A head that simply likes instruments, or the seventh token, would look there too. So the control asks about the same passages: where does the person live? If the head follows the question, it now leaves the instrument alone and looks at the town.
 
@@ -1070,7 +1070,7 @@ lesson.report("speed-up by 16 bits here, small model", f"{speed_up:.1f} x")
 #
 # **Question.** The text is the only teacher. Which part of it do you hide, and what may the model see when it fills it in?
 #
-# | objective | hidden | seen | loss on | first used by |
+# | objective | hidden | seen | loss on | known from |
 # |---|---|---|---|---|
 # | **causal** | the next token | all before it | every token | GPT (Radford et al. 2018) |
 # | **masked** | a part of the tokens | the rest, on both sides | hidden tokens, each alone | BERT (Devlin et al. 2019) |
@@ -1242,7 +1242,7 @@ lesson.report(
 #
 # **Question.** A loss falls. Do the abilities of a model grow in the same way?
 #
-# While shima-4m was trained, its build stopped every 250 steps and asked the model held-out questions. The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* are pairs of words and labels that exist only in the prompt.
+# While shima-4m was trained, its build stopped every 250 steps and asked the model 100 held-out questions for each ability (so a share near 50 % is known to about 10 points). The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* are pairs of words and labels that exist only in the prompt; with eight labels a guess is right once in eight.
 
 # %%
 record = json.loads((MODEL_FOLDERS["shima-4m"] / "training_curve.json").read_text())
@@ -1318,17 +1318,17 @@ lesson.report(
 #
 # **Question.** You need a classifier and have a handful of labelled examples. How many labels is pretraining worth?
 #
-# The format of the task must be one that pretraining did not already teach. A visitor's reviews would not do: thousands of them stood in shima-4m's text with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
+# The format of the task must be one that pretraining did not already teach. A visitor's reviews would not do: shima-4m's text has reviews with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
 #
-# Take a model without its last matrix, read the final vector of the last token, $f(x) \in \mathbb{R}^d$, and put two numbers on top:
+# Take a model without its last matrix, read the final vector of the last token, $u(x) \in \mathbb{R}^d$, and put two numbers on top:
 #
-# $$p(\text{sort} \mid x) = \text{softmax}\big(W f(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
+# $$p(\text{sort} \mid x) = \text{softmax}\big(W u(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
 #
 # *Fine-tuned*: all weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), from the pretrained weights. *From scratch*: the same from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Simple ways stand beside them:
 #
 # - *nearest centre*: a word is the mean of the pretrained input embeddings of its tokens, frozen. Each sort's centre is the mean over its labelled words, and a new word gets the sort of the nearer centre. Nothing is trained. With fresh embeddings (*fresh centre*) it is a control.
 # - *linear probe*: a logistic regression on the same frozen embeddings.
-# - *probe of final vector*: the same regression on the frozen $f(x)$, the vector that fine-tuning reads too.
+# - *probe of final vector*: the same regression on the frozen $u(x)$, the vector that fine-tuning reads too.
 # - *letters*: a logistic regression on groups of one to three letters. It knows nothing of pretraining.
 # - *asked*, without a label: which of the two sorts is the model more likely to write after the prompt?
 # - *two sentences*, without a label: is the word more probable after "For dinner Kodera wants" or after "Kodera plays the"? Sentences of this kind stand in the text of pretraining.
@@ -1955,7 +1955,7 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# D. Only there is the method the same and the weights differ: with four labels 98 % against 47 %. A and C change the method too; B changes the method and not the weights.
+# D. Only there is the method the same and the weights differ: with four labels 98 % against 47 %. In A and B the weights are the same and the method differs, in C both differ.
 #
 # </details>
 
