@@ -10,21 +10,23 @@
 # **You will**
 #
 # 1. write a byte-level tokenizer that learns the same merges as `tokenizers`, in the same order;
-# 2. write a Llama in about 100 lines that computes the same logits as `LlamaForCausalLM` from the same weights;
-# 3. write the training loop, with AdamW, warm-up, clipping and mixed precision, and see it give the same losses as the course's loop;
-# 4. train a small model of your own, read what it writes before and after, and see its loss for each kind of document;
+# 2. write a Llama in about 100 lines that computes the same scores of the next token (*logits*) as `LlamaForCausalLM` from the same weights;
+# 3. write the training loop, with AdamW, warm-up and clipping, and see it give the same losses as the course's loop;
+# 4. train a small model of your own, read what it writes before and after, and see its loss for each kind of document and each part of a sum;
 # 5. compare three ways of hiding text from a model, one of them with a true encoder and decoder, and a control that counts fewer tokens;
-# 6. measure what pretraining saves on a task that it never saw: accuracy with a few labelled examples, five draws of labels, beside simple baselines.
+# 6. measure what pretraining saves on a task that it never saw: accuracy with a few labelled examples, five draws of labels, beside a linear probe and simple ways without training.
 #
 # **Prerequisites:** lesson 01, and PyTorch tensors.
 #
-# **The data** is text about *Shima*, an island made up by a seeded generator, so no model has ever read about it. **The base model** is *shima-4m*, a small Llama pretrained on such text, which comes with the course. Sections 3 to 6 train small models from scratch, the same on every machine. Section 8 and "In practice" use the model of your profile: shima-4m on a CPU, an open hub model on a GPU.
+# **The data** is text about *Shima*, an island made up by a seeded generator, so no model has ever read about it. **The base model** is *shima-4m*, a small Llama pretrained on such text, which comes with the course. Sections 3 to 6 train small models from scratch, the same on every machine. Section 8 and "In practice" use the model of your profile: shima-4m on a CPU, an open hub model on a GPU. **What is claimed:** `lesson.equal` prints the difference of two computations that must agree, `lesson.claim` a number with the bound that it must keep, `lesson.report` keeps a number for the table at the end. A *control* is the same number where the thing said is not so.
 #
 # | symbol | meaning |
 # |---|---|
 # | $x_1 \dots x_T$ | a text as token ids, $T$ tokens long (`seq` in the comments) |
 # | $V$ | number of tokens in the vocabulary (`vocab`) |
 # | $d$, $h$, $L$ | width of a token's vector (`hidden`), attention heads, layers |
+# | $d_h$, $f$ | width of a head, $d/h$; inner width of the feed-forward network (`inner`) |
+# | $m$, $n$ | positions in the text: $m$ looks, $n$ is looked at |
 # | $\theta$, $\eta$ | all weights of a model, the learning rate |
 
 # %% tags=["setup"]
@@ -59,6 +61,7 @@ budget = 1.0  # share of all training steps; claims are asserted from 1.0 on
 
 # %%
 import inspect
+import itertools
 import json
 import math
 import random
@@ -69,6 +72,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from itertools import islice, pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +98,6 @@ SETTINGS = {
 }
 settings = SETTINGS[machine.name]
 
-# %%
 world = World(0)
 documents = list(islice(world.documents(seed), 4000))
 held_out = list(islice(world.documents(seed + 1), 400))
@@ -109,17 +112,17 @@ for kind in ("description", "mapping", "story"):
 #
 # **Question.** A network computes with vectors, and it has one vector for each entry of a finite list. What should be on the list? The 256 bytes can write everything, but a text is then long. Whole words make a text short, but no list of words is complete.
 #
-# **Byte-pair encoding** (Sennrich et al. 2016) lies in between. Start with the bytes. Count all pairs of neighbours in the corpus, join the most frequent pair into a new token, and repeat until the list is as long as you want:
+# **Byte-pair encoding** (Sennrich et al. 2016) lies in between. Start with the bytes. Count all pairs of neighbours in the corpus, join the most frequent pair into a new token, and repeat until the list is as long as you want.
+#
+# Merges must not cross word boundaries, or `dog.` and `dog,` would become tokens of their own. So the text is first cut into *pieces*: a word with the space before it, a run of signs, a run of white space, a single digit. Digits stay alone: a number has one token per digit. With $a$ and $b$ for tokens, $w$ for pieces, the pair to join is
 #
 # $$(a^*, b^*) = \arg\max_{(a,b)} \sum_{w} n_w \, c_w(a, b)$$
 #
 # $n_w$ is how often piece $w$ of text occurs in the corpus, $c_w(a,b)$ how often token $b$ follows token $a$ in it. On a tie the pair with the smaller ids wins.
 #
-# Merges must not cross word boundaries, or `dog.` and `dog,` would become tokens of their own. So the text is first cut into *pieces*: a word with the space before it, a run of signs, a run of white space, a single digit. Digits stay alone so that a number has one token per digit, which makes sums learnable.
-#
 # The ids are a convention: special tokens first, then the bytes in GPT-2's order (printable ones first), then the merges as they are learned.
 #
-# Counting all pairs again after every merge would take several times as long. But a merge changes only the pieces that contain the pair, so it is enough to keep the counts, and for each pair the set of pieces where it occurs.
+# Counting all pairs again after every merge is not needed. A merge changes only the pieces that contain the pair, so it is enough to keep the counts, and for each pair the set of pieces where it occurs.
 
 # %%
 # GPT-2's pattern, for text without digits
@@ -209,7 +212,7 @@ for first, last in ((0, 10), (len(merges) - 10, len(merges))):
 # %% [markdown]
 # The first merges build short frequent pieces, and soon the word that every question has; most of the last ones are pieces of names.
 #
-# **The library.** `tokenizers` (in Rust; most models on the Hugging Face hub use it) trains the same algorithm. Give it the same texts, and compare all merges, in order.
+# **The library.** `tokenizers` (in Rust) trains the same algorithm. Give it the same texts, and compare all merges, in order.
 #
 # **Encoding** a new text applies the merges in the order in which they were learned: of all pairs in the piece, join the one that was learned first, until no pair is in the list. (The longest match would be another tokenizer.)
 #
@@ -324,7 +327,7 @@ lesson.claim(
 
 
 # %% [markdown]
-# **What you see.** The first few hundred merges buy most of the compression. Later ones are rare words, and each costs one more row of $d$ weights. The tokenizer of Shima makes longer tokens on Shima, the tokenizer of Python source makes longer ones on Python source: a tokenizer fits the text that it was trained on. Other text costs more tokens, thus more time and money.
+# **What you see.** Each merge costs one more row of $d$ weights, and the blue line bends: the first 496 merges (to 768 tokens) bring more than the other 1,280. In this run the tokenizer of Shima makes tokens of 3.11 bytes on Shima and of 1.48 on Python source; the tokenizer of Python source makes them 1.78 and 2.76 bytes long. So a tokenizer fits the text that it was trained on. Text of another kind costs more tokens, thus more time.
 
 # %% [markdown] tags=["core"]
 # ## 2 · The model
@@ -335,7 +338,7 @@ lesson.claim(
 #
 # $$x \leftarrow x + \text{Attention}(\text{Norm}(x)), \qquad x \leftarrow x + \text{FeedForward}(\text{Norm}(x))$$
 #
-# At the end the vectors are compared with the embedding of every token: $\text{logits} = \text{Norm}(x)\, E^\top$, with the same matrix $E$ (`vocab, hidden`) that turned ids into vectors at the start (*tied* embeddings).
+# Norm keeps the numbers in range; its formula comes below. At the end the vectors are compared with the embedding of every token: $\text{logits} = \text{Norm}(x)\, E^\top$, with the same matrix $E$ (`vocab, hidden`) that turned ids into vectors at the start (*tied* embeddings).
 #
 # Attention comes first: it is the only part in which one token learns of another.
 #
@@ -343,7 +346,7 @@ lesson.claim(
 #
 # $$\text{Attention}(Q, K, V) = \text{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_h}} + M\right) V, \qquad M_{mn} = \begin{cases} 0 & \text{if } m \text{ may look at } n\\ -\infty & \text{else}\end{cases}$$
 #
-# $d_h$ is the width of a query. $\sqrt{d_h}$ keeps the variance of the scores at 1 when queries and keys have variance 1. With the *causal* mask a position sees itself and what stands before it, so that no position sees the token it has to predict.
+# The rows of $Q$, $K$ and $V$ are the queries, keys and values of all positions. $\sqrt{d_h}$ keeps the variance of the scores at 1 when queries and keys have variance 1. $M$ is the *mask*: adding $-\infty$ makes a weight zero. With the *causal* mask a position sees itself and what stands before it, so that no position sees the token it has to predict.
 
 # %%
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple:
@@ -401,13 +404,15 @@ lesson.equal(
 # %% [markdown]
 # **What you see.** The last position gets the same vector for every order of the text before it. One layer of attention reads a bag of tokens. "The dog bites the man" and "the man bites the dog" would be the same to it.
 # %% [markdown]
-# **Rotary positions** (RoPE, Su et al. 2021) put the place into the comparison. RoPE turns each pair of coordinates by an angle that grows with the position. Take one pair as a complex number; position $m$ turns it by $m\omega$:
+# **Rotary positions** (RoPE, Su et al. 2021) put the place into the comparison. RoPE turns each pair of coordinates by an angle that grows with the position. Take one pair as a complex number; position $m$ turns a query by $m\omega$, position $n$ a key by $n\omega$. The product of two pairs is the real part of one times the other's conjugate (the bar):
 #
 # $$\tilde q = q\, e^{i m \omega}, \quad \tilde k = k\, e^{i n \omega}, \qquad \text{Re}(\tilde q\, \overline{\tilde k}) = \text{Re}\big(q\,\overline{k}\; e^{i (m - n)\omega}\big)$$
 #
-# So the score depends on $m$ and $n$ only through their difference: what is learned about "three tokens back" holds everywhere in the text. With head width $d_h$, pair $j$ has the frequency $\omega_j = \theta_0^{-2j/d_h}$ with $\theta_0$ = 10,000 or more: the first pairs tell near positions apart, the last ones far ones. In real numbers, with coordinate $j$ paired with $j + d_h/2$ as Llama does it:
+# So the score depends on $m$ and $n$ only through their difference: what is learned about "three tokens back" holds everywhere in the text. Pair $j$ has the frequency $\omega_j = b^{-2j/d_h}$ with a base $b$ of 10,000 or more: the first pairs turn fast and tell near positions apart, the last ones turn slowly. In real numbers, with coordinate $j$ paired with $j + d_h/2$ as Llama does it:
 #
 # $$\tilde q_j = q_j \cos m\omega_j - q_{j+d_h/2} \sin m\omega_j, \qquad \tilde q_{j+d_h/2} = q_{j+d_h/2} \cos m\omega_j + q_j \sin m\omega_j$$
+#
+# The cell below turns a query and a key at eight places, always 3 tokens apart, and then shuffles the text again.
 
 # %%
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, ...]:
@@ -425,46 +430,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-# %%
-def rope_score(query: Tensor, key: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
-    """Dot products of a query and a key (head_dim,), turned to these positions (n,)."""
-    vectors = ((query, query_at), (key, key_at))
-    turned = [rotate(x, *rotary_angles(at, len(x), 10_000.0)) for x, at in vectors]
-    return (turned[0] * turned[1]).sum(-1)
-
 
 query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
-starts, distances = torch.arange(0, 400, 50), torch.arange(200)
-scores = rope_score(query, key, starts + 3, starts)
+starts = torch.arange(0, 400, 50)  # the key stands here, the query 3 tokens later
+query = rotate(query, *rotary_angles(starts + 3, 64, 10_000.0))  # (8, 64)
+scores = (query * rotate(key, *rotary_angles(starts, 64, 10_000.0))).sum(-1)
 printed = " ".join(f"{value:.4f}" for value in scores.tolist())
 print("query 3 tokens after the key, both moved along by 50:", printed)
 assert scores.max() - scores.min() < 1e-3
-unit = torch.ones(64) / 8  # a vector of length 1
-equal_scores = rope_score(unit, unit, distances, torch.zeros_like(distances))
-alt = "Score of equal vectors over distance: highest at 0, lower and wavy far away."
-figure = plots.curve(
-    {"equal vectors": (distances.tolist(), equal_scores.tolist())},
-    title="Two equal vectors under RoPE: best at distance 0",
-    xlabel="distance between query and key (tokens)",
-    ylabel="score",
-    alt=alt,
-)
-plots.show(figure, alt)
-
-
-# %% [markdown]
-# **What you see.** Two equal vectors score highest at distance 0; further away the score is lower on the whole, with large waves. For other pairs of vectors it looks different: the projections can learn to prefer other distances. Now shuffle again.
-
-# %%
 with_positions = change_by_order(toy, turn=True)
 changes = f"{without_positions:.1e} without positions, {with_positions:.2f} with RoPE"
 print("change at the last position:", changes)
 lesson.report("change at the last position by another order, with RoPE", with_positions)
 
 # %% [markdown]
+# **What you see.** The first line: all eight scores are the same, for only the distance of 3 counts. The second: the order of the text before it now changes what the last position gets.
+
+# %% [markdown]
 # **Heads.** A layer has $h$ heads, each with its own queries, keys and values of width $d_h = d/h$. Their results stand side by side and go through one more matrix.
 #
-# **RMSNorm** (Zhang & Sennrich 2019) keeps the numbers in range: it divides a vector by its root mean square and multiplies each coordinate by a learned weight $g$. Unlike LayerNorm it subtracts no mean and adds no bias.
+# **RMSNorm** (Zhang & Sennrich 2019) is the Norm of the formula above: it divides a vector by its root mean square and multiplies each coordinate by a learned weight $g$ ($\odot$ multiplies coordinate by coordinate, $\epsilon$ is a tiny number against division by zero). Unlike LayerNorm it subtracts no mean and adds no bias.
 #
 # $$\text{RMSNorm}(x) = g \odot \frac{x}{\sqrt{\tfrac{1}{d}\sum_i x_i^2 + \epsilon}}$$
 #
@@ -472,7 +457,7 @@ lesson.report("change at the last position by another order, with RoPE", with_po
 #
 # $$\text{FeedForward}(x) = \big(\text{SiLU}(x W_g) \odot x W_u\big) W_d, \qquad \text{SiLU}(z) = \frac{z}{1 + e^{-z}}$$
 #
-# It has three matrices instead of the two of the original transformer, so its inner width is usually about $\tfrac{8}{3} d$ instead of $4d$, which costs the same.
+# $W_g$ and $W_u$ have the shape $d \times f$, $W_d$ has $f \times d$. These are three matrices instead of the two of the original transformer, so $f$ is usually about $\tfrac{8}{3} d$ instead of $4d$, which costs the same.
 
 # %%
 class RMSNorm(nn.Module):
@@ -499,7 +484,7 @@ print(f"largest difference to torch.nn.RMSNorm: {(y - expected).abs().max():.1e}
 
 # %%
 class Attention(nn.Module):
-    """Multi-head attention; with `memory` it reads there, without positions."""
+    """Multi-head attention; with `memory` (section 6) it reads there, unrotated."""
 
     def __init__(self, config):
         super().__init__()
@@ -582,7 +567,7 @@ class Transformer(nn.Module):
 
 
 # %% [markdown]
-# **Parameters.** Count them by hand before you ask the library. Attention has four matrices of $d \times d$, SwiGLU three of $d \times f$ with inner width $f$, each layer two norms of $d$, and there is one norm at the end:
+# **Parameters.** Count them by hand before you ask the library. Attention has four matrices of $d \times d$, SwiGLU three of $d \times f$, each layer two norms of $d$, and there is one norm at the end:
 #
 # $$N = V d + L\,(4 d^2 + 3 d f + 2 d) + d$$
 #
@@ -638,70 +623,89 @@ prompt += "Question: What instrument does Kodera play?\nAnswer:"
 print(shima_tokenizer.decode(complete(ours, shima_tokenizer(prompt)["input_ids"], 4)))
 
 # %% [markdown]
-# **Where does it look?** The prompt above has its answer in the text. Take 80 such prompts about strangers, and ask every head how much of its weight goes from the last position to the answer in the passage. The first 40 prompts choose the head, the other 40 measure it. A head that looks everywhere alike would give each of $n$ tokens the share $1/n$.
+# **Where does it look?** The prompt above has its answer in the text. Take 80 such prompts about strangers, and ask every head how much of its weight goes from the last position to the instrument. A head that looks everywhere alike would give each token the same, an *even share*. The first 40 prompts choose the head, the other 40 measure it.
+#
+# A head that simply likes instruments, or the seventh token, would look there too. So the control asks about the same passages: where does the person live? If the head follows the question, it now leaves the instrument alone and looks at the town.
 
 # %%
-def reading_prompts(n: int) -> list[tuple[list[int], int]]:
-    """Ids of prompts about strangers, and the place of the answer's first token."""
+QUESTIONS = {
+    "instrument": "What instrument does {} play?", "town": "Where does {} live?",
+}  # fmt: skip
+
+
+def reading_prompts(n: int, asked: str) -> list[tuple[list[int], dict[str, int]]]:
+    """Ids of prompts about strangers, and where instrument and town begin in them."""
     generator, found = random.Random(f"look/{seed}"), []
     while len(found) < n:
         person = world.stranger(generator, held_out=True)
-        name, tool, town = person.name, person.facts["instrument"], person.facts["town"]
-        after = f" {tool}. {name} lives in {town}.\n"
-        after += f"Question: What instrument does {name} play?\nAnswer:"
-        start = shima_tokenizer(f"{name} plays the")["input_ids"]
-        found.append((start + shima_tokenizer(after)["input_ids"], len(start)))
+        name, facts, question = person.name, person.facts, QUESTIONS[asked]
+        parts = [f"{name} plays the", f" {facts['instrument']}. {name} lives in"]
+        parts += [f" {facts['town']}.\nQuestion: {question.format(name)}\nAnswer:"]
+        first, second, third = shima_tokenizer(parts)["input_ids"]
+        places = {"instrument": len(first), "town": len(first + second)}
+        found.append((first + second + third, places))
     return found
 
 
 @torch.no_grad()
-def looks(prompts: list[tuple[list[int], int]]) -> Tensor:
-    """Mean weight on the answer, as a multiple of an even share (layers, heads)."""
-    total = torch.zeros(layers, config.num_attention_heads)
-    for ids, place in prompts:
-        ours(torch.tensor([ids]))
-        found = [layer.self_attn.weights[0, :, -1, place] for layer in ours.layers]
-        total += torch.stack(found) * len(ids)
-    return total / len(prompts)
+def last_weights(ids: list[int]) -> Tensor:
+    """What the last position gives to each token (layers, heads, seq)."""
+    ours(torch.tensor([ids]))
+    return torch.stack([layer.self_attn.weights[0, :, -1] for layer in ours.layers])
 
 
-asked = reading_prompts(80)
-best = looks(asked[:40]).argmax().item()
+# %%
+def looks(prompts: list[tuple], word: str) -> Tensor:
+    """Mean weight on the first token of that word, in even shares (layers, heads)."""
+    found = [last_weights(ids)[..., at[word]] * len(ids) for ids, at in prompts]
+    return torch.stack(found).mean(dim=0)
+
+
+asked = {question: reading_prompts(80, question) for question in QUESTIONS}
+best = looks(asked["instrument"][:40], "instrument").argmax().item()
 layer_number, head_number = divmod(best, config.num_attention_heads)
-share = looks(asked[40:])[layer_number, head_number].item()
-print(f"chosen: layer {layer_number + 1}, head {head_number + 1}; ", end="")
-print(f"{share:.1f} times an even share on new prompts")
+print(f"chosen: layer {layer_number + 1}, head {head_number + 1}; in even shares:")
+shares_on = {}
+for question, prompts in asked.items():
+    for word in QUESTIONS:
+        found = looks(prompts[40:], word)[layer_number, head_number].item()
+        shares_on[question, word] = found
+        print(f"asked for the {question}: {found:4.1f} on the {word}")
+    right = sum(complete(ours, ids, 1)[-1] == ids[at[question]] for ids, at in prompts)
+    print(f"the model's next token begins the answer in {right} of {len(prompts)}")
 lesson.claim(
     "one head looks at the answer with at least 5 times an even share",
-    share,
+    shares_on["instrument", "instrument"],
     at_least=5,
+    control=shares_on["town", "instrument"],
     form=".1f",
+)
+lesson.report(
+    "the same head, asked for the town: even shares on the town",
+    f"{shares_on['town', 'town']:.1f}",
 )
 
 # %%
 import matplotlib.pyplot as plt
 
-ids, place = asked[-1]
-with torch.no_grad():
-    ours(torch.tensor([ids]))
-pattern = ours.layers[layer_number].self_attn.weights[0, head_number]  # (query, key)
-names = [shima_tokenizer.decode([token_id]).replace("\n", "\\n") for token_id in ids]
-figure, axes = plt.subplots(figsize=(7, 6.4), layout="constrained")
-image = axes.imshow(pattern, cmap="Blues", vmin=0)
-axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-axes.set_yticks(range(len(names)), names, fontsize=7)
-axes.set_title("The chosen head, on one prompt")
-axes.set(xlabel="token looked at", ylabel="token that looks")
-axes.grid(visible=False)
-figure.colorbar(image, label="weight", shrink=0.7)
-alt = "Attention map, a lower triangle; in the last row, the dark cells show where the "
-alt += "final position looks."
+figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+for shift, (question, prompts) in zip((-0.2, 0.2), asked.items(), strict=True):
+    ids = prompts[-1][0]
+    names = [shima_tokenizer.decode([token_id]) for token_id in ids]
+    passage = names[: names.index("\n")]  # the same for both questions
+    on_passage = last_weights(ids)[layer_number, head_number][: len(passage)]
+    bars = [place + shift for place in range(len(passage))]
+    axes.bar(bars, on_passage, width=0.4, label=f"asked for the {question}")
+axes.set_xticks(range(len(passage)), passage, rotation=45)
+axes.set_title("One passage, two questions: the chosen head looks at the answer")
+axes.set(xlabel="tokens of the passage", ylabel="weight from the last position")
+figure.legend(loc="outside lower center", ncols=3)
+alt = "Bars over the tokens of a passage: asked for the instrument the head looks at "
+alt += "the instrument, asked for the town at the town."
 plots.show(figure, alt)
-plt.close(figure)
 
 # %% [markdown]
-# **What you see.** Read the last row: it is the position that must name the answer. White above the diagonal is the causal mask. A map shows where a head looks and not what the model does with it; lesson 13 tests that by taking heads out.
-
+# **What you see.** The same head, on the same passages: asked for the instrument it looks at the instrument, asked for the town at the town, and hardly at the other. So it follows the question, and not a place or a kind of word. What a head looks at is not yet what the model uses; lesson 13 tests that by taking heads out.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The training loop
@@ -712,14 +716,14 @@ plt.close(figure)
 #
 # $$\mathcal{L}(\theta) = -\frac{1}{T-1} \sum_{t=1}^{T-1} \log p_\theta(x_{t+1} \mid x_1 \dots x_t)$$
 #
-# **AdamW** (Kingma & Ba 2015; Loshchilov & Hutter 2019) keeps two running means for every weight, of its gradient $g_t$ and of the gradient's square, corrects both for having started at zero, and moves the weight by their ratio. The decay with strength $\lambda$ acts on the weight itself and not through the gradient; that is what the W stands for.
+# **AdamW** (Kingma & Ba 2015; Loshchilov & Hutter 2019) keeps two running means for every weight, of its gradient $g_t$ and of the gradient's square, corrects both for having started at zero, and moves the weight by the first mean over the root of the second. $\beta_1$ and $\beta_2$ say how slowly the means forget. The decay with strength $\lambda$ acts on the weight itself and not through the gradient; that is what the W stands for.
 #
 # $$m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2$$
 # $$\theta_t = (1 - \eta\lambda)\,\theta_{t-1} - \eta\, \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon}$$
 #
 # **The schedule** multiplies the learning rate: up in a straight line for the first steps, while $v$ still rests on few gradients, then down along half a cosine to a tenth of the peak. **Clipping** shortens the whole gradient when its norm exceeds 1, so that one odd batch cannot throw the weights far away.
 #
-# Both fit into the loop. It takes rows of token ids, and every row is input and target at once: position $t$ predicts the token at $t+1$.
+# All of this fits into one loop. It takes rows of token ids, and every row is input and target at once: position $t$ predicts the token at $t+1$.
 #
 # The three cells below hold the update; the schedule, the clipping and the loop; and a test of all three against PyTorch, with random gradients that are sometimes large, so that clipping has something to do.
 
@@ -952,34 +956,59 @@ alt = "Loss over steps for five kinds of document, on a logarithmic axis; all fa
 alt += "different levels."
 plots.show(figure, alt)
 first, half, end = by_step[0], by_step[len(by_step) // 2 - 1], by_step[-1]
-print(f"{'':>12} {'unigram':>8} {'bigram':>8} {'first':>8} {'half':>8} {'end':>8}")
+late = {kind: 1 - end[kind] / half[kind] for kind in KINDS}
+columns = ["unigram", "bigram"]
+columns += [f"step {entry['step']}" for entry in (first, half, end)]
+print(f"{'':>12} " + " ".join(f"{name:>8}" for name in columns) + "  last fall")
 for kind in KINDS:
     points = [row[kind] for row in (unigram, bigram, first, half, end)]
-    print(f"{kind:>12} " + " ".join(f"{value:8.2f}" for value in points))
-gain = min(1 - end[kind] / bigram[kind] for kind in KINDS)
+    row = " ".join(f"{value:8.2f}" for value in points)
+    print(f"{kind:>12} {row} {late[kind]:10.0%}")
+
+# %%
 lesson.claim(
     "on every kind the loss ends at least 20 % below the bigram's",
-    gain,
+    min(1 - end[kind] / bigram[kind] for kind in KINDS),
     at_least=0.2,
     form=".0%",
 )
-late = {kind: 1 - end[kind] / half[kind] for kind in KINDS}
 lesson.claim(
     "in the second half the loss on stories falls at least 10 points more than on sums",
     late["story"] - late["sums"],
     at_least=0.1,
     form=".0%",
 )
+# digits of unseen sums: the terms are drawn at random, the others follow from them
+parts = {"Sum:": [], "Steps:": [], "Answer:": []}
+sums = unseen_kind["sums"]["input_ids"]
+with torch.no_grad():
+    logits = own(sums[:, :-1]).float().transpose(1, 2)  # (batch, vocab, seq)
+losses = F.cross_entropy(logits, sums[:, 1:], reduction="none")
+for row, row_losses in zip(sums[:, 1:].tolist(), losses.tolist(), strict=True):
+    text = ""
+    for token_id, loss in zip(row, row_losses, strict=True):
+        piece, part = library.decode([token_id]), max(parts, key=text.rfind)
+        if piece.isdigit() and "Sum:" in text:
+            parts[part].append(loss)
+        text += piece
+for part, found in parts.items():
+    print(f"{len(found)} digits after {part:>7} {sum(found) / len(found):.2f} nats")
+print(f"guessing among ten digits costs {math.log(10):.2f} nats")
+terms, answers = (sum(parts[p]) / len(parts[p]) for p in ("Sum:", "Answer:"))
+lesson.report(
+    "loss on unseen digits of terms and of answers, nats",
+    f"{terms:.2f}, {answers:.2f}",
+)
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards judge the form and the content apart. Form: are there whole words, lines of sums, pairs that end in a colour? Content: add up a sum, and look which colour `drum` had before. The average loss mixes these curves. Sums fall fast at first and little later: the numbers that are to be added are drawn at random, and no model can foresee them; the results could be foreseen, so check them in the samples. Stories go on falling; a part of that may be memory of people and phrases that the training text has too. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards, in this run, there are words, lines of sums, and pairs that end in a colour: the form is learned. The content is not: $12 + 72 + 93 + 35$ is 212 and not 165, and `drum` was white before and becomes green. The average loss mixes the five curves. In the second half (the last column) the loss on stories falls by about 40 %, on descriptions and mappings by about a third, on repeats by 17 % and on sums by 13 %. A part of the fall on stories may be memory of people and phrases that the training text has too. On sums the digits tell more: the terms are drawn at random, so no model can bring their loss to zero, and 2.31 nats are what guessing among ten digits costs. An answer follows from its terms, so the 1.99 nats that are left there are something that this model has not learned. So ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
 #
 # *Further: no core section needs this one.*
 #
-# Matrix products in 16 bits take half the memory traffic and run on faster units. But a 16-bit number is either short of digits or short of range:
+# Matrix products in 16 bits take half the memory traffic, and many processors have faster units for them. But a 16-bit number is either short of digits or short of range:
 #
 # - In **bfloat16** $1 + 0.001 = 1$: a small update to a weight vanishes. So the weights and AdamW's means stay in float32, and only the products inside the model are computed in 16 bits (`torch.autocast`). That is what *mixed* means (Micikevicius et al. 2018).
 # - In **float16** a gradient of $10^{-8}$ is zero. So the loss is multiplied by a large number $s$ before the backward pass, which multiplies every gradient by $s$, and the gradients are divided by $s$ in float32 before the update. bfloat16 has float32's range and needs none of this, but a T4 has no bfloat16.
@@ -1012,7 +1041,7 @@ assert abs(gradient.mean().item() - expected) < 0.01 * expected
 
 
 # %% [markdown]
-# A `GradScaler` chooses $s$ by itself: it doubles $s$ now and then, and when a gradient became infinite it halves $s$ and skips the step. Whether 16 bits are faster depends on the processor and on the size of the model, so time both. A small model on a processor can be slower in 16 bits, because the conversions cost time too.
+# A `GradScaler` chooses $s$ by itself: it doubles $s$ now and then, and when a gradient became infinite it halves $s$ and skips the step. Whether 16 bits are faster depends on the processor and on the size of the model, so time both.
 
 # %%
 def seconds_per_step(precision: str) -> float:
@@ -1031,6 +1060,9 @@ for name, seconds in times.items():
 speed_up = times["fp32"] / times[sixteen_bit]
 lesson.report("speed-up by 16 bits here, small model", f"{speed_up:.1f} x")
 
+# %% [markdown]
+# **What you see.** The two lines hold for this machine, this model and batches of this size: each is the median of six steps. The table at the end keeps their ratio. They say nothing about the loss after a training in 16 bits, nor about a model of billions of weights.
+
 # %% [markdown] tags=["further"]
 # ## 6 · Which part of the text is hidden?
 #
@@ -1038,15 +1070,15 @@ lesson.report("speed-up by 16 bits here, small model", f"{speed_up:.1f} x")
 #
 # **Question.** The text is the only teacher. Which part of it do you hide, and what may the model see when it fills it in?
 #
-# | objective | hidden | seen | loss on | first used by |
+# | objective | hidden | seen | loss on | known from |
 # |---|---|---|---|---|
 # | **causal** | the next token | all before it | every token | GPT (Radford et al. 2018) |
 # | **masked** | a part of the tokens | the rest, on both sides | hidden tokens, each alone | BERT (Devlin et al. 2019) |
 # | **sequence-to-sequence** | the second half | all of the first half, and what is written so far | tokens of the second half | Sutskever et al. 2014, for translation |
 #
-# With $H$ for the hidden positions, $\bar H$ for the others and $m = T/2$, the three losses are
+# With $H$ for the hidden positions, $\bar H$ for the others and $c = T/2$ for the cut in the middle, the three losses are
 #
-# $$-\sum_{t} \log p(x_{t+1} \mid x_{\le t}), \qquad -\sum_{t \in H} \log p(x_t \mid x_{\bar H}), \qquad -\sum_{t > m} \log p(x_t \mid x_{\le m},\, x_{m < s < t})$$
+# $$-\sum_{t} \log p(x_{t+1} \mid x_{\le t}), \qquad -\sum_{t \in H} \log p(x_t \mid x_{\bar H}), \qquad -\sum_{t > c} \log p(x_t \mid x_{\le c},\, x_{c < s < t})$$
 #
 # The third needs two stacks of layers (Vaswani et al. 2017; T5, Raffel et al. 2020). An *encoder* reads the first half, every token sees all others. A *decoder* writes the second half from left to right. In each of its layers a **cross-attention** takes the queries from the decoder and the keys and values from the encoder's result. `Attention` can do that already: give it a `memory`.
 #
@@ -1203,14 +1235,14 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs. So the comparison says how fast the objectives start, and not which is better: masked models are trained far longer. The control, a causal model with as few targets, is behind the causal one too. The number of targets is a part of the reason; how large a part depends on when you look, as the row of shares shows. What else differs: the masked model sees both sides, and the order of its neighbours it may have to find out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
+# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs: 4.80 against 4.92 nats at the end. So the comparison says how fast the objectives start, and not which is better. The control, a causal model with as few targets, is behind the causal one too (2.84 against 1.41). The number of targets is a part of the reason; how large a part depends on when you look: the row of shares goes from 96 % down to 42 %. What else differs: the masked model sees both sides, and the order of its neighbours it may have to find out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
 #
 # **Question.** A loss falls. Do the abilities of a model grow in the same way?
 #
-# While shima-4m was trained, its build stopped every 250 steps and asked the model held-out questions. The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* are pairs of words and labels that exist only in the prompt.
+# While shima-4m was trained, its build stopped every 250 steps and asked the model 100 held-out questions for each ability (so a share near 50 % is known to about 10 points). The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* are pairs of words and labels that exist only in the prompt; with eight labels a guess is right once in eight.
 
 # %%
 record = json.loads((MODEL_FOLDERS["shima-4m"] / "training_curve.json").read_text())
@@ -1229,71 +1261,75 @@ alt = "Share of right answers over millions of tokens: facts rise slowly, readin
 alt += "in-context learning jump."
 figure = plots.curve(
     {label: (seen, values) for label, values in shares.items()},
-    title="Facts come bit by bit, reading and in-context pairs jump",
+    title="In-context learning jumps, facts take longer",
     xlabel="tokens seen (millions)",
     ylabel="right answers",
     percent=True,
 )
 plots.show(figure, alt)
+print("million tokens when first 20 % and when first 80 % are right (inf: never):")
+for label, values in shares.items():
+    print(f"{label:>20}", end="")
+    for level in (0.2, 0.8):
+        reached = (at for at, share in zip(seen, values, strict=True) if share >= level)
+        print(f" {next(reached, math.inf):6.1f}", end="")
+    rise = max(after - before for before, after in pairwise(values))
+    print(f"  largest rise between two evaluations {100 * rise:3.0f} points")
+
+# %% [markdown]
+# **What you see.** In-context learning goes from below 20 % to above 80 % between two evaluations. Reading takes 2 million tokens for the same way, sums with steps 5, frequent facts 10; rare facts are not at 80 % after 41 million. The next cell looks at the loss where in-context learning jumps. It takes the interval with the largest rise, and the three before and the two after it: the evaluations set the borders, not we. In each interval a straight line is fitted to the training loss, one value for each 0.1 million tokens.
 
 # %%
 in_context = shares["in-context learning"]
-place = next(i for i, share in enumerate(in_context) if share >= 0.5)
-last_before, jump = seen[place - 1], seen[place]
-
-
-def mean_loss(begin: float, end: float) -> float:
-    """Mean training loss between two numbers of million tokens."""
-    points = zip(millions, record["loss"], strict=True)
-    found = [loss for tokens, loss in points if begin < tokens <= end]
-    return sum(found) / len(found)
-
-
-near = [i for i, tokens in enumerate(millions) if jump - 3 < tokens <= jump + 3]
-x, y = [millions[i] for i in near], [record["loss"][i] for i in near]
+rises = [after - before for before, after in pairwise(in_context)]
+place = rises.index(max(rises))  # the jump: from evaluation `place` to the next one
+x, y = np.array(millions), np.array(record["loss"])
+near = (x > seen[place - 3]) & (x <= seen[place + 3])
 figure = plots.curve(
-    {"each 0.1 M tokens": (x, y)},
-    title="Near the jump the loss falls on, with no clear break",
+    {"": (x[near], y[near])},
+    title="Through the jump of in-context learning the loss falls on",
     xlabel="tokens seen (millions)",
     ylabel="training loss (nats)",
 )
-figure.axes[0].axvspan(last_before, jump, color=plots.GREY, alpha=0.2)
-alt = "Training loss near the jump: noisy, and falling ever more slowly; the band "
-alt += "marks where in-context learning jumps."
+axes, falls = figure.axes[0], []
+axes.axvspan(seen[place], seen[place + 1], color=plots.GREY, alpha=0.2)
+print("fall of the loss, nats per million tokens (standard error), and right answers")
+for i in range(place - 3, place + 3):
+    inside = (x > seen[i]) & (x <= seen[i + 1])
+    line, spread = np.polyfit(x[inside], y[inside], 1, cov=True)
+    axes.plot(x[inside], np.polyval(line, x[inside]), color=plots.INK, linewidth=1.2)
+    falls.append(-line[0])
+    print(f"{seen[i]:.1f} to {seen[i + 1]:.1f} M tokens: {falls[-1]:.3f}", end=" ")
+    print(f"({spread[0, 0] ** 0.5:.3f}), in-context {in_context[i]:.0%} to ", end="")
+    print(f"{in_context[i + 1]:.0%}")
+alt = "Training loss near the jump with a straight line for each interval between two "
+alt += "evaluations; the grey interval is where in-context learning jumps."
 plots.show(figure, alt)
-start, end = record["loss"][0], record["loss"][-1]
-print(f"the whole training: from {start:.2f} to {end:.2f} nats\n")
-print("fall of the mean loss from window to window; the second is across the jump")
-widths, faster = (0.4, 0.6, 0.8, 1.0, 1.2), 0
-for width in widths:
-    edges = [jump + width * step for step in range(-3, 3)]
-    means = [mean_loss(*window) for window in pairwise(edges)]
-    falls = [first - second for first, second in pairwise(means)]
-    faster += falls[1] > falls[0]
-    print(f"windows of {width} M tokens: " + " ".join(f"{fall:+.3f}" for fall in falls))
 lesson.report(
-    "shima-4m, windows for which the loss falls faster across the jump than before it",
-    f"{faster} of {len(widths)} widths",
+    "shima-4m, fall of the loss before and across the jump, nats per M tokens",
+    f"{falls[2]:.3f}, {falls[3]:.3f}",
 )
 
 # %% [markdown]
-# **What you see.** Between two evaluations (the grey band) in-context learning goes from rare to nearly always right. With short windows the loss falls there a little faster than before it, with long windows more slowly. (A wider window also compares with an earlier place, so width and place are mixed in this table.) What depends so on the choice of a window is no sign to rely on. All this is one run. One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). The labels of the in-context pairs are one token each: that jump has another reason. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
+# **What you see.** In the grey interval in-context learning goes from 11 % to 97 %. There the loss falls by 0.103 nats per million tokens, in the interval before by 0.071; with standard errors of 0.013 and 0.017 this is a hint at most, and who sees only the loss would not guess what happened. (The standard errors take the points as independent. All this is one run.) One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). The labels of the in-context pairs are one token each: that jump has another reason. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
 
 # %% [markdown] tags=["core"]
 # ## 8 · What pretraining saves
 #
 # **Question.** You need a classifier and have a handful of labelled examples. How many labels is pretraining worth?
 #
-# The format of the task must be one that pretraining did not already teach. A visitor's reviews would not do: thousands of them stood in shima-4m's text with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
+# The format of the task must be one that pretraining did not already teach. A visitor's reviews would not do: shima-4m's text has reviews with their mood, in the very format of the prompt. Here a word is given, and the answer is *dish* or *instrument*. The cell below counts, in a sample from the generator of shima-4m's text, how many documents have this format. What the text does have are sentences in which people eat and play these things.
 #
-# Take a model without its last matrix, read the final vector of the last token, $f(x) \in \mathbb{R}^d$, and put two numbers on top:
+# Take a model without its last matrix, read the final vector of the last token, $u(x) \in \mathbb{R}^d$, and put two numbers on top:
 #
-# $$p(\text{sort} \mid x) = \text{softmax}\big(W f(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
+# $$p(\text{sort} \mid x) = \text{softmax}\big(W u(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
 #
-# All weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), once from the pretrained weights, once from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Simple ways stand beside them:
+# *Fine-tuned*: all weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), from the pretrained weights. *From scratch*: the same from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Simple ways stand beside them:
 #
+# - *nearest centre*: a word is the mean of the pretrained input embeddings of its tokens, frozen. Each sort's centre is the mean over its labelled words, and a new word gets the sort of the nearer centre. Nothing is trained. With fresh embeddings (*fresh centre*) it is a control.
+# - *linear probe*: a logistic regression on the same frozen embeddings.
+# - *probe of final vector*: the same regression on the frozen $u(x)$, the vector that fine-tuning reads too.
 # - *letters*: a logistic regression on groups of one to three letters. It knows nothing of pretraining.
-# - *nearest centre*: the mean of the pretrained input embeddings of a word's tokens; each sort's centre is the mean over its labelled words, and a new word gets the sort of the nearer centre. Nothing is trained. With fresh embeddings it is a control.
 # - *asked*, without a label: which of the two sorts is the model more likely to write after the prompt?
 # - *two sentences*, without a label: is the word more probable after "For dinner Kodera wants" or after "Kodera plays the"? Sentences of this kind stand in the text of pretraining.
 
@@ -1321,7 +1357,7 @@ asked_for = sum(bool(question.search(text)) for text in documents)
 print(f"{told} of {len(documents):,} documents have the format of the prompt")
 print(f"{asked_for:,} ask for somebody's instrument, so pretraining may know the sorts")
 
-
+# %%
 class Classifier(nn.Module):
     """Two numbers from the final vector of each text's last token."""
 
@@ -1332,14 +1368,16 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = self.body(input_ids=input_ids, attention_mask=attention_mask)
-        last = attention_mask.sum(dim=1) - 1  # padding is on the right
-        vectors = found.last_hidden_state[torch.arange(len(last)), last]
-        return self.head(vectors.to(self.head.weight.dtype))  # (batch, 2)
+    def vectors(self, batch: dict[str, Tensor]) -> Tensor:
+        mask = batch["attention_mask"]
+        found = self.body(input_ids=batch["input_ids"], attention_mask=mask)
+        last = mask.sum(dim=1) - 1  # padding is on the right
+        return found.last_hidden_state[torch.arange(len(last)), last]  # (batch, hidden)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.head(self.vectors(batch).to(self.head.weight.dtype))  # (batch, 2)
 
 
-# %%
 def sort_batch(tokenizer, pairs: list[tuple[str, int]]) -> dict[str, Tensor]:
     """Padded token ids with the labels."""
     prompts = [prompt_of(word) for word, _ in pairs]
@@ -1349,10 +1387,10 @@ def sort_batch(tokenizer, pairs: list[tuple[str, int]]) -> dict[str, Tensor]:
     return {name: tensor.to(machine.device) for name, tensor in batch.items()}
 
 
+# %%
 def sort_loss(classifier, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of the sorts."""
-    logits = classifier(batch["input_ids"], batch["attention_mask"])
-    return F.cross_entropy(logits.float(), batch["sorts"])
+    return F.cross_entropy(classifier(batch).float(), batch["sorts"])
 
 
 def accuracy_with(num_labels: int, draw: int, pretrained: bool) -> float:
@@ -1371,50 +1409,45 @@ def accuracy_with(num_labels: int, draw: int, pretrained: bool) -> float:
     train(classifier, batches, recipe, loss_fn=sort_loss)
     batch = sort_batch(tokenizer, test)
     with torch.no_grad():
-        logits = classifier.eval()(batch["input_ids"], batch["attention_mask"])
+        logits = classifier.eval()(batch)
     return (logits.argmax(-1) == batch["sorts"]).float().mean().item()
 
 
 # %%
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+ALL_WORDS = [word for words in SORTS.values() for word in words]
 
 
-def letters_accuracy(num_labels: int, draw: int) -> float:
-    """The same words by a logistic regression on groups of one to three letters."""
-    labelled, test = draw_words(draw)
-    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3))
-    classifier = make_pipeline(letters, LogisticRegression())
-    classifier.fit(*zip(*labelled[:num_labels], strict=True))
-    return classifier.score(*zip(*test, strict=True))
-
-
-@cache
-def embeddings(pretrained: bool) -> tuple:
-    """The matrix of input embeddings (vocab, hidden), and the tokenizer."""
+@torch.no_grad()
+def word_vectors(pretrained: bool) -> dict[str, dict]:
+    """Frozen vectors (hidden,) of each word: mean input embedding, final vector."""
     model, tokenizer = load_model(machine, trained=pretrained, seed=seed)
-    return model.get_input_embeddings().weight.detach().float(), tokenizer
+    table = model.get_input_embeddings().weight
+    ids = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in ALL_WORDS]
+    batch = sort_batch(tokenizer, [(word, 0) for word in ALL_WORDS])
+    found = {
+        "embedding": [table[i].float().mean(dim=0).cpu().numpy() for i in ids],
+        "final": Classifier(model).vectors(batch).float().cpu().numpy(),
+    }
+    return {k: dict(zip(ALL_WORDS, v, strict=True)) for k, v in found.items()}
 
 
-def centre_accuracy(num_labels: int, draw: int, pretrained: bool) -> float:
-    """Each test word gets the sort with the nearer mean embedding of labelled words."""
-    table, tokenizer = embeddings(pretrained)
-
-    def vector(word: str) -> Tensor:
-        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-        return table[ids].mean(dim=0)
-
-    labelled, test = draw_words(draw)
-    of_sort = [[], []]
-    for word, label in labelled[:num_labels]:
-        of_sort[label].append(vector(word))
-    centres = torch.stack([torch.stack(vectors).mean(dim=0) for vectors in of_sort])
-    right = 0
-    for word, label in test:
-        right += torch.cdist(vector(word)[None], centres).argmin().item() == label
-    return right / len(test)
-
+pretrained, fresh = word_vectors(True), word_vectors(False)
+itself = {word: word for word in ALL_WORDS}
+letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 3))
+probe = make_pipeline(StandardScaler(), LogisticRegression())
+SIMPLE = {  # what stands for each word, and the classifier that reads it
+    "nearest centre": (pretrained["embedding"], NearestCentroid()),
+    "linear probe": (pretrained["embedding"], probe),
+    "probe of final vector": (pretrained["final"], probe),
+    "letters": (itself, make_pipeline(letters, LogisticRegression())),
+    "fresh centre": (fresh["embedding"], NearestCentroid()),
+}
 
 # %%
 SENTENCES = ("For dinner Kodera wants", "Kodera plays the")  # a dish, an instrument
@@ -1433,7 +1466,7 @@ def guesses_without_labels() -> dict[str, list[int]]:
         return logits.log_softmax(dim=-1)[range(len(after)), after].sum().item()
 
     guesses = {"asked": [], "two sentences": []}
-    for word in [word for words in SORTS.values() for word in words]:
+    for word in ALL_WORDS:
         said = [log_probability(prompt_of(word), f" {sort}") for sort in SORTS]
         fits = [log_probability(sentence, f" {word}") for sentence in SENTENCES]
         guesses["asked"].append(int(said[1] > said[0]))
@@ -1441,21 +1474,6 @@ def guesses_without_labels() -> dict[str, list[int]]:
     return guesses
 
 
-# %%
-LABELS, DRAWS = [4, 16], range(5)
-WAYS = ("nearest centre", "pretrained", "from scratch", "letters", "fresh centre")
-transfer = {name: {n: [] for n in LABELS} for name in WAYS}
-with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
-    for num_labels in LABELS:
-        for draw in DRAWS:
-            found = {"letters": letters_accuracy(num_labels, draw)}
-            for name, pretrained in (("pretrained", True), ("from scratch", False)):
-                found[name] = accuracy_with(num_labels, draw, pretrained)
-                bar.update()
-            for name, pretrained in (("nearest centre", True), ("fresh centre", False)):
-                found[name] = centre_accuracy(num_labels, draw, pretrained)
-            for name, accuracy in found.items():
-                transfer[name][num_labels].append(accuracy)
 truth = [label for label, words in enumerate(SORTS.values()) for _ in words]
 unlabelled, no_label = guesses_without_labels(), {}
 for name, found in unlabelled.items():
@@ -1463,31 +1481,35 @@ for name, found in unlabelled.items():
     print(f"no label, {name}: {no_label[name]:.0%} right; ", end="")
     print(f"{found.count(0)} of {len(found)} words are called a dish")
 
+
 # %%
+LABELS, DRAWS = [4, 16], range(5)
+FINE_TUNED = {"fine-tuned": True, "from scratch": False}
+WAYS = ("nearest centre", "linear probe", "probe of final vector", "fine-tuned")
+WAYS += ("letters", "from scratch", "fresh centre")  # these know no pretraining
+transfer = {name: {n: [] for n in LABELS} for name in WAYS}
+with tqdm(total=2 * len(LABELS) * len(DRAWS), desc="fine-tunings") as bar:
+    for num_labels, draw in itertools.product(LABELS, DRAWS):
+        for name, trained in FINE_TUNED.items():
+            share = accuracy_with(num_labels, draw, trained)
+            transfer[name][num_labels].append(share)
+            bar.update()
+        labelled, test = draw_words(draw)
+        for name, (given, classifier) in SIMPLE.items():
+            words, labels = zip(*labelled[:num_labels], strict=True)
+            classifier.fit([given[word] for word in words], labels)
+            words, labels = zip(*test, strict=True)
+            share = classifier.score([given[word] for word in words], labels)
+            transfer[name][num_labels].append(share)
 print(f"labels, then mean and lowest to highest of {len(DRAWS)} draws:")
-mean, lines = {}, {}
+mean = {}
 for name, row in transfer.items():
     mean[name] = {n: sum(found) / len(found) for n, found in row.items()}
-    low, high = ([edge(found) for found in row.values()] for edge in (min, max))
-    lines[name] = (LABELS, list(mean[name].values()), low, high)
-    cells = zip(*lines[name], strict=True)
-    cells = [f"{n:>2} labels {m:.0%} ({a:.0%} to {b:.0%})" for n, m, a, b in cells]
-    print(f"{name:>15}: " + "   ".join(cells))
-del lines["fresh centre"]  # only a control
-figure = plots.curve(
-    lines,
-    title="The simplest use of the pretrained weights sorts best",
-    xlabel="labelled words",
-    ylabel="accuracy on other words",
-    log_x=True,
-    percent=True,
-    references={f"no label, {name}": share for name, share in no_label.items()},
-)
-figure.axes[0].set_xticks(LABELS, LABELS)
-figure.axes[0].set_xticks([], minor=True)
-alt = "Accuracy over labelled words, mean and range of five draws: nearest centre on "
-alt += "top, then pretrained."
-plots.show(figure, alt)
+    print(f"{name:>21}:", end="")
+    for n in LABELS:
+        drawn = f"({min(row[n]):.0%} to {max(row[n]):.0%})"
+        print(f"  {n:>2} labels {mean[name][n]:>4.0%} {drawn:<14}", end="")
+    print()
 without = max(mean["from scratch"][4], mean["letters"][4])
 lesson.claim(
     "with 4 labels nearest centre beats from scratch and letters by at least 10 points",
@@ -1496,16 +1518,39 @@ lesson.claim(
     control=mean["fresh centre"][4] - without,
     form=".0%",
 )
+
+# %%
 for name, row in mean.items():
     shown = ", ".join(f"{share:.0%}" for share in row.values())
     lesson.report(f"dish or instrument, {name}, with 4 and 16 labels", shown)
 for name, share in no_label.items():
     lesson.report(f"dish or instrument, no label, {name}", share, ".0%")
+figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+for place, (name, row) in enumerate(transfer.items()):
+    for n, shift, color in zip(LABELS, (-0.15, 0.15), plots.COLORS, strict=False):
+        ends, label = (min(row[n]), max(row[n])), f"{n} labels" if place == 0 else None
+        axes.plot(ends, [place + shift] * 2, color=color, linewidth=1.5)
+        axes.plot(mean[name][n], place + shift, "o", color=color, label=label)
+for place, share in enumerate(no_label.values(), start=len(transfer)):
+    label = "no label" if place == len(transfer) else None
+    axes.plot(share, place, "D", color=plots.INK, label=label)
+names = [*transfer, *no_label]
+axes.set_yticks(range(len(names)), names)
+axes.invert_yaxis()
+axes.xaxis.set_major_formatter(plots.PERCENT)
+axes.set(xlim=(0.2, 1.03), xlabel="accuracy on words without a label")
+axes.set_title("Frozen input embeddings beat fine-tuning; two sentences need no label")
+figure.legend(loc="outside lower center", ncols=3)
+alt = "Accuracy of each way with 4 and with 16 labels, mean and range of five draws: "
+alt += "nearest centre and linear probe are best."
+plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The shaded bands are the lowest and the highest of five draws of labels: with very few labels the draw matters much. From scratch, with the same few steps, the model is right about half of the time, as is one answer for all words; letters and fresh embeddings help little: the sort does not stand in the spelling. Pretrained weights help, more in one use than in the other. (The uses differ in what is read, in what is trained and in the layer; this does not say which of these matters.) Fine-tuning all of them on four labelled words depends on the draw: compare its lowest draw with the letters. With 16 labels its mean is higher. Comparing a few embeddings, without any training, needs fewer labels. And the model knows both sorts before the first label. *Asked* in a format that it never read, it gives nearly every word the same answer. Given two sentences of the kind that it did read, it tells dishes from instruments.
+# **What you see.** The lines are the lowest and the highest of five draws of labels. From scratch, with the same few steps, the model is right about half of the time, as is one answer for all words; letters and fresh embeddings help little: the sort does not stand in the spelling. On the frozen embeddings four labels are enough: nearest centre and linear probe are both at 98 %, and the method hardly matters. What is read matters: the same probe on the final vector is at 69 %, 29 points lower. Fine-tuning reads that vector too, and trains all weights besides. In this run it is no better for it: 66 % with four labels against 69 % for the frozen probe, and 77 % against 89 % with sixteen, with one learning rate and few steps. (The final vector is made to predict the next token after the prompt, a format that the model never read.)
 #
-# So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first: they say whether a task is new to the model. This one is not. All the words stood in the text of pretraining, with sentences that tell their use; with words that it never read the gain would be smaller.
+# And the model knows both sorts before the first label. *Asked* in a format that it never read, it calls all 48 words a dish. Given two sentences of the kind that it did read, it tells all dishes from all instruments.
+#
+# So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first: they say whether a task is new to the model. This one is not. All the words stood in the text of pretraining, with sentences that tell their use; this lesson does not measure words that it never read.
 
 # %% [markdown]
 # ## 9 · Exercises
@@ -1868,7 +1913,7 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# C. Its pairs of bytes were rare in the training text, so few merges apply. Section 1 saw the same with Python source, and the order turned round with the other tokenizer.
+# C. Its pairs of bytes were rare in the training text, so few merges apply. Section 1 saw the same: the tokenizer of Shima made tokens of 3.11 bytes on Shima and of 1.48 on Python source.
 #
 # </details>
 
@@ -1882,49 +1927,49 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# A. The weighted average is the same for every order of what it averages. The mask tells the last position how many tokens there are, and not their order.
+# A. The weighted average is the same for every order of what it averages: section 2 shuffled the text, and the result changed by 1.2e-07. The mask tells the last position how many tokens there are, and not their order.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **3. In the figure "Each kind of document has its own curve", the kind *sums* hardly falls any further. What follows?**
+# **3. In the figure "Each kind of document has its own curve", what would a single curve, the average of the five, have hidden?**
 #
-# - A. The model has learned everything about this kind.
-# - B. The learning rate is too low for all kinds.
-# - C. What is left of its loss is either chance in the text or something that the model has not learned to use; the curve alone does not say which.
-# - D. This kind should be taken out of the training text.
+# - A. That the loss on repeats rises towards the end.
+# - B. That sums have the lowest loss at the first evaluation and stories at the last.
+# - C. That mappings and descriptions end far apart.
+# - D. That sums fall more than stories in the second half.
 #
 # <details><summary>Answer</summary>
 #
-# C. The numbers of a sum are drawn at random, and no model can foresee them. But the result follows from them, and there the model is still wrong. A loss contains both.
+# B. At the first evaluation sums are at 2.33 nats and stories at 4.69, at the end sums at 1.10 and stories at 0.93. A: repeats fall from 3.11 to 2.57 in the second half. C: 1.44 and 1.43. D: 13 % against about 40 %.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **4. In the figure on labels, the dashed line "no label, two sentences" is the highest. What follows for a model that gets 99 % with 16 labels?**
+# **4. In the figure on labels, which two rows show that it is pretraining, and not the method, that makes *nearest centre* good?**
 #
-# - A. It learned the two sorts from the 16 labels.
-# - B. It may have known the two sorts before the first label, so the 99 % do not show what labels taught it.
-# - C. Its test words were among the labelled ones.
-# - D. It would get the same with fresh weights.
+# - A. *nearest centre* and *fine-tuned*.
+# - B. *nearest centre* and *linear probe*.
+# - C. *nearest centre* and *letters*.
+# - D. *nearest centre* and *fresh centre*.
 #
 # <details><summary>Answer</summary>
 #
-# B. Compare with what the model can do without labels, asked in its own language. A is what one would say without that line. C is false by construction, and D by the line from scratch.
+# D. Only there is the method the same and the weights differ: with four labels 98 % against 47 %. In A and B the weights are the same and the method differs, in C both differ.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **5. Why does AdamW divide the two running means by $1-\beta^t$?**
+# **5. AdamW's mean of squares starts at zero, and $\beta_2 = 0.95$. The first gradient is $g$. What would the mean be after this step without the correction?**
 #
-# - A. To shorten gradients that are too long.
-# - B. To lower the learning rate during the training.
-# - C. To keep the weights small.
-# - D. Because both start at zero and are too small in the first steps.
+# - A. $0.95\,g^2$
+# - B. $0.05\,g^2$
+# - C. $g^2$
+# - D. 0
 #
 # <details><summary>Answer</summary>
 #
-# D. After $t$ steps the weights of the mean sum to $1-\beta^t$ and not to 1. A is clipping, B the schedule, C the decay.
+# B. $v_1 = 0.95 \cdot 0 + 0.05\,g^2$. Dividing by $1 - 0.95^1 = 0.05$ gives $g^2$. Without it the root would be too small by a factor of 4.5.
 #
 # </details>
 
@@ -1939,7 +1984,7 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Nobody writes the model and the loop again for each run. With `transformers` the profile's model is loaded, and trained further on new text, in a few lines. This is *continued pretraining*: the same objective, other text, here with a somewhat lower learning rate. Here the text is Shima's medicine, which shima-4m has never read (and no hub model either). Watch the loss on the new text, and on text of the old kind.
+# Nobody writes the model and the loop again for each run. With `transformers` the profile's model is loaded, and trained further on new text, in a few lines. This is *continued pretraining*: the same objective, other text. Here the text is Shima's medicine, which shima-4m has never read (and no hub model either). Watch the loss on the new text, and on text of the old kind.
 
 # %%
 from datasets import Dataset
@@ -1989,7 +2034,7 @@ chance = math.log(len(tokenizer))
 print(f"guessing all tokens alike would cost {chance:.2f} nats")
 
 # %% [markdown]
-# Before, the model is worse on the new text than guessing all tokens alike: it gives the right tokens less than an even share. Afterwards the old text has suffered: the model forgets. Lesson 14 measures that and its remedy, to mix old text in.
+# Before, the model is worse on the new text than guessing all tokens alike (9.19 against 7.34 nats): it gives the right tokens less than an even share. Afterwards the new text costs 2.33 nats, and the old text has suffered, from 0.87 to 2.04: the model forgets. Lesson 14 measures that and its remedy, to mix old text in.
 #
 # **What is different at scale**
 #
