@@ -22,6 +22,7 @@ QUANTITIES = {
     "polite": "polite",
 }
 PRICES = (0.0, 0.2)
+ANSWERS = "beta 0, the worst run's first answers"
 
 
 def number(text: str) -> float:
@@ -29,8 +30,8 @@ def number(text: str) -> float:
     return round(float(text.strip(" %")) / (100 if "%" in text else 1), 4)
 
 
-def hard_runs(claims: list[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """One row a training run: its seed, price of KL and number, and what was measured on the exam."""
+def hard_runs(claims: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table: one row a training run, with what was measured on the exam, and a few answers of each seed."""
     reported = {claim["statement"]: claim["values"] for claim in claims}
     rows = []
     for beta in PRICES:
@@ -39,14 +40,22 @@ def hard_runs(claims: list[Mapping[str, Any]]) -> list[dict[str, float]]:
             columns = {key: map(number, values[seed].split("/")) for key, values in texts.items()}
             for run, values in enumerate(zip(*columns.values(), strict=True), start=1):
                 rows.append({"seed": int(seed), "beta": beta, "run": run} | dict(zip(columns, values, strict=True)))
-    return rows
+    answers = {
+        seed: json.loads(texts) for seed, texts in sorted(reported[ANSWERS].items(), key=lambda item: int(item[0]))
+    }
+    return {"origin": ORIGIN, "answers": answers, "runs": rows}
+
+
+def write(table: Mapping[str, Any]) -> None:
+    """Write the table, one run a line."""
+    runs = ",\n".join(f"    {json.dumps(row)}" for row in table["runs"])
+    head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in ("origin", "answers"))
+    write_atomically(TABLE, f'{{\n{head},\n  "runs": [\n{runs}\n  ]\n}}\n')
 
 
 def main() -> None:
-    """Write the table."""
-    rows = hard_runs(json.loads(LEDGER.read_text(encoding="utf-8"))["lessons"]["08_rlhf"]["claims"])
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-    write_atomically(TABLE, f'{{\n  "origin": {json.dumps(ORIGIN)},\n  "runs": [\n{lines}\n  ]\n}}\n')
+    """Make the table of the ledger."""
+    write(hard_runs(json.loads(LEDGER.read_text(encoding="utf-8"))["lessons"]["08_rlhf"]["claims"]))
 
 
 if __name__ == "__main__":

@@ -1071,9 +1071,11 @@ for beta in PRICES:
         three = " / ".join(f"{row[key]:{form}}" for row in ours if row["beta"] == beta)
         lesson.report(f"{names[beta]}, three runs on the exam: {what}", three)
 worst = min((row for row in ours if row["beta"] == 0), key=lambda row: row["true"])
+texts = finals[f"{names[0.0]}, run {worst['run']}"][1].texts[:4]
 print(f"answers of run {worst['run']}, the worst of those without a price:")
-for question, text in list(zip(exam, finals[f"{names[0.0]}, run {worst['run']}"][1].texts, strict=True))[:4]:
+for question, text in zip(exam, texts, strict=False):
     print(f"{question.prompt} -> {text!r}")
+lesson.report("beta 0, the worst run's first answers", json.dumps(texts))
 
 # %% [markdown]
 # **What you see.** The left panel is all that a project sees. The right panel judges the same answers by the truth; a band is the range of three runs, and a point the mean of few new questions. So read the exam. *Proxy gained* is the small reward model's score on it, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are well-formed, though most of them answer another question: form has improved, and truth hardly. And the runs with a price have moved nearly as far as those without.
@@ -1081,8 +1083,8 @@ for question, text in list(zip(exam, finals[f"{names[0.0]}, run {worst['run']}"]
 # **One seed is one case.** All six runs share an SFT policy and a reward model. The same cells were therefore run with the seeds 0 to 4. Their numbers are in `data/hard_runs.json`, which `recipes/hard_runs.py` takes from the course's ledger; the next cell prints them with yours, and the figure shows all runs.
 
 # %%
-others = json.loads((ROOT / "data" / "hard_runs.json").read_text(encoding="utf-8"))["runs"]
-every = ours + [row for row in others if row["seed"] != seed]
+kept = json.loads((ROOT / "data" / "hard_runs.json").read_text(encoding="utf-8"))
+every = ours + [row for row in kept["runs"] if row["seed"] != seed]
 rows = {}
 for at in sorted({row["seed"] for row in every}):
     for beta in PRICES:
@@ -1092,6 +1094,9 @@ for at in sorted({row["seed"] for row in every}):
         ]
 show_table(rows, [what for what, _ in QUANTITIES.values()])
 fooled = {beta: [row["proxy"] > 0 > row["true"] for row in every if row["beta"] == beta] for beta in PRICES}
+for at, said in kept["answers"].items():
+    if int(at) != seed:
+        print(f"seed {at}, answers of the worst run at beta 0: " + "  ".join(map(repr, said[:3])))
 for beta, found in fooled.items():
     print(f"{names[beta]}: reward model above SFT and truth below it in {sum(found)} of {len(found)} runs")
 
