@@ -322,7 +322,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right (an answer of two words counts as wrong, too), and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other. Note that the shares are not those of the demonstrations: half of these are polite, and far more of its answers are.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, some are two words (which count as wrong, too), and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other, and in this run they cancel. The policy does not copy the demonstrators' shares: half of the demonstrations open politely, and in this run nine of ten answers.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -333,7 +333,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by people. Equal answers are dropped. The first half matters: a reward model that has never seen the policy's own slips does not know what they are worth.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by people. Equal answers are dropped. The first half is there because the policy makes slips that people do not make; only these pairs show them.
 
 # %%
 NOISE = 0.5
@@ -573,7 +573,7 @@ axes.set_ylim(0)
 plots.show(figure)
 
 # %% [markdown]
-# **What you see.** A bad baseline is never wrong, only loud. The best one here is near the mean reward. The last printed line shows why this matters with a learned reward: its zero is arbitrary. Add 10 to all rewards, and without a baseline the estimate drowns in noise, though nothing about the answers has changed.
+# **What you see.** A bad baseline is never wrong, only loud. The best one here is near the mean reward: it takes the standard deviation from 1.89 to 0.48. The last printed line shows why this matters with a learned reward: its zero is arbitrary. Add 10 to all rewards, and without a baseline the standard deviation is 10.08, though nothing about the answers has changed.
 #
 # **From four answers to all texts.** An answer is a chain of tokens, and $\log \pi_\theta(y \mid x) = \sum_t \log \pi_\theta(y_t \mid x, y_{<t})$. One forward pass gives the log-probabilities of all tokens. A *value head*, which section 5 needs, reads the same hidden states.
 
@@ -694,7 +694,7 @@ plots.show(two_panels({"REINFORCE": [reinforced]}, "REINFORCE: what the reward m
            "Two panels over the iterations of REINFORCE: the reward model's score, and the true reward.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Both lines jump, since each point is the mean of 32 answers to four new questions; in this run both end above their start. A project sees the reward model's line only. The two scales are not the same, because a reward model has an arbitrary unit: compare directions, not heights.
+# **What you see.** Both lines jump, since each point is the mean of 32 answers to four new questions; in this run both end above their start. A project sees the left panel only. The two scales are not the same, because a reward model has an arbitrary unit: compare directions, not heights.
 
 # %% [markdown] tags=["core"]
 # ## 4 · RLOO and GRPO: the other answers are the baseline
@@ -757,7 +757,7 @@ for name, found in gradients.items():
     lesson.report(f"spread of the gradient over questions, {name}", spread, ".3g")
 
 # %% [markdown]
-# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it: that is the reason for a baseline that you can always give. In this run they are quieter than both. In this run RLOO is no quieter than the batch mean; its factor $\frac{8}{7}$ has a part in that. On eight questions a baseline for each question buys nothing that can be measured; it should where questions differ much in their rewards.
+# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it, and in this run they are quieter than both. RLOO is no quieter than the batch mean here: a baseline for each question buys nothing that eight questions can show. Its factor $\frac{8}{7}$ alone makes it louder by a seventh.
 #
 # **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference. The price is on the KL divergence, how far the policy has moved, in nats; it is 0 for the reference itself:
 #
@@ -817,7 +817,7 @@ print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:
 lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
 
 # %% [markdown]
-# **What you see.** In this run all four beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. The cosine says that its first step goes mostly, not wholly, where GRPO's goes; a difference that small would need many training seeds to be seen. All saw the same number of answers.
+# **What you see.** In this run all four beat the SFT policy, and the columns tell how: hardly an answer of two words or with an idle sentence is left. The reward model does not know the names; *right* has risen because an answer is right only as a sentence. REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. The cosine says that its first gradient points mostly, not wholly, where GRPO's does. All saw the same number of answers.
 
 # %% [markdown] tags=["core"]
 # ## 5 · PPO: use a batch more than once
@@ -961,9 +961,9 @@ for name, column in {
 show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
 
 # %% [markdown]
-# **What you see.** After two passes over a batch some tokens have moved by more than 20 %; those that moved in the wanted direction get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
+# **What you see.** At the last of the four updates of a batch a few tokens in a hundred have changed by more than 20 %. Those that moved in the wanted direction are clipped, and get no more push; the others may go back. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
 #
-# **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are. Try it: take the two lines under `step == 0` out, and look at the polite openings.
+# **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are.
 #
 # **What InstructGPT did otherwise** (Ouyang et al. 2022). Its values come from a model of their own that starts as the reward model; here the value head shares the policy's layers. Like here, $\beta$ is fixed. It also mixes in the loss of pretraining (PPO-ptx), against what RL makes the model forget. Ziegler et al. (2019) adapt $\beta$ instead: $\beta \leftarrow \beta\,(1 + 0.1\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -0.2, 0.2)$, at most 2 % a step. Many such details decide whether PPO works; Huang et al. (2024) list them, among them whitened rewards and how the value head starts.
 
@@ -1118,7 +1118,9 @@ plots.show(figure, "Two panels over the KL to the SFT policy, one point a traini
                    "reward model's score, and that of the true reward, with and without a price of KL.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** SEEDS
+# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.`, which the reward model takes for an opening as good or better. The true reward takes off the point for manners, and the two for a sentence that is no longer exact. That is reward hacking. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4.
+#
+# What the figure does not show: the runs of one seed share an SFT policy and a reward model, so these are five cases, not 15, and in three of them runs went astray. And a price slows a policy down. The runs without a price that have moved as little as those with one are about as good; stopping at a KL may do as well as paying for it. This lesson has not tried that.
 #
 # What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
 
@@ -1185,7 +1187,7 @@ far = {row[1]: row for row in rows if row[0] == 1.0}
 lesson.report("KL estimators at the end, deviation k1 / k2 / k3", " / ".join(f"{r[4]:.3f}" for r in far.values()))
 
 # %% [markdown]
-# **What you see.** $k_1$ and $k_3$ have no bias, $k_2$ has one. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. In this run that costs $k_3$ its advantage.
+# **What you see.** $k_1$ and $k_3$ have no bias. $k_2$ has one: in this run it misses from 10 % to 37 % of the KL. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$, and $k_2$ calmer still. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. That costs $k_3$ its advantage: at the right its deviation is many times that of $k_1$.
 #
 # **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. That is what `grpo_loss` above does, and `trl` by default; the paper has $k_3$ alone. Check all four.
 
