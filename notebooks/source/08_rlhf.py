@@ -1001,14 +1001,9 @@ rows, start = {}, truth(exams["SFT, careless"])
 for name, samples in exams.items():
     gain = truth(samples) - start
     error = (gain.std() / math.sqrt(len(gain))).item()
-    wins = win_rate(truth(samples).tolist(), start.tolist())  # ties count half
-    rows[name] = [
-        *manners(samples)[:4],
-        manners(samples)[-1],
-        f"{gain.mean():+.2f}",
-        f"{error:.2f}",
-        f"{wins.accuracy:.0%}",
-    ]
+    wins = win_rate(truth(samples).tolist(), start.tolist()).accuracy  # ties count half
+    *shares, _, reward = manners(samples)  # without the tokens
+    rows[name] = [*shares, reward, f"{gain.mean():+.2f}", f"{error:.2f}", f"{wins:.0%}"]
     lesson.report(f"true reward on the exam: {name}", truth(samples).mean().item(), ".2f")
 show_table(rows, [*MANNERS[:4], MANNERS[-1], "over SFT", "std. error", "wins"])
 
