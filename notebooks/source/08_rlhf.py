@@ -519,7 +519,7 @@ lesson.claim("the reward model puts a clean answer above all four with a flaw of
              all_four["reward model"], at_least=0.8, control=all_four["rule of form"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** On the held-out pairs the rule of form is no worse a judge: the intervals of the two overlap. So that agreement says that the reward model has found the form, and not that it knows more than a few lines of Python. The bars ask what it knows besides. For the rule a pair with a cut-off idle sentence is a tie, which counts half: whoever wrote the rule thought of whole sentences. The reward model has met such answers among the policy's samples, and puts the clean answer above them. The claim asks for all four flaws of form at once, question by question: a judge that only prefers the shorter answer gets none of the questions right, since the polite answer and the sentence are longer. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of. The last bars tell what neither knows: a true name looks to both much like a false one. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** On the held-out pairs the rule of form is no worse a judge: the intervals of the two overlap. So that agreement says that the reward model has found the form, and not that it knows more than a few lines of Python. The bars ask what it knows besides. For the rule a pair with a cut-off idle sentence is a tie, which counts half: whoever wrote the rule thought of whole sentences. The reward model has met such answers among the policy's samples, and in this run puts the clean answer above each of them. The claim asks for all four flaws of form at once, question by question: a judge that only prefers the shorter answer gets none of the questions right, since the polite answer and the sentence are longer. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of. The last bars tell what neither knows: for both the interval holds 50 %, so they cannot tell a true name from a false one. A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -679,7 +679,7 @@ def two_panels(sets: dict[str, Sequence[Run]], title: str) -> Figure:
     ):
         for (name, runs), color, style in zip(sets.items(), plots.COLORS, ("o-", "s--"), strict=False):
             values = np.array([training.column(column) for training in runs])  # (runs, iterations)
-            axes.plot(values.mean(0), style, color=color, label=name)
+            axes.plot(values.mean(0), style, color=color, label=f"{name}, mean and range")
             axes.fill_between(
                 range(values.shape[1]), values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0
             )
@@ -953,15 +953,12 @@ def ppo(judge: Scorer, iterations: int = ITERATIONS, beta: float = 0.02, epochs:
 ppo_run = ppo(judge)
 exams["PPO"] = take_exam(ppo_run.policy)
 print("share of tokens at the last update of each iteration")
-for name, column in {
-    "changed by more than 20 %": "beyond",
-    "of these clipped, in the wanted direction": "clipped",
-}.items():
-    print(f"{name:>42}: " + " ".join(f"{share:5.1%}" for share in ppo_run.column(column)))
+for name, column in (("changed by more than 20 %", "beyond"), ("in the wanted direction: clipped", "clipped")):
+    print(f"{name:>33}: " + " ".join(f"{share:5.1%}" for share in ppo_run.column(column)))
 show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
 
 # %% [markdown]
-# **What you see.** At the last of the four updates of a batch a few tokens in a hundred have changed by more than 20 %. Those that moved in the wanted direction are clipped, and get no more push; the others may go back. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
+# **What you see.** At the last of the four updates of a batch a few tokens in a hundred have changed by more than 20 %, in this run nearly all of them in the wanted direction. These are clipped, and get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
 #
 # **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are.
 #
@@ -1008,7 +1005,7 @@ for name, samples in exams.items():
 show_table(rows, [*MANNERS[:4], MANNERS[-1], "over SFT", "std. error", "wins"])
 
 # %% [markdown]
-# **What you see.** In this run "SFT, careful" stands above every policy that learned from preferences. Put the polite opening before the assistant's answers by a line of Python, and it is as good or better: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. "SFT, careful" is one run; its answers cost people's time as the comparisons did, and it learned at several times the rate of RL. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. In this run GRPO with the rule of form as its reward ends within the spread of the three runs with the reward model: what this reward model knows, a few lines of Python know as well.
+# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31), also the one that had only GRPO's questions. Put the polite opening before the assistant's answers by a line of Python, and you have 2.75: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. Each row of careful demonstrations is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences earn their place where judging is easier than writing. Best of 4 leaves the policy as it is, and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. GRPO with the rule of form as its reward (2.28) ends within the spread of the three runs with the reward model: what the reward model sees beyond the rule, such as cut-off sentences, has gained nothing here that one run can show.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
@@ -1105,7 +1102,8 @@ for axes, key in zip(figure.subplots(1, 2), ("proxy", "true"), strict=True):
     axes.axhline(0, color=plots.GREY, linestyle="--", linewidth=1.2)
     axes.text(1, 0, " SFT", transform=axes.get_yaxis_transform(), color=plots.GREY, va="center")
     axes.set(xscale="log", xlabel="KL to the SFT policy (nats an answer)", ylabel=f"{QUANTITIES[key][0]} (points)")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
 axes.legend(loc="upper left", bbox_to_anchor=(1.1, 1))
 counts = " and ".join(f"{sum(found)} of {len(found)} runs at {names[beta]}" for beta, found in fooled.items())
 figure.suptitle(f"Reward model up, truth down: {counts}", x=0.01, ha="left", weight="bold")
