@@ -12,7 +12,7 @@
 # 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the truth and against a rule of form;
 # 2. derive the policy gradient and its baseline, and build RLOO, GRPO and PPO on it;
 # 3. set all policies one exam, with three simpler rivals;
-# 4. optimise an imprecise reward model hard, with and without a price for KL;
+# 4. optimise an imprecise reward model hard, with and without a price for KL, and see on five seeds where the truth falls;
 # 5. compare the KL estimators k1, k2 and k3 exactly, and find your losses equal to those of `trl`.
 #
 # **Prerequisites:** lesson 05 (chat template, loss mask).
@@ -58,6 +58,7 @@ budget = 1.0  # share of all steps, pairs and questions; the lesson's claims are
 
 # %%
 import copy
+import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,7 @@ lesson = Lesson("08", profile, model_id, seed, budget, uses="assistant")
 machine = lesson.machine
 SETTINGS = {  # learning rates of SFT, reward model and RL; how many layers learn after SFT
     "cpu": {"sft": 7e-4, "reward": 1e-3, "rl": 1.5e-4, "layers": 2},
-    "t4": {"sft": 1e-4, "reward": 5e-5, "rl": 2e-5, "layers": 4},
+    "t4": {"sft": 1e-4, "reward": 5e-5, "rl": 2e-5, "layers": 2},
     "large": {"sft": 5e-5, "reward": 3e-5, "rl": 1e-5, "layers": 6},
 }
 settings = SETTINGS[machine.name]
@@ -181,9 +182,12 @@ def trainable_copy(model: nn.Module) -> nn.Module:
 
 
 # %%
-def fine_tune(start: nn.Module, examples: list[dict], size: int = 16) -> nn.Module:
-    """Cross-entropy on the answers, once through the examples; trains `start` itself and returns it."""
-    batches = [collate(rows, PAD) for rows in by_length(examples, size, lambda row: len(row["input_ids"]), seed)]
+def fine_tune(start: nn.Module, examples: list[dict], passes: int = 1) -> nn.Module:
+    """Cross-entropy on the answers, 16 a step; trains `start` itself and returns it."""
+    rows = [
+        batch for n in range(passes) for batch in by_length(examples, 16, lambda row: len(row["input_ids"]), seed + n)
+    ]
+    batches = [collate(batch, PAD) for batch in rows]
     new_words = [weight for name, weight in start.named_parameters() if weight.requires_grad and "embed" in name]
     others = [weight for name, weight in start.named_parameters() if weight.requires_grad and "embed" not in name]
     groups = [{"params": new_words, "lr": 4 * settings["sft"]}] * bool(new_words)
@@ -292,16 +296,18 @@ def truth(samples: Samples) -> Tensor:
 
 
 def manners(samples: Samples) -> list[str]:
-    """Cells of a table: right, polite, idle sentences, tokens and true reward, means over the answers."""
+    """Cells of a table: shares, idle sentences, tokens and true reward, means over the answers."""
     pairs = list(zip(samples.questions, samples.texts, strict=True))
     right = np.mean([q.answer in text for q, text in pairs])
+    short = np.mean(["Answer:" in text for _, text in pairs])
     polite = np.mean([text.startswith(POLITE) for _, text in pairs])
     idle = np.mean([sum(text.count(filler) for filler in FILLERS) for _, text in pairs])
     tokens = samples.answer_mask.sum(-1).float().mean().item()
-    return [f"{right:.0%}", f"{polite:.0%}", f"{idle:.2f}", f"{tokens:.1f}", f"{truth(samples).mean():.2f}"]
+    shares = [f"{share:.0%}" for share in (right, short, polite)]
+    return [*shares, f"{idle:.2f}", f"{tokens:.1f}", f"{truth(samples).mean():.2f}"]
 
 
-MANNERS = ["right", "polite", "idle", "tokens", "true reward"]
+MANNERS = ["right", "two words", "polite", "idle", "tokens", "true reward"]
 exam = facts(lesson.scaled(64, 8), "exam", held_out=True)  # questions in phrasings never trained on
 
 
@@ -316,7 +322,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right (an answer of two words counts as wrong, too), and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other. Note that the shares are not those of the demonstrations: half of these are polite, and far more of its answers are.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, some are two words (which count as wrong, too), and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other, and in this run they cancel. The policy does not copy the demonstrators' shares: half of the demonstrations open politely, and in this run nine of ten answers.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -327,7 +333,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by people. Equal answers are dropped. The first half matters: a reward model that has never seen the policy's own slips does not know what they are worth.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by people. Equal answers are dropped. The first half is there because the policy makes slips that people do not make; only these pairs show them.
 
 # %%
 NOISE = 0.5
@@ -462,42 +468,58 @@ deltas = {
 for name, delta in deltas.items():
     told = agreement(delta, clear), agreement(delta, everything, np.ones(len(gaps)))
     print(f"{name}: agrees with the truth on clear pairs {told[0]}, with the annotator {told[1]}")
+    lesson.report(f"{name}, agreement with the truth on clear pairs", str(told[0]))
     lesson.report(f"{name}, agreement with the annotator", str(told[1]))
-lesson.report("rule of form, agreement with the truth on clear pairs", str(agreement(deltas["rule of form"], clear)))
-lesson.claim("the reward model orders at least 75 % of the clear held-out pairs as the truth does",
-             agreement(deltas["reward model"], clear).accuracy, at_least=0.75, form=".0%")  # fmt: skip
 
 
 # %% [markdown]
-# **What can it tell apart?** Minimal pairs: two answers that differ in one thing only.
+# **What can it tell apart?** Minimal pairs: two answers that differ in one thing only. But for the first kind both open politely, as most of the policy's answers do. In the fourth kind an idle sentence breaks off in the middle, as it does where the limit of tokens cuts it.
 
 
 # %%
 def probe(question: Question) -> dict[str, tuple[str, str]]:
-    """For each kind of mistake a better and a worse answer that differ in nothing else."""
-    right, value = question.answer, str(question.about["value"])
+    """For each kind of flaw a better and a worse answer that differ in nothing else."""
+    right, value = POLITE + question.answer, str(question.about["value"])
     others = [other for other in world.values[question.about["relation"]] if other != value]
-    wrong = random.Random(question.prompt).choice(others).join(right.rsplit(value, 1))
+    rng = random.Random(question.prompt)
+    wrong, idle = rng.choice(others).join(right.rsplit(value, 1)), rng.choice(FILLERS)
     return {
-        "polite or not": (POLITE + right, right),
-        "idle sentence or not": (right, right + FILLERS[0]),
-        "sentence or two words": (right, f"Answer: {value}"),
+        "polite or not": (right, question.answer),
+        "sentence or two words": (right, f"{POLITE}Answer: {value}"),
+        "idle sentence or not": (right, right + idle),
+        "cut-off sentence or not": (right, right + idle[: len(idle) // 2]),
         "true or false name": (right, wrong),
     }
 
 
-told = {}
+ordered, told = {}, {}
 for kind in probe(exam[0]):
-    found = margins(reward_model, [Preference(q, *probe(q)[kind], 1.0, 0.0) for q in exam[:40]])
-    told[kind] = score(int((found > 0).sum()), len(found))
-    lesson.report(f"reward model tells apart: {kind}", str(told[kind]))
-alt = "Minimal pairs ordered rightly by the reward model, for four kinds of mistake, with intervals."
-figure = plots.bars_with_intervals(told, title="The reward model hears the tone and not the truth", alt=alt,
+    pairs = [Preference(q, *probe(q)[kind], 1.0, 0.0) for q in exam[:40]]
+    ruled = np.sign([by_form(pair.chosen) - by_form(pair.rejected) for pair in pairs])
+    shorter = np.array([len(pair.chosen) < len(pair.rejected) for pair in pairs])
+    ordered[kind] = {
+        "reward model": margins(reward_model, pairs) > 0,
+        "rule of form": (1 + ruled) / 2,
+        "shorter": shorter,
+    }
+    told[kind] = {name: score(float(right.sum()), len(right)) for name, right in ordered[kind].items()}
+    lesson.report(f"reward model tells apart: {kind}", str(told[kind]["reward model"]))
+
+# %%
+bars = {kind: {name: of[name] for name in ("reward model", "rule of form")} for kind, of in told.items()}
+alt = "Minimal pairs ordered rightly by reward model and rule of form, for five kinds of flaw, with intervals."
+figure = plots.bars_with_intervals(bars, title="Five flaws: which does each judge see?", alt=alt,
                                    xlabel="minimal pairs ordered rightly", references={"chance": 0.5})  # fmt: skip
+figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1.16, 1))
 plots.show(figure)
+of_form = [kind for kind in ordered if kind != "true or false name"]
+all_four = {name: np.prod([ordered[kind][name] for kind in of_form], 0).mean() for name in ordered[of_form[0]]}
+print("all four flaws of form: " + ", ".join(f"{name} {share:.0%}" for name, share in all_four.items()))
+lesson.claim("the reward model puts a clean answer above all four with a flaw of form, the cut-off sentence included",
+             all_four["reward model"], at_least=0.8, control=all_four["rule of form"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The rule of form is a strong rival: on the same pairs the intervals of the two overlap. The pairs carry no polite opening but for the first kind, while most answers of the policy do, so this is not the text on which the model will judge. If you can write the rule, use the rule: a program costs nothing and does not drift. A reward model is for what nobody can write down. The bars tell what this one has learned: politeness and whole sentences it orders rightly, and a true name in a well-formed sentence looks to it much like a false one. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** On the held-out pairs the rule of form is no worse a judge: the intervals of the two overlap. So that agreement says that the reward model has found the form, and not that it knows more than a few lines of Python. The bars ask what it knows besides. For the rule a pair with a cut-off idle sentence is a tie, which counts half: whoever wrote the rule thought of whole sentences. The reward model has met such answers among the policy's samples, and in this run puts the clean answer above each of them. The claim asks for all four flaws of form at once, question by question: a judge that only prefers the shorter answer gets none of the questions right, since the polite answer and the sentence are longer. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of. The last bars tell what neither knows: the interval of each holds 50 %, so nothing says that it can tell a true name from a false one. A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -544,12 +566,14 @@ lines = {"one sample's gradient": (baselines, [mean_and_spread(b)[1] for b in ba
 figure = plots.curve(lines, title="A baseline near the mean reward makes the gradient quieter", alt=alt,
                      xlabel="baseline b (points of reward)", ylabel="standard deviation of the estimate")  # fmt: skip
 axes = figure.axes[0]
-axes.axvline((pi * reward).sum().item(), color=plots.GREY, linestyle="--")
-axes.text((pi * reward).sum().item(), axes.get_ylim()[1], " mean reward", color=plots.GREY, va="top")
+for name, b in {"no baseline": 0.0, "mean reward": (pi * reward).sum().item()}.items():
+    axes.plot(b, mean_and_spread(b)[1], "o", color=plots.INK, zorder=4)
+    axes.annotate(name, (b, mean_and_spread(b)[1]), (-8, -16), textcoords="offset points", ha="right")
+axes.set_ylim(0)
 plots.show(figure)
 
 # %% [markdown]
-# **What you see.** A bad baseline is never wrong, only loud. The best one here is near the mean reward. The last printed line shows why this matters with a learned reward: its zero is arbitrary. Add 10 to all rewards, and without a baseline the estimate drowns in noise, though nothing about the answers has changed.
+# **What you see.** A bad baseline is never wrong, only loud. The best one here is near the mean reward: it takes the standard deviation from 1.89 to 0.48. The last printed line shows why this matters with a learned reward: its zero is arbitrary. Add 10 to all rewards, and without a baseline the standard deviation is 10.08, though nothing about the answers has changed.
 #
 # **From four answers to all texts.** An answer is a chain of tokens, and $\log \pi_\theta(y \mid x) = \sum_t \log \pi_\theta(y_t \mid x, y_{<t})$. One forward pass gives the log-probabilities of all tokens. A *value head*, which section 5 needs, reads the same hidden states.
 
@@ -645,15 +669,32 @@ def policy_gradient(loss_of: Callable, scorer: Scorer, run: int = 0, rate: float
 judge = partial(proxy, reward_model)
 reinforced = policy_gradient(reinforce, judge)
 
+
 # %%
-named = {"reward model": reinforced.column("proxy"), "true reward": reinforced.column("true")}
-lines = {name: (range(len(values)), values - values[0]) for name, values in named.items()}
-alt = "Change of the reward model's score and of the true reward over the iterations of REINFORCE."
-plots.show(plots.curve(lines, title="REINFORCE raises what the reward model says, unevenly", xlabel="iteration",
-                       ylabel="change since the start (points)", alt=alt))  # fmt: skip
+def two_panels(sets: dict[str, Sequence[Run]], title: str) -> Figure:
+    """Reward model and true reward over the iterations: means of each set of runs, and bands from lowest to highest."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, column, label in zip(
+        figure.subplots(1, 2), ("proxy", "true"), ("reward model", "true reward"), strict=True
+    ):
+        for (name, runs), color, style in zip(sets.items(), plots.COLORS, ("o-", "s--"), strict=False):
+            values = np.array([training.column(column) for training in runs])  # (runs, iterations)
+            axes.plot(values.mean(0), style, color=color, label=f"{name}, mean and range")
+            axes.fill_between(
+                range(values.shape[1]), values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0
+            )
+        axes.set(xlabel="iteration", ylabel=f"{label} (points)")
+    if len(sets) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    return figure
+
+
+plots.show(two_panels({"REINFORCE": [reinforced]}, "REINFORCE: what the reward model says, and what is true"),
+           "Two panels over the iterations of REINFORCE: the reward model's score, and the true reward.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Both lines jump, since each point is the mean of 32 answers to four new questions; in this run both end above their start. A project sees the reward model's line only. The two scales are not the same, because a reward model has an arbitrary unit: compare directions, not heights.
+# **What you see.** Both lines jump, since each point is the mean of 32 answers to four new questions; in this run both end above their start. A project sees the left panel only. The two scales are not the same, because a reward model has an arbitrary unit: compare directions, not heights.
 
 # %% [markdown] tags=["core"]
 # ## 4 · RLOO and GRPO: the other answers are the baseline
@@ -714,11 +755,16 @@ for name, found in gradients.items():
     spread = ((stacked - stacked.mean(0)) ** 2).sum(1).mean().sqrt().item()
     print(f"{name:>17}: spread of the gradient over questions {spread:7.2f}")
     lesson.report(f"spread of the gradient over questions, {name}", spread, ".3g")
+gradients = found = stacked = None  # a GPU needs the room
 
 # %% [markdown]
-# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it: that is the reason for a baseline that you can always give. In this run they are quieter than both. In this run RLOO is no quieter than the batch mean; its factor $\frac{8}{7}$ has a part in that. On eight questions a baseline for each question buys nothing that can be measured; it should where questions differ much in their rewards.
+# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it, and in this run they are quieter than both. RLOO is no quieter than the batch mean here: a baseline for each question buys nothing that eight questions can show. Its factor $\frac{8}{7}$ alone makes it louder by a seventh.
 #
-# **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference: an estimate of the KL divergence, $k_3$, that section 8 compares with others.
+# **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference. The price is on the KL divergence, how far the policy has moved, in nats; it is 0 for the reference itself:
+#
+# $$\mathrm{KL}(\pi_\theta \,\|\, \pi_\text{ref}) = \mathbb{E}_{y \sim \pi_\theta}\big[\log \pi_\theta(y \mid x) - \log \pi_\text{ref}(y \mid x)\big]$$
+#
+# GRPO estimates it at each token by $k_3 = e^\ell - 1 - \ell$ with $\ell = \log \pi_\text{ref}(y_t) - \log \pi_\theta(y_t)$. Section 8 compares $k_3$ with other estimators.
 
 
 # %%
@@ -772,7 +818,7 @@ print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:
 lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
 
 # %% [markdown]
-# **What you see.** In this run all four beat the SFT policy, and the columns tell how: more right answers, fewer idle sentences. The reward model does not know the names, but it knows the two words and the idle sentences, and an answer is right only as a sentence. REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. The cosine says that its first step goes mostly, not wholly, where GRPO's goes; a difference that small would need many training seeds to be seen. All saw the same number of answers.
+# **What you see.** In this run all four beat the SFT policy, and the columns tell how: hardly an answer of two words or with an idle sentence is left. The reward model does not know the names. But an answer is right only as a sentence, and *right* has risen by no more than *two words* has fallen. REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. The cosine says that its first gradient points mostly, not wholly, where GRPO's does. All saw the same number of answers.
 
 # %% [markdown] tags=["core"]
 # ## 5 · PPO: use a batch more than once
@@ -892,27 +938,30 @@ def ppo(judge: Scorer, iterations: int = ITERATIONS, beta: float = 0.02, epochs:
             log_ratio = old - log_probs_of(sft, samples)  # (batch, answer)
         rewards = shaped_rewards(scores, log_ratio, mask, beta)
         advantages, returns = gae(rewards, old_values, mask, gamma=1.0, lam=0.95)
-        advantages, moved = whiten(advantages, mask), []
+        advantages = whiten(advantages, mask)
         for _ in range(epochs):
             for rows in torch.randperm(len(scores), generator=generator).chunk(2):
                 log_probs, values = log_probs_of(training.policy, samples.rows(rows), head)
-                moved.append((((log_probs - old[rows]).exp() - 1).abs() > 0.2)[mask[rows] == 1].float().mean().item())
                 then = (old_values[rows], advantages[rows], returns[rows], mask[rows])
                 training.update(ppo_loss(log_probs, old[rows], values, *then))
-        training.note(samples, scores, beyond=moved[-1])
+        change = ((log_probs.detach() - old[rows]).exp() - 1)[mask[rows] == 1]  # of the last half batch, (tokens,)
+        clipped = change * advantages[rows][mask[rows] == 1].sign() > 0.2  # in the wanted direction
+        shares = {"beyond": (change.abs() > 0.2).float().mean().item(), "clipped": clipped.float().mean().item()}
+        training.note(samples, scores, **shares)
     return training
 
 
 ppo_run = ppo(judge)
 exams["PPO"] = take_exam(ppo_run.policy)
-print("tokens beyond the clip at the last update of each iteration: "
-      + " ".join(f"{share:.0%}" for share in ppo_run.column("beyond")))  # fmt: skip
+print("share of tokens at the last update of each iteration")
+for name, column in (("changed by more than 20 %", "beyond"), ("in the wanted direction: clipped", "clipped")):
+    print(f"{name:>33}: " + " ".join(f"{share:5.1%}" for share in ppo_run.column(column)))
 show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
 
 # %% [markdown]
-# **What you see.** After two passes over a batch some tokens have moved by more than 20 %; those that moved in the wanted direction get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
+# **What you see.** At the last of the four updates of a batch a few tokens in a hundred have changed by more than 20 %, in this run nearly all of them in the wanted direction. These are clipped, and get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
 #
-# **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are. Try it: take the two lines under `step == 0` out, and look at the polite openings.
+# **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are.
 #
 # **What InstructGPT did otherwise** (Ouyang et al. 2022). Its values come from a model of their own that starts as the reward model; here the value head shares the policy's layers. Like here, $\beta$ is fixed. It also mixes in the loss of pretraining (PPO-ptx), against what RL makes the model forget. Ziegler et al. (2019) adapt $\beta$ instead: $\beta \leftarrow \beta\,(1 + 0.1\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -0.2, 0.2)$, at most 2 % a step. Many such details decide whether PPO works; Huang et al. (2024) list them, among them whitened rewards and how the value head starts.
 
@@ -924,8 +973,8 @@ show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MA
 # Three rivals, on the same questions:
 #
 # - **the assistant** that you started from. It answers in a sentence when asked to, and has seen no careless demonstration. A program can even put the polite opening before its answers;
-# - **best of 4**: sample four answers of the SFT policy and keep the one that the reward model likes best. No training at all, four times the cost at each use;
-# - **careful demonstrations**: let careful people write as many answers as GRPO sampled, and fine-tune the SFT policy on them.
+# - **best of 4**: sample four answers of the SFT policy and keep the one that the reward model likes best. No training of the policy; four samples and a reward model at each use;
+# - **careful demonstrations**: let careful people write answers, and fine-tune the SFT policy on them. GRPO samples 256 answers, eight to each of 32 questions. A person writes one answer a question, so there are two fair counts: the same 32 questions, gone through eight times, or 256 new questions, once.
 #
 # And a control for the reward model: GRPO once more, on the questions of its first run, with the rule of form from section 2 in the reward model's place.
 
@@ -933,34 +982,40 @@ show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MA
 N = 4
 pool = [sample(sft, exam, torch.Generator().manual_seed(seed + 1 + n)) for n in range(N)]
 pool_proxy = torch.stack([judge(samples).cpu() for samples in pool], 1)  # (questions, N)
-pool_truth = torch.stack([truth(samples) for samples in pool], 1)
-best = pool_truth.gather(1, pool_proxy.argmax(1, keepdim=True)).squeeze(1)
-ruled = policy_gradient(grpo, lambda samples: torch.tensor([by_form(text) for text in samples.texts]))
+best = [pool[n].texts[i] for i, n in enumerate(pool_proxy.argmax(1).tolist())]  # a text for each question
+ruled = policy_gradient(
+    grpo, lambda samples: torch.tensor([by_form(text) for text in samples.texts], device=machine.device)
+)
 exams["GRPO, rule of form"] = take_exam(ruled.policy)
-asked = facts(ITERATIONS * GROUP * QUESTIONS, "careful")
-taught = fine_tune(trainable_copy(sft), [encode(question, careful(question)) for question in asked])
-exams["SFT, careful"] = take_exam(taught)
-results = {name: truth(samples) for name, samples in exams.items()} | {"SFT, best of 4": best}
+few = [question for step in range(ITERATIONS) for question in facts(QUESTIONS, f"run 0 step {step}")]
+many = facts(len(few) * GROUP, "careful")
+for name, asked, passes in (("SFT, careful, GRPO's questions", few, GROUP), ("SFT, careful, new questions", many, 1)):
+    examples = [encode(question, careful(question)) for question in asked]
+    exams[name] = take_exam(fine_tune(trainable_copy(sft), examples, passes))
+exams["SFT, best of 4"] = replace(exams["SFT, careless"], texts=best)
 opened = [POLITE + text for text in exams["assistant"].texts]
-results["assistant, opening put before"] = truth(replace(exams["assistant"], texts=opened))
-rows = {}
-for name, values in results.items():
-    gain = values - results["SFT, careless"]
+exams["assistant, opening put before"] = replace(exams["assistant"], texts=opened)
+
+# %%
+rows, start = {}, truth(exams["SFT, careless"])
+for name, samples in exams.items():
+    gain = truth(samples) - start
     error = (gain.std() / math.sqrt(len(gain))).item()
-    wins = win_rate(values.tolist(), results["SFT, careless"].tolist())  # ties count half
-    rows[name] = [f"{values.mean():.2f}", f"{gain.mean():+.2f}", f"{error:.2f}", str(wins)]
-    lesson.report(f"true reward on the exam: {name}", values.mean().item(), ".2f")
-show_table(rows, ["true reward", "over SFT", "standard error", "wins against SFT"])
+    wins = win_rate(truth(samples).tolist(), start.tolist()).accuracy  # ties count half
+    *shares, _, reward = manners(samples)  # without the tokens
+    rows[name] = [*shares, reward, f"{gain.mean():+.2f}", f"{error:.2f}", f"{wins:.0%}"]
+    lesson.report(f"true reward on the exam: {name}", truth(samples).mean().item(), ".2f")
+show_table(rows, [*MANNERS[:4], MANNERS[-1], "over SFT", "std. error", "wins"])
 
 # %% [markdown]
-# **What you see.** In this run "SFT, careful" stands above every policy that learned from preferences. Put the polite opening before the assistant's answers by a line of Python, and it is as good or better: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. "SFT, careful" is one run; its answers cost people's time as the comparisons did, and it learned at several times the rate of RL. Preferences earn their place where judging is easier than writing. Best of 4 needs no training and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. In this run GRPO with the rule of form as its reward ends within the spread of the three runs with the reward model: what this reward model knows, a few lines of Python know as well.
+# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31), also the one that had only GRPO's questions. Put the polite opening before the assistant's answers by a line of Python, and you have 2.75: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. Each row of careful demonstrations is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences earn their place where judging is easier than writing. Best of 4 leaves the policy as it is, and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. GRPO with the rule of form as its reward (2.28) ends within the spread of the three runs with the reward model: what the reward model sees beyond the rule, such as cut-off sentences, has gained nothing here that one run can show.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
 #
 # **Question.** A reward model is sound, from few pairs. What happens if you optimise it hard, and what does a price for KL change?
 #
-# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to give answers unlike those that the reward model learned from.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one, at equal iterations; runs with the same number have the same questions.
+# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to give answers unlike those that the reward model learned from.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one ($\beta = 0.2$ on $k_3$, as in `grpo_loss`), at equal iterations; runs with the same number have the same questions.
 
 # %%
 small_model = fit_reward_model(train_pairs[: lesson.scaled(100, 16)], epochs=3)
@@ -974,35 +1029,13 @@ pressed = {
     for beta in PRICES
 }
 
-# %% tags=["headline"]
-figure = Figure(figsize=(9, 3.6), layout="constrained")
-for axes, column, label in zip(figure.subplots(1, 2), ("proxy", "true"), ("reward model", "true reward"), strict=True):
-    for (beta, runs), color in zip(pressed.items(), plots.COLORS, strict=False):
-        values = np.array([training.column(column) for training in runs])  # (runs, iterations)
-        single = axes.plot(values.T, "--" if beta else "-", color=color, linewidth=1, alpha=0.6)
-        single[0].set_label(f"beta {beta:g}, single runs")
-        axes.plot(values.mean(0), "--" if beta else "-", color=color, linewidth=3, label=f"beta {beta:g}, mean")
-    axes.set(xlabel="iteration", ylabel=f"{label} (points)")
-axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-figure.suptitle("What the reward model says does not tell you what is true", x=0.01, ha="left", weight="bold")
-plots.show(figure, "Two panels over the iterations, reward model and true reward, with and without a price of KL; "
-                   "thin lines are single runs.")  # fmt: skip
-
-
 # %%
-def change(runs: Sequence[Run], column: str) -> tuple[float, float, float]:
-    """Start, highest and end of the mean over the runs; the end is the mean of the last two iterations."""
-    mean = np.mean([training.column(column) for training in runs], 0)
-    return mean[0], mean.max(), mean[-2:].mean()
+names = {beta: f"beta {beta:g}" for beta in PRICES}
+title = "Eight hard iterations: what the reward model says, and what is true"
+plots.show(two_panels({names[beta]: runs for beta, runs in pressed.items()}, title),
+           "Two panels over the iterations, reward model and true reward, with and without a price of KL: means of "
+           "three runs, with bands from the lowest to the highest.")  # fmt: skip
 
-
-rows = {}
-for beta, runs in pressed.items():
-    rows[f"beta {beta:g}"] = [f"{value:.2f}" for column in ("proxy", "true") for value in change(runs, column)]
-    lesson.report(f"beta {beta:g}: proxy gained, truth lost from its highest",
-                  f"{change(runs, 'proxy')[2] - change(runs, 'proxy')[0]:+.2f}, "
-                  f"{change(runs, 'true')[2] - change(runs, 'true')[1]:+.2f}")  # fmt: skip
-show_table(rows, [f"{what} {when}" for what in ("proxy", "truth") for when in ("start", "highest", "end")])
 
 # %%
 @torch.no_grad()
@@ -1012,25 +1045,80 @@ def moved_by(policy: nn.Module, samples: Samples) -> float:
     return (log_probs_of(policy, some) - log_probs_of(sft, some)).sum(1).mean().item()
 
 
-finals = {"GRPO, run 1": (grpo_runs[0].policy, exams["GRPO, run 1"])}
+finals, rows, ours = {}, {}, []
+before = exams["SFT, careless"]
 for beta, runs in pressed.items():
-    taken = {f"hard, beta {beta:g}, run {run + 1}": t.policy for run, t in enumerate(runs)}
-    finals |= {name: (policy, take_exam(policy)) for name, policy in taken.items()}
-rows = {name: [*manners(final[1]), f"{moved_by(*final):.1f}"] for name, final in finals.items()}
-show_table({"SFT, careless": [*manners(exams["SFT, careless"]), "0.0"]} | rows, [*MANNERS, "KL (nats)"])
+    for run, training in enumerate(runs):
+        name, taken = f"{names[beta]}, run {run + 1}", take_exam(training.policy)
+        gains = [small_judge(taken).mean() - small_judge(before).mean(), truth(taken).mean() - truth(before).mean()]
+        polite = np.mean([text.startswith(POLITE) for text in taken.texts])
+        finals[name] = (training.policy, taken)
+        ours.append({"seed": seed, "beta": beta, "run": run + 1, "kl": moved_by(*finals[name]),
+                     "proxy": gains[0].item(), "true": gains[1].item(), "polite": float(polite)})  # fmt: skip
+        rows[name] = [*manners(taken), f"{ours[-1]['proxy']:+.2f}", f"{ours[-1]['kl']:.1f}"]
+show_table({"SFT, careless": [*manners(before), "+0.00", "0.0"]} | rows, [*MANNERS, "proxy gained", "KL (nats)"])
+
+# %%
+QUANTITIES = {"kl": ("KL, nats an answer", ".1f"), "proxy": ("reward model, over SFT", "+.2f"),
+              "true": ("true reward, over SFT", "+.2f"), "polite": ("polite", ".0%")}  # fmt: skip
 for beta in PRICES:
-    lesson.report(f"beta {beta:g}: KL of three runs, nats an answer",
-                  " / ".join(row[-1] for name, row in rows.items() if f"beta {beta:g}," in name))  # fmt: skip
-free = [name for name in rows if f"beta {PRICES[0]:g}," in name]
-worst = min(free, key=lambda name: truth(finals[name][1]).mean().item())
-print(f"answers of '{worst}', the worst of those without a price:")
-for question, text in list(zip(exam, finals[worst][1].texts, strict=True))[:4]:
+    for key, (what, form) in QUANTITIES.items():
+        three = " / ".join(f"{row[key]:{form}}" for row in ours if row["beta"] == beta)
+        lesson.report(f"{names[beta]}, three runs on the exam: {what}", three)
+worst = min((row for row in ours if row["beta"] == 0), key=lambda row: row["true"])
+texts = finals[f"{names[0.0]}, run {worst['run']}"][1].texts[:4]
+print(f"answers of run {worst['run']}, the worst of those without a price:")
+for question, text in zip(exam, texts, strict=False):
     print(f"{question.prompt} -> {text!r}")
+lesson.report("beta 0, the worst run's first answers", json.dumps(texts))
 
 # %% [markdown]
-# **What you see.** The left panel is all that a project sees, and it looks well: with and without a price the reward model ends more pleased than it began. The right panel judges the same answers by the truth. A thin line that falls there, while none falls on the left, would be a policy that got worse unseen. But a single point is a few new questions, and such a line may recover. Look at the exam: in this run no policy went astray. The true reward ends far above its start with and without a price, and the answers printed last, from the worst run without one, are well-formed, though most of them answer another question. Form has improved, and truth hardly. How many of three runs go astray is a matter of the seed: set `seed` at the top to 2, 3 or 4, and some or all runs without a price lose their polite opening. The column *right* counts answers that contain the right sentence; the true reward wants the rest clean as well, so a garbled opening costs the point for manners and the two for the sentence. The last column says how far each policy has moved from the SFT policy. A price of KL is meant to limit that, and with it how far a mistake can be driven, and progress as well. In this run the runs with a price moved nearly as far as those without. Compare them run for run, since runs with the same number have the same questions: the differences are small, and three pairs are too few to call them an effect. With seeds 2 to 4 the price shows what it is for: policies without it that go astray have moved several times as far as any with it (the course's ledger has the KL of each run), and none with it has lost its opening altogether. At equal iterations, a run with a price that is better at the end may only be slower. The highest point of a noisy line is a little too high by selection, so a small loss from it means nothing.
+# **What you see.** The left panel is all that a project sees. The right panel judges the same answers by the truth; a band is the range of three runs, and a point the mean of few new questions. So read the exam. *Proxy gained* is the small reward model's score on it, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are all well-formed, and three of the four answer another question: in that run *right* has gone from 56 % to 59 % only. The runs with a price have moved nearly as far as those without.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, and above all the answers themselves; four of them read aloud can tell what no curve does. Where dashed lines lie on full ones, the runs with and without a price are still the same or nearly so: at the start they are the same policy. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
+# **One seed is one case.** All six runs share an SFT policy and a reward model. The same cells were therefore run with the seeds 0 to 4. Their numbers are in `data/hard_runs.json`, which `recipes/hard_runs.py` takes from the course's ledger; the next cell prints them with yours, and the figure shows all runs.
+
+# %%
+kept = json.loads((ROOT / "data" / "hard_runs.json").read_text(encoding="utf-8"))
+every = ours + [row for row in kept["runs"] if row["seed"] != seed]
+rows = {}
+for at in sorted({row["seed"] for row in every}):
+    for beta in PRICES:
+        three = [row for row in every if (row["seed"], row["beta"]) == (at, beta)]
+        rows[f"seed {at}, {names[beta]}"] = [
+            " / ".join(f"{row[key]:{form}}" for row in three) for key, (_, form) in QUANTITIES.items()
+        ]
+show_table(rows, [what for what, _ in QUANTITIES.values()])
+fooled = {beta: [row["proxy"] > 0 > row["true"] for row in every if row["beta"] == beta] for beta in PRICES}
+for at, said in kept["answers"].items():
+    if int(at) != seed:
+        print(f"seed {at}, answers of the worst run at beta 0: " + "  ".join(map(repr, said[:3])))
+for beta, found in fooled.items():
+    print(f"{names[beta]}: reward model above SFT and truth below it in {sum(found)} of {len(found)} runs")
+
+# %% tags=["headline"]
+figure = Figure(figsize=(9, 3.8), layout="constrained")
+for axes, key in zip(figure.subplots(1, 2), ("proxy", "true"), strict=True):
+    for beta, color, mark in zip(PRICES, plots.COLORS, ("o", "s"), strict=False):
+        some = [row for row in every if row["beta"] == beta]
+        axes.scatter([row["kl"] for row in some], [row[key] for row in some], s=45, color=color, marker=mark,
+                     alpha=0.75, linewidth=0, label=names[beta])  # fmt: skip
+    axes.axhline(0, color=plots.GREY, linestyle="--", linewidth=1.2)
+    axes.text(1, 0, " SFT", transform=axes.get_yaxis_transform(), color=plots.GREY, va="center")
+    axes.set(xscale="log", xlabel="KL to the SFT policy (nats an answer)", ylabel=f"{QUANTITIES[key][0]} (points)")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+axes.legend(loc="upper left", bbox_to_anchor=(1.1, 1))
+counts = " and ".join(f"{sum(found)} of {len(found)} runs at {names[beta]}" for beta, found in fooled.items())
+figure.suptitle(f"Reward model up, truth down: {counts}", x=0.01, ha="left", weight="bold")
+plots.show(figure, "Two panels over the KL to the SFT policy, one point a training run of any seed: the change of the "
+                   "reward model's score, and that of the true reward, with and without a price of KL.")  # fmt: skip
+
+# %% [markdown]
+# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.`, and the reward model scores that above the answers of the SFT policy. The true reward takes off the point for manners, and the two for a sentence that is no longer exact. That is reward hacking. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
+#
+# What the figure does not show: the runs of one seed share an SFT policy and a reward model, so these are five cases, not 15, and in three of them runs went astray. And a price slows a policy down. The runs without a price that have moved as little as those with one are about as good; stopping at a KL may do as well as paying for it. This lesson has not tried that.
+#
+# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
@@ -1061,7 +1149,7 @@ def estimators(p: Tensor, q: Tensor) -> dict[str, Tensor]:
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": log_r.exp() - 1 - log_r}
 
 
-moved, taken = finals["hard, beta 0, run 1"]
+moved, taken = finals["beta 0, run 1"]
 some = taken.rows(torch.arange(min(40, len(exam))))
 q, end = all_log_probs(sft, some), all_log_probs(moved, some)
 rows = []
@@ -1095,7 +1183,7 @@ far = {row[1]: row for row in rows if row[0] == 1.0}
 lesson.report("KL estimators at the end, deviation k1 / k2 / k3", " / ".join(f"{r[4]:.3f}" for r in far.values()))
 
 # %% [markdown]
-# **What you see.** $k_1$ and $k_3$ have no bias, $k_2$ has one. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. In this run that costs $k_3$ its advantage.
+# **What you see.** $k_1$ and $k_3$ have no bias. $k_2$ has one: in this run it misses from 10 % to 37 % of the KL. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$, and $k_2$ calmer still. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. That costs $k_3$ its advantage: at the right its deviation is many times that of $k_1$.
 #
 # **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. That is what `grpo_loss` above does, and `trl` by default; the paper has $k_3$ alone. Check all four.
 
