@@ -618,8 +618,8 @@ def goodness(judge: nn.Module, towns: Sequence[str], mixed: bool) -> tuple[np.nd
 
 # %%
 judges = {"before": model}
-judges["prejudiced"] = tuned(labelled("prejudiced", 640), 40, 2e-3)
-judges["then counterfactual"] = tuned(labelled("counterfactual", 640), 40, 2e-3, start=judges["prejudiced"])
+judges["prejudiced"] = tuned(labelled("prejudiced", 960), 60, 2e-3)
+judges["then counterfactual"] = tuned(labelled("counterfactual", 960), 60, 2e-3, start=judges["prejudiced"])
 rows, gaps, bars, sides = {}, {}, {}, {"north": NORTH, "elsewhere": ELSEWHERE}
 for name, judge in judges.items():
     mixed = {side: goodness(judge, towns, mixed=True)[0] for side, towns in sides.items()}
@@ -1634,7 +1634,7 @@ trained["adversarial"] = fine_tuned(guard, kept + adversarial_rows, fewer)
 trained["deep"] = fine_tuned(guard, kept + deep_rows, fewer)
 unseen, anew = victims[3:], {}
 for name in ("adversarial", "deep"):
-    ends = [attack_alone(trained[name], person, lesson.scaled(10, 2), start=suffix)
+    ends = [attack_alone(trained[name], person, lesson.scaled(20, 2), start=suffix)
             for person, suffix in zip(unseen, suffixes[3:], strict=True)]  # fmt: skip
     anew[name] = score(sum(told_now for *_, told_now in ends), len(ends))
     losses = [f"{losses[0]:.2f} -> {losses[-1]:.2f} in {len(losses)} steps" for _, losses, _ in ends]
@@ -1642,7 +1642,7 @@ for name in ("adversarial", "deep"):
     lesson.report(f"towns told by {name} fine-tuning to suffixes that were searched against it", str(anew[name]))
 
 # %% [markdown]
-# **What you see.** This attacker starts from the three old suffixes and has ten more steps against the defended model itself. Three questions are few: even if no town was told, the interval reaches past one half. So a 0 here does not show that the defence holds. Look at the losses, too: where they still fall, more steps may open what these did not. Where they are low and the town was not told, the forbidden beginning became likely, and the model refused behind it. Keep the two numbers in mind for the table below: its GCG row uses old suffixes, which were made against the undefended guard.
+# **What you see.** This attacker starts from the three old suffixes and has twenty more steps against the defended model itself. Three questions are few: even if no town was told, the interval reaches past one half. So a 0 here does not show that the defence holds. Look at the losses, too: where they still fall, more steps may open what these did not. Where they are low and the town was not told, the forbidden beginning became likely, and the model refused behind it. Keep the two numbers in mind for the table below: its GCG row uses old suffixes, which were made against the undefended guard.
 #
 # The **input guard** is a logistic regression on the mean of the base model's last hidden states. It learns from the guard's own rows: refused or not. The **output rule** needs no learning. It has two versions: a strict one, and one with an exception for towns that stand in the user's text, because a question about a text must be answered.
 
