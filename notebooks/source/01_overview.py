@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 01 · Overview: three generations of language models
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/01_overview.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/01_overview.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/01_overview.ipynb)
 #
 # A language model assigns a probability to every possible next piece of a text. In this lesson you build three of them on the same text: a table of counts, a recurrent network and a transformer. Each may read every word of it once. You learn the number that compares them, turn probabilities into text, and get a map of everything this course does to a model afterwards.
 #

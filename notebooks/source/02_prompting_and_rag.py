@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 02 · Prompting and RAG: what a model can do before you train it
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/02_prompting_and_rag.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/02_prompting_and_rag.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/02_prompting_and_rag.ipynb)
 #
 # You have a base language model and you may not change a single weight. What can you still change? The text that goes in. In this lesson you change it in two ways. First by the form of the prompt: examples, instructions, written steps, many samples, a search. Then by its content: you build a library and a retrieval system, so that the model can answer from passages which it has never read. Each change is measured, and each measurement has a simpler method or a control beside it.
 #

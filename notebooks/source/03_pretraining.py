@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 03 · Pretraining: from bytes to a language model
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/03_pretraining.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/03_pretraining.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/03_pretraining.ipynb)
 #
 # A base language model is three things: a list of tokens, a function with a few million or billion numbers in it, and a long series of small corrections to those numbers. In this lesson you write all three. At every step you compare your code with the library that practitioners use, number for number, and then you measure what the step is good for.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 04 · Scaling laws: what to expect from more parameters, more data and more thinking
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/04_scaling_laws.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/04_scaling_laws.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/04_scaling_laws.ipynb)
 #
 # A large training run can be done only once, so its size, its data and its result must be known before it starts. Scaling laws are how that is done: train many small models, fit a curve with five numbers, extrapolate. In this lesson you fit such curves to a sweep of real runs, on a text whose true entropy you can compute. So for once you can check what a fitted law says about the text. You find out what such a fit can be trusted with and what not, one reason why two famous laws disagreed, and what a law of the loss does not tell.
 #

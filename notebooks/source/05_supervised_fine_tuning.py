@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 05 · Supervised fine-tuning: from a base model to an assistant
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/05_supervised_fine_tuning.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/05_supervised_fine_tuning.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/05_supervised_fine_tuning.ipynb)
 #
 # A base model continues text. Ask it something in a chat and it does not answer. In this lesson you make an assistant out of it: you write the chat format, the data, the loss and the training, and you compare your code with the library that practitioners use. Then you measure what decides the result: how many examples, which errors are in them, which tasks, and what the model forgets.
 #

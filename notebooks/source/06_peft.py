@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 06 · PEFT: fine-tune with two percent of the parameters
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/06_peft.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/06_peft.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/06_peft.ipynb)
 #
 # Full fine-tuning changes every weight, keeps three more numbers for each of them while it trains, and leaves you with a second model to store. Parameter-efficient fine-tuning (PEFT) freezes the model and trains something small beside it. In this lesson you write the methods that are used, each in at most 25 lines, and compare them with the library `peft`. Then you ask what a comparison must keep equal, and measure: what is forgotten at equal quality, where a small adapter learns too slowly, and what memory is saved. At the end you merge adapters, and a further section serves several in one batch.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 07 · GPU memory: will it fit, and how fast will it run?
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/07_gpu_memory.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/07_gpu_memory.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/07_gpu_memory.ipynb)
 #
 # "Will it fit my GPU?" is the first question of every project, and the usual answers are rules of thumb, often wrong by a factor of two. In this lesson you count every byte of a training step yourself: weights, gradients, optimiser, activations, logits, and the cache of generation. Each formula is checked against bytes counted on this machine, and against a real model of half a billion parameters that is followed through a step without being allocated. Then you measure what decides the speed, and turn both into money, energy and carbon.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 09 · DPO: preferences without a reward model
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/09_dpo.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/09_dpo.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/09_dpo.ipynb)
 #
 # People can say which of two answers they like better, even where nobody can write the perfect one. Reinforcement learning from such choices needs a reward model and a sampling loop (lesson 08). Direct Preference Optimization (DPO) needs neither: it is a loss on pairs, as simple to run as fine-tuning. In this lesson you derive it, write it, and gain with it. Then you change one number, the learning rate, and meet what a student of a well-known course reported: *fine-tuning was good, DPO lowered the score*. The new run looks better by DPO's own measure. You find where its answers went, and try three repairs.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 10 · Compression: the same model in fewer bytes
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/10_compression.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/10_compression.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/10_compression.ipynb)
 #
 # A trained model is a list of numbers, and most of those numbers say more than they need to. In this lesson you write them with 8, 4, 3 and 2 bits, you set half of them to zero, and you teach a smaller model to imitate the large one. Then you let a cheap drafter propose the next words, to decode faster without changing one of them. Every method is written out. Every size is read from a file or from a tensor's storage, every speed is taken with a clock, and the main comparisons of quality have an interval.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 11 · Advanced pretraining: what changes when a model gets large
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/11_advanced_pretraining.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/11_advanced_pretraining.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/11_advanced_pretraining.ipynb)
 #
 # The transformer of lesson 03 works at any size, and yet no large model of today is built quite like it. Its cache gets too big, its attention matrix too wide, its layers too dense, one machine too small, its training too fragile. In this lesson you write the answer to each of these troubles in a few lines, find it equal to the library's, and measure what it gains and what it gives up.
 #

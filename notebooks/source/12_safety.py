@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 12 · Safety: when the model is wrong, unfair, or made to tell
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/12_safety.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/12_safety.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/12_safety.ipynb)
 #
 # Ask a language model about somebody who does not exist, and it answers. It names a town, in the right form and without any sign of doubt. In this lesson you measure how often a model makes things up, and of what kind. You ask whether it *could* have known that it was wrong, and you let it keep silent where it would be. Then you change sides: you train an assistant to keep something to itself, make it tell by hand and by gradients, and build defences against an attacker who knows them. Further sections train a prejudice into a model and out of it, plant secrets, unlearn, mark texts, inject instructions through a retrieved passage, and open back doors.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 13 · Analysis and theory: what happens inside, and how to be sure
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/13_analysis_and_theory.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/13_analysis_and_theory.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/13_analysis_and_theory.ipynb)
 #
 # A language model is a list of matrices that you can read, stop and change at any place. That is not yet understanding: it is easy to tell a story about what a part does, and hard to make a measurement that would have refuted it. In this lesson you open a trained model with eight methods: attribution, attention patterns, ablation, patching, lenses, probes, editing and steering. Each comes with the control that keeps it honest. Some textbook findings come out here exactly as in the papers. Others do not, and then the lesson says so. In its second half you train small models in which theory can be checked: a circuit that appears within a few steps, regression in a forward pass, Bayes, features in superposition.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 14 · Domain adaptation: one model, a new field
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/14_domain_adaptation.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/14_domain_adaptation.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/14_domain_adaptation.ipynb)
 #
 # A hospital and a bank ask the same thing: here is a good general model, make it useful in *our* field. Four ways are on offer. Write a better prompt, look facts up, pretrain further on the field's texts, or fine-tune on its questions. People choose by habit. In this lesson you choose by measurement: one exam for all four, their cost in one unit, what each of them breaks, and whether a difference of a few points means anything.
 #

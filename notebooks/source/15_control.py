@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 15 · Control: a language model that acts
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/15_control.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/15_control.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/15_control.ipynb)
 #
 # An answer is judged and forgotten. An action changes the world, and the next question comes from the world that it has changed. That is the whole difference between a model that talks and one that drives a robot, calls a tool or clicks through a shop, and it has consequences that you can measure. A plan that is right is of little use on a slippery floor. A wish is no plan where the thing is not there. A copy of an expert fails in places where no expert goes. In this lesson you build each of these situations small enough to know the right answer, measure the failure, and repair it. Then you build the program that lets a model act by writing: tool calls that can always be parsed, a loop in which it reads what its calls brought, a shop behind two browsers, and tools in another process. You measure what each of these guarantees, and what it does not.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 16 · Reasoning: compute at test time, and what to spend it on
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/16_reasoning.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/16_reasoning.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/16_reasoning.ipynb)
 #
 # A language model spends the same work on every token. So there are two ways to spend more on a hard question: let it write more, or let it try more often. Both are called *test-time compute*, and both need somebody who can tell a good attempt from a bad one. In the first half of this lesson you count the tokens. You cut the thinking of a model short and force it to go on. You teach it to find its way on the roads of Shima, draw many answers, and let verifiers choose. You search step by step, and draw all methods into one picture over the tokens that they cost. In the second half the model is to get better by itself: it checks its own answers, learns from those that a checker accepts, and learns what it never did right. At the end you ask whether the steps that it writes are the reason for its answer.
 #
