@@ -78,6 +78,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -1521,12 +1522,17 @@ for one, other in (("2:4, SparseGPT", "16 bits"), ("4 bits, GPTQ", "4 bits, roun
 # %% tags=["headline"]
 alt = "Loss above the full model, and tokens per second, over the size of the file, for eight versions."
 PLACES = (  # of labels, where they would lie on others
-    {"16 bits": ((-8, 6), "right"), "4 bits, GPTQ": ((-8, -14), "right")},
     {
-        "16 bits": ((8, -3), "left"),
+        uncompressed: ((0, -16), "center"),
+        "8 bits": ((8, -14), "left"),
+        "4 bits, GPTQ": ((-8, -14), "right"),
+    },
+    {
+        uncompressed: ((0, 18), "center"),
+        "16 bits": ((0, -30), "center"),
         "4 bits, GPTQ": ((-8, -14), "right"),
         "4 bits, rounded": ((-8, 6), "right"),
-        "2:4, SparseGPT": ((8, -14), "left"),
+        "2:4, SparseGPT": ((-8, -14), "right"),
     },
 )
 figure = Figure(figsize=(10, 4.2))
@@ -1539,14 +1545,18 @@ for place, (label, (size, above, speed)) in enumerate(results.items()):
         axes.errorbar(size, middle, bars, fmt="o", color=color, capsize=3,
                       markerfacecolor="white" if dense else None)  # fmt: skip
         where, side = PLACES[axes is right].get(label, ((8, 6), "left"))
-        axes.annotate("2:4, timed dense" if dense else label, (size, middle), where, fontsize=9,
+        shown = "2:4, timed dense" if dense else label.partition(", float")[0]
+        axes.annotate(shown, (size, middle), where, fontsize=9,
                       textcoords="offset points", color=color, ha=side)  # fmt: skip
 left.set_yscale("symlog", linthresh=1e-3)
 left.set_ylabel("loss above the base (nats per token)")
 right.set_ylabel("tokens per second (quartiles)")
 for axes in (left, right):
-    axes.set_xlabel("file (MB)")
+    axes.set(xscale="log", xlabel="file (MB)")
     axes.margins(0.2, 0.12)
+    axes.xaxis.set_major_locator(FixedLocator([2, 4, 8, 16]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 figure.suptitle("Down to 4 bits, quantising loses the least for the bytes it saves", x=0.02, ha="left", weight="bold")
 plots.show(figure, alt)
