@@ -1964,6 +1964,10 @@ def cache_bytes(cache: DynamicCache) -> int:
 first = text_test[:4].to(base.device)
 with torch.no_grad():
     plain = base(first, use_cache=True).past_key_values
+for name in ("keys", "values"):
+    sizes = torch.stack([getattr(layer, name).float().abs().mean((0, 2)) for layer in plain.layers])
+    ratio = (sizes.amax(-1) / sizes.median(-1).values).mean()  # (layers, heads, head_dim) -> one number
+    print(f"{name}: mean size of the largest channel of a head over that of the median one: {ratio:.1f}")
 in_16 = sum(tensor.numel() * 2 for layer in plain.layers for tensor in (layer.keys, layer.values))
 kept, rows = {}, {}
 for bits, by_channel in ((4, False), (4, True), (2, False), (2, True)):
