@@ -219,7 +219,7 @@ lesson.report("the base before", before)
 lesson.report("the assistant before: right answers", str(full_accuracy))
 
 # %% [markdown]
-# **Answer.** By how far these numbers move. The base has a perplexity of 2.31 (2.13 to 2.49), the assistant answers 98 % of the questions rightly (94 to 100). The interval of the perplexity is wide, because texts differ. Differences on the same texts have narrower ones: in section 2 the first is 0.023 nats (0.016 to 0.030).
+# **Answer.** You compare it with the full model in these three numbers, and their difference with what chance does to it. The base has a perplexity of 2.31 (2.13 to 2.49), the assistant answers 98 % of the questions rightly (94 to 100). The interval of the perplexity is wide, because texts differ. Differences on the same texts have narrower ones: the first of them, in section 2, is 0.023 nats (0.016 to 0.030).
 
 # %% [markdown] tags=["core"]
 # ## 2 · Integers and a scale
@@ -865,9 +865,9 @@ figure.axes[0].set_xticks([2, 3, 4])
 plots.show(figure, alt)
 
 # %% [markdown]
-# Compare the rows. Per channel GPTQ leaves about half of the divergence of rounding, at each width. With the inputs of another layer it is many times worse than rounding: it moves weights to make up for errors in directions in which this layer has no inputs. The perplexity hardly shows the gain at 4 and 3 bits, since so little is lost in the first place: this is why the claims are about the divergence.
+# Compare the rows. Per channel GPTQ leaves about half of the divergence of rounding, at each width. With the inputs of another layer it is many times worse than rounding: what would make up for an error on those inputs is one more error on this layer's own. The perplexity hardly shows the gain at 4 and 3 bits, since so little is lost in the first place: this is why the claims are about the divergence.
 #
-# **Answer.** Yes: in this run GPTQ leaves 0.53 of the divergence of rounding at 4 bits and 0.56 at 3, with one scale per row, and 0.61, 0.49 and 0.72 at 4, 3 and 2 bits in groups of 64. XXXEQUAL
+# **Answer.** Yes: in this run GPTQ leaves 0.53 of the divergence of rounding at 4 bits and 0.56 at 3, with one scale per row, and 0.61, 0.49 and 0.72 at 4, 3 and 2 bits in groups of 64. At as many bits as GPTQ per channel, rounding in groups has 1.45 times its divergence near 3 bits and 1.65 times near 2. GPTQ in groups has 0.71 of it near 3 bits, but 1.19 near 2: there, in this run, groups do not pay for their scales once GPTQ is at work. All four intervals lie on one side of 1.
 #
 # (As published, GPTQ compresses layer after layer and takes the inputs of each from the model whose earlier layers are already compressed. Here all inputs come from the full model.)
 
@@ -880,7 +880,7 @@ plots.show(figure, alt)
 #
 # - **Magnitude**: $|w_{ij}|$, the size of the weight from input $j$ to output $i$.
 # - **Wanda** (Sun et al. 2024): $|w_{ij}| \cdot \|X_j\|_2$. A small weight on a large input can matter more than a large weight on a small one. $\|X_j\|_2^2$ is the diagonal of $H$. No weight changes.
-# - **SparseGPT** (Frantar & Alistarh 2023): $w_{ij}^2 / [H^{-1}]_{jj}$, what optimal brain surgeon says it costs to set the weight to zero. It is GPTQ with zero in place of the codes, and the weights that stay make up for those that go.
+# - **SparseGPT** (Frantar & Alistarh 2023): $w_{ij}^2 / [H^{-1}]_{jj}$, what optimal brain surgeon says it costs to set the weight to zero ($H^{-1}$ again over the columns that remain, so this is $w_{ij}^2 / U_{jj}^2$). It is GPTQ with zero in place of the codes, and the weights that stay make up for those that go.
 #
 # Half of the weights go in each case. Where the half is counted is a choice of its own:
 #
@@ -956,7 +956,7 @@ for worse, better in (("magnitude", "Wanda"), ("Wanda", "SparseGPT")):
     )  # fmt: skip
 
 # %% [markdown]
-# In divergence, the order of the three in each column is the order of what they know: only the weights; the size of the inputs as well; their correlations as well. (The perplexity does not show the first step everywhere: XXXPPL.) With the inputs of another layer the order turns round: then both are worse than the simpler method.
+# In divergence, the order of the three in each column is the order of what they know: only the weights; the size of the inputs as well; their correlations as well. The perplexities have the same order, with small steps in the first two columns. In rows of 2:4, Wanda has 0.55 of the divergence of magnitude, and SparseGPT 0.41 of that of Wanda. With the inputs of another layer both are about three times as far off as the simpler method (the control of each claim): what they know must be true.
 #
 # **Zeros do not save a byte by themselves.** A dense tensor stores them like any other number. 2:4 is stored as the two values of each four, and their two places in 2 bits each. Write it, read it back, and look at the size. There is no 2:4 kernel for the CPU. On GPUs from Ampere on `torch.sparse.to_sparse_semi_structured` has one.
 
@@ -994,7 +994,7 @@ print(f"file with half of the weights zero, dense and packed: {dense}")
 lesson.report("file with half of the weights zero, dense and packed 2:4", dense)
 
 # %% [markdown]
-# **Answer.** By SparseGPT, which leaves the least divergence: XXX for half of a layer, 0.0198 for 2:4. The base is at perplexity 2.306. The file is then 4.41 MB instead of 7.22, if it is packed, and no smaller if it is not.
+# **Answer.** The half that SparseGPT chooses, of these three: its divergence is 0.0051 for half of the layer (of each block of 64 columns), 0.0064 for half of each row, and 0.0198 for 2:4, a perplexity of 2.350. The freer the choice, the less is lost. The file with 2:4 is 4.41 MB instead of 7.22 if it is packed, and no smaller if it is not.
 
 
 # %% [markdown] tags=["core"]
@@ -1143,7 +1143,7 @@ lesson.report("hard labels against no teacher: best token as the teacher's, more
 print(f"hard labels: best token as the teacher's more often than without a teacher by {shown}")
 
 # %% [markdown]
-# **Answer.** From the teacher, and from which of its signals depends on what the student is for. One dot is one run. Logits lower the loss by 0.103, 0.116 and 0.133 nats against the text alone. XXXHIDDEN In perplexity the hard labels are worse than no teacher, 9.10 to 9.69 against 7.22 to 7.44. (A likely reason, which nothing here tests: they say "certain" wherever the teacher was not.) But the student of hard labels has the teacher's best token more often than that of the text, by 5.3, 4.7 and 5.6 points, and the next section wants nothing else of a greedy drafter.
+# **Answer.** From the teacher, and from which of its signals depends on what the student is for. One dot is one run. Logits lower the loss by 0.103, 0.116 and 0.133 nats against the text alone. The hidden states lower it a little further, by about 0.01 to 0.04 nats. In perplexity the hard labels are worse than no teacher, 9.10 to 9.69 against 7.22 to 7.44. (A likely reason, which nothing here tests: they say "certain" wherever the teacher was not.) But the student of hard labels has the teacher's best token more often than that of the text, by 5.3, 4.7 and 5.6 points, and the next section wants nothing else of a greedy drafter.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Speculative decoding: another drafts, the teacher decides
@@ -1586,7 +1586,7 @@ for (label, bits), found in answers_of.items():
 lesson.report("the assistant in 2 bits: right answers, GPTQ more than rounded by", more[2])
 
 # %% [markdown]
-# **Answer.** Bits, down to 4. With 4 bits the file has 2.60 MB, little more than a third of that with 16 bits and less than a fifth of the uncompressed one, and the loss above the base is 0.0011 nats rounded and 0.0004 by GPTQ; both intervals contain 0. Three versions have files of about 4 MB: 8 bits lose nothing that can be seen, 2:4 loses 0.0193 nats, the student of half the layers 1.0379. (It was trained for sixteen steps; more would change its place.) The assistant answers 98 % of the questions rightly in 4 bits, as before, rounded or by GPTQ. The two differ in divergence (section 4) long before they differ in answers, as they do at 2 bits: XXX2
+# **Answer.** Bits, down to 4. With 4 bits the file has 2.60 MB, little more than a third of that with 16 bits and less than a fifth of the uncompressed one, and the loss above the base is 0.0011 nats rounded and 0.0004 by GPTQ; both intervals contain 0. Three versions have files of about 4 MB: 8 bits lose nothing that can be seen, 2:4 loses 0.0193 nats, the student of half the layers 1.0379. (It was trained for sixteen steps; more would change its place.) The assistant answers 98 % of the questions rightly in 4 bits, as before, rounded or by GPTQ. The two differ in divergence (section 4) long before they differ in answers, as they do at 2 bits: 92 against 82 % in this run, GPTQ more by 9.2 points (2.5 to 15.8).
 #
 # Speed is another matter. With a kernel 8 and 4 bits are faster than 16, and little is gained from 8 to 4 in a model this small, where what Python does around the kernels counts as well (compare with section 3, where one large layer was timed). Unpacked without a kernel, 2 bits are the slowest of all. With PyTorch's ordinary operations only the student is much faster than 16 bits. Before you believe a difference of speeds, look at the last two lines under the table: there the arithmetic is the same.
 
@@ -1595,7 +1595,7 @@ lesson.report("the assistant in 2 bits: right answers, GPTQ more than rounded by
 #
 # *Further: no core section needs this one.*
 #
-# **Question.** Integer arithmetic is fast only if both factors are integers. Can the inputs of a layer be quantised too?
+# **Question.** A kernel can multiply integers only if both factors are integers. Can the inputs of a layer be quantised too?
 #
 # For 8 bits, *vector-wise* quantisation is usual: one scale $s_x$ for each token, one scale $s_w$ for each output, and the product of the integers is exact in 32 bits. Large models have a difficulty: a few columns of $x$ are 20 to 100 times larger than the rest (Dettmers et al. 2022; Xiao et al. 2023). They set $s_x$, and the other columns get a handful of codes. Three cures:
 #
@@ -1897,7 +1897,9 @@ lesson.claim("AWQ where columns stand out: divergence over that of rounding; con
              shares["outliers planted"], at_most=0.85, control=shares["as it is"], form=".2f")  # fmt: skip
 
 # %% [markdown]
-# XXX11
+# **Answer.** Yes, where columns stand out. With planted outliers AWQ has a divergence of 0.00232, rounding 0.00372; that is lower by 0.00140 nats (0.00101 to 0.00184). GPTQ has 0.00246, and the interval of its difference from AWQ, -0.00025 to 0.00059, contains 0: nothing here ranks the two. On shima-4m as it is, AWQ gains little on rounding, 0.00019 nats with an interval from -0.00004 to 0.00040, since few columns stand out. There GPTQ is nearer to the model, by 0.00096 nats (0.00078 to 0.00118).
+#
+# (Unlike the other methods of this lesson, `awq` is compared with no library: none of those that have AWQ is installed by the course.)
 
 # %% [markdown] tags=["further"]
 # ## 12 · The other memory: keys and values
@@ -1986,7 +1988,7 @@ lesson.claim("2 bits: scales by channel for the keys lower the loss (nats)", cha
              at_least=0.02, form=".3f")  # fmt: skip
 
 # %% [markdown]
-# XXX12
+# **Answer.** Yes. With 4 bits the cache has 28 to 30 % of the bytes of 16 bits, and costs 0.0019 nats with keys by token (0.0006 to 0.0032); by channel the interval, -0.0009 to 0.0008, contains 0. With 2 bits it has 16 or 17 % of the bytes, and there the grouping of the keys counts: 0.0666 nats by token, 0.0154 by channel. The largest channel of a head stands out more among the keys than among the values, as the first two lines say.
 
 # %% [markdown] tags=["further"]
 # ## 13 · Cut out whole parts
@@ -2083,7 +2085,7 @@ for label, smaller in cuts.items():
 show_table(rows, ["parameters", "perplexity", "after recovery (run 1)"])
 
 # %% [markdown]
-# **Answer.** Then more is lost for the parameters that go. Half of the neurons are the most parameters of the three, and cost the least: perplexity 2.64, where half of the heads give 4.61 and the layer of least influence (the third, 0.15) gives 3.56. Ten steps bring back a part: 2.52, 2.99 and 2.94. That is one run each; how much three runs of the first bring back stands in the last table as a report. What is left is an ordinary model, smaller in memory, that any kernel can run.
+# **Answer.** Then what is left is an ordinary model, smaller in memory, that any kernel can run, and it has lost much more than by fewer bits. Half of the neurons are the most parameters of the three, and cost the least: perplexity 2.64, where half of the heads give 4.61 and the layer of least influence (the third, 0.15) gives 3.56. Ten steps bring back a part: 2.52, 2.99 and 2.94. That is one run each; how much three runs of the first bring back stands in the last table as a report.
 
 # %% [markdown] tags=["further"]
 # ## 14 · On-policy distillation: two things change
