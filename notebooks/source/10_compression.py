@@ -403,7 +403,9 @@ lesson.claim(
     "4 bits: error of the weights in groups over that with one scale per tensor; control: uniform weights",
     gains["of the model"], at_most=0.75, control=gains["uniform"], form=".2f",
 )  # fmt: skip
-lesson.report("the same for shuffled weights", gains["shuffled"], form=".2f")
+lesson.report(
+    "4 bits, weights shuffled: error in groups over that with one scale per tensor", gains["shuffled"], form=".2f"
+)
 
 # %% [markdown]
 # The number of scales is not what helps: uniform weights have as many, and gain next to nothing. The places of the large weights matter little: shuffled, the error in groups is 11.8 % instead of 11.0 %. What helps is that large weights are few. One of them sets the step for a whole tensor, but only for the 63 others of its group.
@@ -956,7 +958,7 @@ for worse, better in (("magnitude", "Wanda"), ("Wanda", "SparseGPT")):
     )  # fmt: skip
 
 # %% [markdown]
-# In divergence, the order of the three in each column is the order of what they know: only the weights; the size of the inputs as well; their correlations as well. The perplexities have the same order, with small steps in the first two columns. In rows of 2:4, Wanda has 0.55 of the divergence of magnitude, and SparseGPT 0.41 of that of Wanda. With the inputs of another layer both are about three times as far off as the simpler method (the control of each claim): what they know must be true.
+# In divergence, the order of the three in each column is the order of what they know: only the weights; the size of the inputs as well; their correlations as well. The perplexities have the same order, with small steps in the first two columns. With 2:4, Wanda has 0.55 of the divergence of magnitude, and SparseGPT 0.41 of that of Wanda. With the inputs of another layer both are about three times as far off as the simpler method (the control of each claim): what they know must be true.
 #
 # **Zeros do not save a byte by themselves.** A dense tensor stores them like any other number. 2:4 is stored as the two values of each four, and their two places in 2 bits each. Write it, read it back, and look at the size. There is no 2:4 kernel for the CPU. On GPUs from Ampere on `torch.sparse.to_sparse_semi_structured` has one.
 
