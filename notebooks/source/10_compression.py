@@ -1271,15 +1271,19 @@ def plain_decoding(model, prompt: list[int], new_tokens: int, temperature=0.0, g
 # **Is it exact?** Three tests, from arithmetic to the running program.
 #
 # 1. *Arithmetic*: for distributions $p$ and $q$ of the real models, add up both ways and compare with $p$.
-# 2. *The rule*: draft from $q$ and apply `keep_or_replace` 400 times at each of 100 places, and compare the counts with $p$ by Pearson's chi-square test. At each place every token that $p$ expects at least 5 times is a class, and all others together are one more. The statistic is $\sum (\text{count} - \text{expected})^2 / \text{expected}$ over all classes of all places, and its distribution is known where the counts do come from $p$. Two controls show that the test can fail: the drafts as they are, and a wrong rule that draws a refused token from $p$ instead of from the rest.
+# 2. *The rule*: draft from $q$ and apply `keep_or_replace` 400 times at each of 100 places. How far are the shares of the tokens from $p$? As far as those of 400 draws from $p$ itself, if the rule is right. Two controls show that the test can fail: the drafts as they are, and a wrong rule that draws a refused token from $p$ instead of from the rest.
 # 3. *The program*: greedily, the text must be identical to that of plain decoding, whoever drafts.
 
 # %%
-from scipy.stats import chi2
+def distance(tokens: Tensor, p: Tensor) -> float:
+    """Share of the draws in the wrong place: tokens (places, draws) against p (places, vocab), mean of the places."""
+    counts = torch.stack([torch.bincount(drawn, minlength=p.shape[1]) for drawn in tokens])
+    return ((counts / tokens.shape[1] - p).abs().sum(1) / 2).mean().item()
 
-student = students["logits", 0]
+
+student, generator, DRAWS = students["logits", 0], torch.Generator().manual_seed(seed), 400
 some = base_logs[0].flatten(0, 1)
-places = torch.randperm(len(some), generator=torch.Generator().manual_seed(seed))[:100]
+places = torch.randperm(len(some), generator=generator)[:100]
 own = log_softmax_of(student, text_batches[0]).flatten(0, 1)
 p, q = (logs[places].double().softmax(-1) for logs in (some, own))  # (100, vocab)
 refused = 1 - torch.minimum(p, q).sum(1, keepdim=True)
@@ -1287,41 +1291,21 @@ rest = (p - q).clamp(min=0)
 both_ways = torch.minimum(p, q) + refused * rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
 lesson.equal("kept drafts and the rest add up to the teacher's distribution",
              (both_ways - p).abs().max(), within=1e-12)  # fmt: skip
-
-
-def chi_square_chance(tokens: Tensor, p: Tensor) -> float:
-    """Chance of counts as far from p as these or farther: tokens (places, draws), p (places, vocab)."""
-    statistic = freedom = 0
-    for drawn, chances in zip(tokens, p, strict=True):
-        order = chances.argsort(descending=True)
-        expected = chances[order] * len(drawn)  # (vocab,)
-        counts = torch.bincount(drawn, minlength=len(order))[order]
-        common = int((expected >= 5).sum())  # each is a class, and all others are one
-        if expected[common:].sum() < 5:  # too rare: the last of the common ones joins the others
-            common -= 1
-        for place in range(common + 1):
-            members = slice(place, place + 1 if place < common else None)
-            wanted = expected[members].sum()
-            statistic += ((counts[members].sum() - wanted) ** 2 / wanted).item()
-        freedom += common
-    return float(chi2.sf(statistic, freedom)) if freedom else 1.0
-
+draws = {"p itself": torch.multinomial(p, DRAWS, True, generator=generator)}  # (places, draws)
+draws["q, the drafts"] = torch.multinomial(q, DRAWS, True, generator=generator)
+draws |= {name: torch.empty_like(draws["p itself"]) for name in ("the rule", "a wrong rule")}
+for place, drafts in enumerate(draws["q, the drafts"]):
+    pair = [x[place].expand(DRAWS, -1) for x in (p, q)]
+    kept, draws["the rule"][place] = keep_or_replace(*pair, drafts, generator)
+    from_p = torch.multinomial(p[place], DRAWS, True, generator=generator)
+    draws["a wrong rule"][place] = torch.where(kept, drafts, from_p)
+far = {name: distance(tokens, p) for name, tokens in draws.items()}
+print("distance from p, draws of " + ", ".join(f"{name}: {value:.3f}" for name, value in far.items()))
+lesson.claim("tokens by the rule: distance from the teacher's over that of its own draws; control: a wrong rule",
+             far["the rule"] / far["p itself"], at_most=1.2,
+             control=far["a wrong rule"] / far["p itself"], form=".2f")  # fmt: skip
 
 # %%
-generator, DRAWS = torch.Generator().manual_seed(seed), 400
-drafted = torch.multinomial(q, DRAWS, replacement=True, generator=generator)  # (places, draws)
-by_rule, by_wrong_rule = torch.empty_like(drafted), torch.empty_like(drafted)
-for place, drafts in enumerate(drafted):
-    pair = [x[place].expand(DRAWS, -1) for x in (p, q)]
-    kept, by_rule[place] = keep_or_replace(*pair, drafts, generator)
-    from_p = torch.multinomial(p[place], DRAWS, True, generator=generator)
-    by_wrong_rule[place] = torch.where(kept, drafts, from_p)
-fits = [chi_square_chance(tokens, p) for tokens in (by_rule, by_wrong_rule, drafted)]
-print(f"chance of such counts: rule {fits[0]:.3f}, wrong rule {fits[1]:.1e}, drafts {fits[2]:.1e}")
-lesson.claim("the rule's tokens are distributed as the teacher's (chance of such counts); control: drafts",
-             fits[0], at_least=1e-3, control=fits[2])  # fmt: skip
-lesson.claim("the test finds a wrong rule (chance of such counts); control: the right one",
-             fits[1], at_most=1e-6, control=fits[0])  # fmt: skip
 starts = [row[:24].tolist() for row in text_test[:8]]
 ngrams = NgramDrafter(text_train)
 plain_texts = [plain_decoding(base, start, 32) for start in starts]
