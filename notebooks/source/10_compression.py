@@ -1276,7 +1276,7 @@ def plain_decoding(model, prompt: list[int], new_tokens: int, temperature=0.0, g
 
 # %%
 def distance(tokens: Tensor, p: Tensor) -> float:
-    """Share of the draws in the wrong place: tokens (places, draws) against p (places, vocab), mean of the places."""
+    """Half the sum of |share of the draws - p|, mean of the places: tokens (places, draws), p (places, vocab)."""
     counts = torch.stack([torch.bincount(drawn, minlength=p.shape[1]) for drawn in tokens])
     return ((counts / tokens.shape[1] - p).abs().sum(1) / 2).mean().item()
 
@@ -1318,6 +1318,8 @@ lesson.equal("greedy texts that speculative decoding changes", other)
 
 
 # %% [markdown]
+# It is. The tokens of the rule are 0.039 from $p$, as far as 400 draws from $p$ itself, 0.038. Those of the wrong rule are at 0.054, the drafts at 0.351. And all 16 greedy texts are identical.
+#
 # **How much faster?** If each draft is kept with probability $a$, independently, one pass of the teacher yields on average $1 + a + \dots + a^k = \frac{1 - a^{k+1}}{1 - a}$ tokens. What does such a round cost? Take the time of a pass over one token as the unit. Let $c$ be the time of one drafted token, and $v_k$ the time that it takes to verify $k$ of them: a pass over $k + 1$ tokens, and the rule. Then the expected speed-up is
 #
 # $$\frac{1 - a^{k+1}}{(1 - a)\,(k c + v_k)}$$
