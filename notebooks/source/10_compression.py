@@ -1516,8 +1516,9 @@ PLACES = (  # of labels, where they would lie on others
         "4 bits, GPTQ": ((-8, -14), "right"),
     },
     {
-        uncompressed: ((0, 18), "center"),
-        "16 bits": ((0, -30), "center"),
+        uncompressed: ((-8, -4), "right"),
+        "16 bits": ((-8, -4), "right"),
+        "8 bits": ((8, -14), "left"),
         "4 bits, GPTQ": ((-8, -14), "right"),
         "4 bits, rounded": ((-8, 6), "right"),
         "2:4, SparseGPT": ((-8, -14), "right"),
