@@ -702,7 +702,7 @@ def upper_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
     more = damping * moments.diagonal().mean().double()
     h = moments.double() + more * torch.eye(len(moments), device=moments.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    return torch.linalg.cholesky(inverse, upper=True).float().cpu()  # all of them are too much for a GPU
 
 
 def gptq(weight: Tensor, moments: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -710,7 +710,7 @@ def gptq(weight: Tensor, moments: Tensor, bits: int, group: int) -> tuple[Tensor
 
     `group` is the whole row, a divisor of 64 or a multiple of it.
     """
-    weight, upper, size = weight.clone(), upper_factor(moments), weight.shape[1]
+    weight, upper, size = weight.clone(), upper_factor(moments).to(weight.device), weight.shape[1]
     codes, scales, zeros = [], [], []
     for i in range(size):
         if i % 64 == 0:
@@ -912,7 +912,7 @@ def wanda(weight: Tensor, moments: Tensor, pattern: str = "row") -> Tensor:
 
 def sparse_gpt(weight: Tensor, moments: Tensor, pattern: str = "layer") -> Tensor:
     """Columns from left to right; which weights go is decided for 64 columns at a time."""
-    weight, upper, size = weight.clone(), upper_factor(moments), weight.shape[1]
+    weight, upper, size = weight.clone(), upper_factor(moments).to(weight.device), weight.shape[1]
     for i in range(size):
         if i % 64 == 0:
             here, errors = slice(i, min(i + 64, size)), []
