@@ -455,7 +455,7 @@ lesson.claim(
     form=".2f",
 )
 print(f"counted on shuffled text: {without_order[0] - without_order[1]:.2f}")
-print(f"n = {best_order} takes {sweep[1] - sweep[best_order]:.2f} off")
+print(f"n = {best_order} against n = 1: {sweep[1] - sweep[best_order]:.2f} nats")
 alt = "Perplexity of validation text over the length of the n-grams. "
 figure = plots.curve(
     {"n-gram": (ORDERS[1:], [math.exp(sweep[order]) for order in ORDERS[1:]])},
@@ -656,7 +656,7 @@ for name, tried in SEARCH.items():
     )
 
 # %% [markdown]
-# **Counting, with a look-up in the row.** The networks have an advantage that has nothing to do with learning: they get the whole row, 128 tokens, and the n-gram model only the last few. Give it the row too, in the simplest way (after Kuhn & De Mori 1990). Look for the last token, and for the last two, earlier in the row, and see what followed them there. Mix the share of each follower into the n-gram's probability. Two weights say how much; validation text chooses them. From here on this is called the **row look-up**, and the model with it *n-gram + row*.
+# **Counting, with a look-up in the row.** The networks have an advantage that has nothing to do with learning: they get the whole row, 128 tokens, and the n-gram model only the last few. Give it the row too, in the simplest way (a *cache language model*, Kuhn & De Mori 1990). Look for the last token, and for the last two, earlier in the row, and see what followed them there. Mix the share of each follower into the n-gram's probability. Two weights say how much; validation text chooses them. From here on this is called the **row look-up**, and the model with it *n-gram + row*.
 
 # %%
 def evidence(tables: list[Table], some_rows: list, searched: list, first: int = 1) -> tuple[Tensor, Tensor]:
@@ -1012,7 +1012,7 @@ lesson.report(
 #
 # **Question.** A model gives probabilities. Which token should you take?
 #
-# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but more than a thousand improbable tokens share a little probability, now and then one of them is drawn, and the text may go astray from there. (Section 10 measures when.) So the logits $z$ (the scores before the softmax) are changed before the draw:
+# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but a list has very many improbable tokens, which together have some probability. Now and then one of them is drawn, and the text may go astray from there. (Section 10 measures when.) So the logits $z$ (the scores before the softmax) are changed before the draw:
 #
 # | rule | what it does to the logits $z$ with $p = \text{softmax}(z)$ |
 # |---|---|
@@ -1248,7 +1248,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Top-p and min-p keep one token or a few where the model is surest; top-k keeps twenty there as well. In the texts, temperature 2 without a cut-off brings many words that never stood in the training text, many more than held-out text has. With min-p and top-k about as many words are known as in held-out text, with top-p fewer. Here the temperature comes first and the cut-off after it: the hotter, the more improbable tokens it takes to make up the 90 % that top-p keeps. But the rules are not equally strict, so this is no ranking of them. Each number is from one draw of 24 texts. The best row is not the one with the most known words, but the one that is like held-out text in both numbers: compare each with the line below the table, and the greedy lines with each other.
+# **What you see.** Top-p and min-p keep one token where the model is surest; top-k keeps twenty there as well. In the texts, temperature 2 without a cut-off brings many words that never stood in the training text, many more than held-out text has. With min-p and top-k about as many words are known as in held-out text, with top-p fewer. Here the temperature comes first and the cut-off after it: the hotter, the more improbable tokens it takes to make up the 90 % that top-p keeps. But the rules are not equally strict, so this is no ranking of them. Each number is from one draw of 24 texts. The best row is not the one with the most known words, but the one that is like held-out text in both numbers: compare each with the line below the table, and the greedy lines with each other.
 
 # %% [markdown]
 # **Try it yourself.** In Jupyter, Colab and VS Code the next cell shows sliders. Elsewhere it says so, and the cell after it does the same with settings that you write into it.
@@ -1366,7 +1366,7 @@ print(f"{base_name}, which trained far longer, in nats per token of its own: {ga
 lesson.report("the same for the base model, per token of its own", f"{gain:.2f}")
 
 # %% [markdown]
-# **What you see.** Most of the surprise goes with the first few tokens, for all. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the row look-up gains from it, and looking in another row does not. After one pass these networks make no use of it that this measurement could see. The base model does: its number is printed last. That gain may have two causes, which are not separated here: the model is larger, and it was trained far longer. (Besides, its tokens are longer, so that 96 of them reach further.) The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
+# **What you see.** For all, the surprise falls most over the first few tokens. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the row look-up gains from it, and looking in another row does not. After one pass these networks make no use of it that this measurement could see. The base model does: its number is printed last. That gain may have two causes, which are not separated here: the model is larger, and it was trained far longer. (Besides, its tokens are longer, so that 96 of them reach further.) The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
 
 # %% [markdown] tags=["core"]
 # ## 12 · A map of the methods
