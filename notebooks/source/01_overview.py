@@ -100,7 +100,7 @@ RECALL_SEARCH = {  # section 8, LSTM: boxes -> learning rate -> share right, of 
     8: {0.016: 0.22, 0.032: 0.32, 0.064: 0.53, 0.128: 0.36, 0.256: 0.2},
     16: {0.016: 0.13, 0.032: 0.15, 0.064: 0.14, 0.128: 0.12, 0.256: 0.13},
 }
-DOTS_SEARCH = {0.016: 0.12, 0.032: 0.13, 0.064: 0.13, 0.128: 0.64, 0.256: 0.37}  # the same, 2 boxes behind 14 dots
+DOTS_SEARCH = {0.016: 0.12, 0.032: 0.13, 0.064: 0.13, 0.128: 0.64, 0.256: 0.37}  # the same, 2 boxes, 14 dots
 RATES = {name: min(tried, key=tried.get) for name, tried in SEARCH.items()}
 if machine.name != "cpu":
     RATES = {"LSTM": 4e-3, "transformer": 2e-3}  # for larger networks, not searched
@@ -802,7 +802,7 @@ lesson.report("bits per byte between the best and the worst run of one network",
 #
 # **Equal seconds** are a comparison of the two networks alone; the counts are finished sooner, as the last column says. The network that needs more seconds for a token has read less when they are over, and is far behind the other. On this CPU that is the transformer. But seconds belong to a machine. A GPU can work on all places of a row at once when it trains a transformer, while an LSTM has to go from place to place. (Not measured here: run this lesson there.)
 #
-# The last row is a larger transformer that read other text about the same island for an hour. Its gain has two causes, its size and how much it has read, and this table does not separate them. Lesson 04 varies one at a time.
+# The last row is a larger transformer that read other text about the same island for an hour. Its lead may come from its size or from how much it has read: this table does not separate them. Lesson 04 varies one at a time.
 
 # %% [markdown]
 # **The samples.** Numbers are one half. Let each model continue the same beginning, one token at a time, each drawn from the model's own probabilities.
@@ -990,7 +990,7 @@ for name in tqdm(RECALL, desc="dots"):
     print(f"{name}, 2 boxes: {recall_lines[name][1][0]:.0%} right without dots;", end=" ")
     print(f"{distances.min()} to {distances.max()} tokens back {', '.join(f'{right:.0%}' for right in runs)}")
 lesson.report(
-    "2 boxes behind 14 dots, right in the mean of three runs: LSTM, transformer",
+    "2 boxes with 14 dots behind them, right in the mean of three runs: LSTM, transformer",
     ", ".join(f"{right:.0%}" for right in after_dots.values()),
 )
 longer = recall_run("LSTM", 8, DRAWS[0], recall_rates["LSTM"][8], 5 * STEPS)[0].float().mean().item()
@@ -1001,7 +1001,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** The transformer finds nearly every answer, with two boxes or 16, near or far. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess, for boxes near the questions and for those further back. Behind 14 dots it gets fewer of two boxes right than without them, and its three runs lie far apart. So at these steps both cost it answers, more to keep and a longer way. Why, this does not show. Look at its rates, too: for eight boxes the best one lies in the middle; for 16 all five leave it near a guess. And it is not true that an LSTM cannot do this: with five times the steps it gets all or nearly all of eight boxes right (one run).
+# **What you see.** The transformer finds nearly every answer, with two boxes or 16, near or far. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess, for boxes near the questions and for those further back. With 14 dots behind the two boxes it gets fewer of them right than without, and its three runs lie far apart. So at these steps both cost it answers, more to keep and a longer way. Why, this does not show. Look at its rates, too: for eight boxes the best one lies in the middle; for 16 all five leave it near a guess. And it is not true that an LSTM cannot do this: with five times the steps it gets all or nearly all of eight boxes right (one run).
 #
 # The n-gram model sees five tokens and is near a guess with 8 and 16 boxes. (The row look-up of section 7 would be no help: the question never stood earlier in its row.)
 #
