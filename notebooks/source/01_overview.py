@@ -708,7 +708,7 @@ for length, share, weight in zip((1, 2), seen_before[1][number].tolist(), WEIGHT
 print(f"n-gram + row: {after[number]:.1%}")
 
 # %% [markdown]
-# The look-up gains on the whole, since the weights were chosen so, but not everywhere: at many places it takes probability from the token that comes. Its control looks in another row. It must come from another document: the next row often goes on with the same one. Then count on growing parts of the text, to have lines to compare with those of the networks.
+# The look-up gains on the whole, since the weights were chosen so, but not everywhere: at many places it takes probability from the token that comes. In the example a document says a list twice. Its control looks in another row. It must come from another document: the next row often goes on with the same one. Then count on growing parts of the text, to have lines to compare with those of the networks.
 
 # %%
 test = test_rows.tolist()
@@ -1287,7 +1287,7 @@ for options in ({"tau": 0.0}, {"p": 0.9}, {"tau": 2.0}, {"tau": 2.0, "floor": 0.
     print(f"--- {options}\n{write(opening, **options)}\n")
 
 # %% [markdown]
-# **What you see.** Greedy text is the same at every call. At temperature 2 alone many words are not words of Shima; with min-p the text reads like the one above it. One text is one draw: for numbers look at the table above, which is made of many.
+# **What you see.** Greedy text is the same at every call. At temperature 2 alone many words are not words of Shima; with min-p the text is again nearly that of `p` 0.9. One text is one draw: for numbers look at the table above, which is made of many.
 
 # %% [markdown] tags=["further"]
 # ## 11 · How much context each model uses
