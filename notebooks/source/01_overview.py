@@ -11,8 +11,8 @@
 #
 # 1. compute perplexity in three ways that agree, and see why bits per byte is the fairer unit;
 # 2. write an interpolated Kneser-Ney model whose probabilities sum to one, and an LSTM step that equals `nn.LSTM`;
-# 3. race counts, LSTM and transformer over the same tokens and over the same seconds, with three training seeds, and find that counts with a memory of the text in front of them keep up;
-# 4. give both networks a task in which something far back decides, and see them part;
+# 3. race counts, LSTM and transformer over the same tokens, and the two networks over the same seconds as well, with three training seeds; find that counts which also look into the row before them keep up;
+# 4. give both networks a task of looking things up, with more to keep or a longer way back, and see them part;
 # 5. write temperature, top-k, top-p, min-p and repetition penalty, each equal to the one in `transformers`, and measure what they do to a text;
 # 6. get a map of the methods of the course: what each changes, what it costs and when to use it.
 #
@@ -100,6 +100,7 @@ RECALL_SEARCH = {  # section 8, LSTM: boxes -> learning rate -> share right, of 
     8: {0.016: 0.22, 0.032: 0.32, 0.064: 0.53, 0.128: 0.36, 0.256: 0.2},
     16: {0.016: 0.13, 0.032: 0.15, 0.064: 0.14, 0.128: 0.12, 0.256: 0.13},
 }
+DOTS_SEARCH = {0.016: 0.12, 0.032: 0.13, 0.064: 0.13, 0.128: 0.64, 0.256: 0.37}  # the same, 2 boxes, 14 dots
 RATES = {name: min(tried, key=tried.get) for name, tried in SEARCH.items()}
 if machine.name != "cpu":
     RATES = {"LSTM": 4e-3, "transformer": 2e-3}  # for larger networks, not searched
@@ -115,7 +116,7 @@ if machine.name != "cpu":
 #
 # So a model of texts is nothing but a function from a context to $V$ probabilities that sum to one. Everything that helps to guess the next token helps: spelling, grammar, facts about the world, arithmetic. That is why one simple objective is enough to learn so much, and the three generations below differ only in how they compute $p(w \mid h)$.
 #
-# First the text. An eleventh of it is held out, and one half of that is for choosing settings (*validation*), the other for the numbers that we report (*test*). A held-out document that also stands in the training text would test memory only, so such documents are dropped.
+# First the text. An eleventh of it is held out, and one half of that is for choosing settings (*validation*), the other for the numbers that we report (*test*). A held-out document that also stands in the training text would test only what was learned by heart, so such documents are dropped.
 #
 # **Tokens.** A model does not see letters but *tokens*, pieces of text from a fixed list. Lesson 03 writes the algorithm that finds a good list (byte-pair encoding); here the library finds one on the training text. All three models of the race use it. The text is then one long row of numbers, with an end-of-text token (number 0) after each document, cut into rows of 129: each token of a row but the first is predicted from those before it.
 
@@ -309,7 +310,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Short n-grams are nearly all known. The longer they are, the more of them are new. Shima is written from templates; in natural text far fewer long n-grams come back. So take the method from here and not the numbers. Where a count is zero, the formula above gives the probability zero, and one such token makes a whole text impossible. A usable model has to mix long contexts, which say much and are rare, with short ones.
+# **What you see.** Short n-grams are nearly all known. The longer they are, the more of them are new. Shima is written from templates; in text that people write you should expect fewer long n-grams to come back (not measured here). So take the method from here and not the numbers. Where a count is zero, the formula above gives the probability zero, and one such token makes a whole text impossible. A usable model has to mix long contexts, which say much and are rare, with short ones.
 
 # %% [markdown] tags=["core"]
 # ## 4 · Mixing long and short contexts
@@ -352,9 +353,9 @@ def kneser_ney(tokens: list[int], order: int) -> list[Table]:
 
 
 # %%
-def ngram_probability(tables: list[Table], context: list[int], token: int) -> float:
+def ngram_probability(tables: list[Table], context: list[int], token: int, vocab: int = VOCAB) -> float:
     """The formula above, from the empty context up to the longest one that was seen."""
-    probability = 1 / VOCAB
+    probability = 1 / vocab
     for length, table in enumerate(tables[: len(context) + 1]):
         h = tuple(context[len(context) - length :])
         if h not in table.totals:
@@ -375,7 +376,24 @@ def ngram_nats(tables: list[Table], rows: list[list[int]]) -> float:
     )
 
 
+# %% [markdown]
+# **By hand.** Let the text be *a b a b a c a*, with $V = 3$, and pairs the longest n-grams. What may come after *a*?
+#
+# - Pairs: *ab* and *ba* were seen twice, *ac* and *ca* once. So $n_1 = 2$, $n_2 = 2$ and $D = 2 / (2 + 2 \cdot 2) = 1/3$. After *a* came *b* twice and *c* once: a total of 3, and 2 different tokens.
+# - Single tokens: *a* came after two different tokens, *b* and *c* after one each, a total of 4. So $n_1 = 2$, $n_2 = 1$ and $D = 2 / (2 + 2 \cdot 1) = 1/2$.
+#
+# $$p(b) = \frac{1 - 1/2}{4} + \frac{1/2 \cdot 3}{4} \cdot \frac{1}{3} = \frac{1}{4} \qquad\qquad p(b \mid a) = \frac{2 - 1/3}{3} + \frac{1/3 \cdot 2}{3} \cdot \frac{1}{4} = \frac{11}{18}$$
+#
+# The plain share was $2/3$. In the same way $p(a) = 1/2$, $p(c) = 1/4$, $p(a \mid a) = 2/18$ and $p(c \mid a) = 5/18$. The three after *a* sum to one, and *a* after *a*, which was never seen, is no longer impossible. The next cell holds the code against this, and then looks at the real tables.
+
 # %%
+letters = kneser_ney(["abc".index(letter) for letter in "ababaca"], 2)
+by_code = [ngram_probability(letters, [0], token, vocab=3) for token in range(3)]
+print("p(a | a), p(b | a), p(c | a):", ", ".join(f"{probability:.4f}" for probability in by_code))
+by_hand = [2 / 18, 11 / 18, 5 / 18]
+difference = max(abs(code - hand) for code, hand in zip(by_code, by_hand, strict=True))
+lesson.equal("Kneser-Ney's probabilities of the small text are those by hand", difference, within=1e-12)
+
 trigrams = kneser_ney(tokens, 3)
 contexts = [[], tokens[:1], tokens[5:7], test_rows[0, 10:12].tolist(), [VOCAB - 1, VOCAB - 1]]
 sums = [sum(ngram_probability(trigrams, context, token) for token in range(VOCAB)) for context in contexts]
@@ -391,7 +409,7 @@ print(f"this text's Francisco is {bpe.decode(list(word))!r}: {share[word]:.2%} o
 print(f"but it follows only {bottom.counts[word]} different tokens, and gets {after[word]:.2%} without a context")
 
 # %% [markdown]
-# **How long a context, and how much memory?** Try lengths up to 8. Two longer ones were counted beforehand, since they take longer than all the others together; the cell lists what came out. Memory is counted as a real implementation packs such tables (Heafield 2011), not as Python's dictionaries, which take more than ten times as much: two bytes for the token, four for its probability, and in all tables but the longest four for the weight of the shorter context and four for the place of its followers.
+# **How long a context, and how much memory?** Try lengths up to 8. Two longer ones were counted beforehand, since they take long; the cell lists what came out. Memory is counted as a real implementation packs such tables (Heafield 2011), not as Python's larger dictionaries: two bytes for the token, four for its probability, and in all tables but the longest four for the weight of the shorter context and four for the place of its followers.
 
 # %%
 def packed_bytes(tables: list[Table]) -> int:
@@ -437,10 +455,11 @@ lesson.claim(
     form=".2f",
 )
 print(f"counted on shuffled text: {without_order[0] - without_order[1]:.2f}")
-alt = "Perplexity over the length of the n-grams: steep up to three tokens, then nearly flat. "
+print(f"n = {best_order} against n = 1: {sweep[1] - sweep[best_order]:.2f} nats")
+alt = "Perplexity of validation text over the length of the n-grams. "
 figure = plots.curve(
     {"n-gram": (ORDERS[1:], [math.exp(sweep[order]) for order in ORDERS[1:]])},
-    title="Three tokens bring most of what counting can bring",
+    title="Perplexity falls more from n = 2 to 3 than from 3 to 8",
     xlabel="length of the n-grams (tokens)",
     ylabel="perplexity of validation text",
     alt=alt + ", ".join(f"n = {order}: {math.exp(sweep[order]):.2f}" for order in ORDERS[1:]),
@@ -450,30 +469,30 @@ plots.show(figure)
 lesson.report("n-gram model: best length, packed MB", f"{best_order}, {packed_bytes(ngram) / 1e6:.1f}")
 
 # %% [markdown]
-# **What you see.** Two tokens of context bring most of the gain. From there on the table grows fast with every further token, and the perplexity falls little: the longer a context, the rarer it is that it was seen before. At 12 tokens and at 16 it is the same: from 12 on nothing is gained. Twelve gain one percent over eight and need more than twice the memory, so eight run in the race. No length that was tried does harm, since the formula falls back on shorter contexts. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
+# **What you see.** Two tokens of context take off nearly as many nats as the best length does: compare the first line of the output with the last. From there on the table grows fast with every further token, and the perplexity falls little. For $n = 12$ and $n = 16$ it is the same. Twelve gain one percent over eight and need more than twice the memory, so eight run in the race. No length that was tried does harm: where a long context was not seen, the formula falls back on a shorter one. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
 
 # %% [markdown] tags=["core"]
-# ## 5 · Second generation: a memory of fixed size
+# ## 5 · Second generation: a state of fixed size
 #
 # **Question.** How can a model use everything before, when it cannot store every context?
 #
-# A recurrent network reads one token after the other and keeps a *state*, a vector that it updates at every step. Tokens are vectors too, so that similar ones can be treated alike. The **LSTM** (Hochreiter & Schmidhuber 1997) has two vectors, a memory $c$ and an output $s$. Three gates between 0 and 1 decide what to forget, what to write and what to show ($\odot$ multiplies element by element):
+# A recurrent network reads one token after the other and keeps a *state*, a vector that it updates at every step. Tokens are vectors too, so that similar ones can be treated alike. The **LSTM** (Hochreiter & Schmidhuber 1997) keeps two vectors, a cell $c$ and an output $s$. Three gates between 0 and 1 decide what to forget, what to write and what to show ($\odot$ multiplies element by element):
 #
 # $$\begin{aligned}
 # i, f, o &= \sigma(W_{i,f,o}\, x_t + U_{i,f,o}\, s_{t-1} + b_{i,f,o}) & g &= \tanh(W_g x_t + U_g s_{t-1} + b_g) \\
 # c_t &= f \odot c_{t-1} + i \odot g & s_t &= o \odot \tanh(c_t)
 # \end{aligned}$$
 #
-# The sum in $c_t$ is the point: where $f$ stays near one, the memory and its gradient survive many steps. Write the step, and hold it against the library.
+# The sum in $c_t$ is the point: where $f$ stays near one, the cell's content and its gradient survive many steps. Write the step, and hold it against the library.
 
 # %%
 def lstm_step(x: Tensor, state: tuple[Tensor, Tensor], weights: nn.LSTM) -> tuple[Tensor, Tensor]:
-    """One step: x (batch, input), state of two tensors (batch, hidden) -> the next state (output, memory)."""
-    output, memory = state
+    """One step: x (batch, input), state of two tensors (batch, hidden) -> the next state (output, cell)."""
+    output, cell = state
     sums = x @ weights.weight_ih_l0.T + weights.bias_ih_l0 + output @ weights.weight_hh_l0.T + weights.bias_hh_l0
     write, forget, new, show = sums.chunk(4, dim=-1)  # the order in which nn.LSTM stacks its matrices
-    memory = forget.sigmoid() * memory + write.sigmoid() * new.tanh()
-    return show.sigmoid() * memory.tanh(), memory
+    cell = forget.sigmoid() * cell + write.sigmoid() * new.tanh()
+    return show.sigmoid() * cell.tanh(), cell
 
 
 torch.manual_seed(seed)
@@ -484,8 +503,8 @@ with torch.no_grad():
     for t in range(x.shape[1]):
         state = lstm_step(x[:, t], state, library)
         outputs.append(state[0])
-    expected, (_, expected_memory) = library(x)
-differences = (torch.stack(outputs, 1) - expected).abs().max(), (state[1] - expected_memory[0]).abs().max()
+    expected, (_, expected_cell) = library(x)
+differences = (torch.stack(outputs, 1) - expected).abs().max(), (state[1] - expected_cell[0]).abs().max()
 lesson.equal("our LSTM step is nn.LSTM's, after 50 steps", max(differences).item(), within=1e-5)
 
 # %% [markdown]
@@ -565,7 +584,7 @@ for name in MAKE:
 # %% [markdown] tags=["core"]
 # ## 7 · The race
 #
-# **Question.** One text, one tokenizer, the same tokens, then the same seconds: who predicts unseen text best?
+# **Question.** One text, one tokenizer, the same tokens: who predicts unseen text best? And of the two networks, which one after the same seconds?
 #
 # **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. On the cpu profile both networks have equally many parameters, as section 6 printed. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would be unfair, since a falling rate usually lowers the loss.
 #
@@ -637,39 +656,59 @@ for name, tried in SEARCH.items():
     )
 
 # %% [markdown]
-# **Counting with a memory.** The networks have an advantage that has nothing to do with learning: they get the whole row, 128 tokens, and the n-gram model only the last few. Give it the row too, in the simplest way (a *cache*, Kuhn & De Mori 1990). Look for the last token, and for the last two, earlier in the row, and see what followed them there. Mix the share of each follower into the n-gram's probability. Two weights say how much; validation text chooses them.
+# **Counting, with a look-up in the row.** The networks have an advantage that has nothing to do with learning: they get the whole row, 128 tokens, and the n-gram model only the last few. Give it the row too, in the simplest way (a *cache language model*, Kuhn & De Mori 1990). Look for the last token, and for the last two, earlier in the row, and see what followed them there. Mix the share of each follower into the n-gram's probability. Two weights say how much; validation text chooses them. From here on this is called the **row look-up**, and the model with it *n-gram + row*.
 
 # %%
-def evidence(tables: list[Table], some_rows: list, remembered: list, first: int = 1) -> tuple[Tensor, Tensor]:
+def evidence(tables: list[Table], some_rows: list, searched: list, first: int = 1) -> tuple[Tensor, Tensor]:
     """For each token of the rows from place `first` on: the n-gram's probability (tokens,), and its share of what
-    followed the last token, and the last two, in the remembered row before this place (tokens, 2); nan if nothing."""
+    followed the last token, and the last two, in the searched row before this place (tokens, 2); nan if nothing."""
     probabilities, shares, longest = [], [], len(tables) - 1
-    for row, memory in zip(some_rows, remembered, strict=True):
+    for row, source in zip(some_rows, searched, strict=True):
         for place in range(first, len(row)):
             probabilities.append(ngram_probability(tables, row[max(0, place - longest) : place], row[place]))
             for length in (1, 2):
                 last = row[max(0, place - length) : place]
-                starts = [i for i in range(place - length) if memory[i : i + length] == last]
-                same = sum(memory[i + length] == row[place] for i in starts)
+                starts = [i for i in range(place - length) if source[i : i + length] == last]
+                same = sum(source[i + length] == row[place] for i in starts)
                 shares.append(same / len(starts) if starts else math.nan)
     return torch.tensor(probabilities, dtype=torch.double), torch.tensor(shares, dtype=torch.double).view(-1, 2)
 
 
-def mixed_nats(probabilities: Tensor, shares: Tensor, weights: tuple[float, float]) -> float:
-    """Surprise of all tokens, when each share that there is gets its weight and what was before gets the rest."""
+def mixed(probabilities: Tensor, shares: Tensor, weights: tuple[float, float]) -> Tensor:
+    """Each share that there is gets its weight, and what was before gets the rest: (tokens,)."""
     for share, weight in zip(shares.T, weights, strict=True):
         mixture = (1 - weight) * probabilities + weight * share
         probabilities = torch.where(share.isnan(), probabilities, mixture)
-    return -probabilities.log().sum().item()
+    return probabilities
 
 
+def mixed_nats(probabilities: Tensor, shares: Tensor, weights: tuple[float, float]) -> float:
+    """Surprise of all tokens under the mixture."""
+    return -mixed(probabilities, shares, weights).log().sum().item()
+
+# %%
 tried = [(one, two) for one in (0.0, 0.05, 0.1, 0.2, 0.3) for two in (0.0, 0.2, 0.3, 0.4, 0.5, 0.6)]
 seen_before = evidence(ngram, validation, validation)
 WEIGHTS = min(tried, key=lambda weights: mixed_nats(*seen_before, weights))
 print(f"weights of what followed the last token and the last two: {WEIGHTS[0]} and {WEIGHTS[1]}")
 
+before, after = seen_before[0], mixed(*seen_before, WEIGHTS)
+found = ~seen_before[1].isnan().all(1)  # something followed the last token earlier in the row
+more, less = (share[found].double().mean().item() for share in (after > before, after < before))
+print(f"Something is found at {found.double().mean():.0%} of the places. There the token that comes", end=" ")
+print(f"gets more probability at {more:.0%} and less at {less:.0%}. Where the first row gains most:")
+row = validation[0]
+place = int((after / before)[: len(row) - 1].argmax()) + 1
+number, last = place - 1, row[place - 2 : place]
+print(f"\n{bpe.decode(row[:place])}\n\nThe next token is {pieces[row[place]]!r}. n-gram: {before[number]:.1%}")
+for length, share, weight in zip((1, 2), seen_before[1][number].tolist(), WEIGHTS, strict=True):
+    followers = [row[i + length] for i in range(place - length) if row[i : i + length] == last[2 - length :]]
+    print(f"after {bpe.decode(last[2 - length :])!r} earlier: {[bpe.decode([one]) for one in followers]}", end=" ")
+    print(f"-> a share of {share:.0%}, weight {weight}")
+print(f"n-gram + row: {after[number]:.1%}")
+
 # %% [markdown]
-# The control is a memory of another row. It must come from another document: the next row often goes on with the same one. Then count on growing parts of the text, to have lines to compare with those of the networks.
+# The look-up gains on the whole, since the weights were chosen so, but not everywhere: at many places it takes probability from the token that comes. In the example a document says a list twice. Its control looks in another row. It must come from another document: the next row often goes on with the same one. Then count on growing parts of the text, to have lines to compare with those of the networks.
 
 # %%
 test = test_rows.tolist()
@@ -705,7 +744,7 @@ lines["n-gram + row"] = (read["LSTM"], COUNTS["n-gram + row"])
 ends = ", ".join(f"{name} {value:.2f}" for name, value in mean.items())
 figure = plots.curve(
     lines,
-    title="Counting with a memory of the row keeps up with both networks",
+    title="After one pass, n-gram + row needs the fewest bits",
     xlabel="tokens read in training",
     ylabel="bits per byte of test text",
     alt=f"Bits per byte over tokens read. The counts start low; the networks fall steeply, and end at: {ends}.",
@@ -735,11 +774,11 @@ for name, bits in mean.items():
     between = f"{min(final[name]):.3f} to {max(final[name]):.3f}" if len(final[name]) > 1 else ""
     rows_to_show[name] = [f"{bits:.3f}", between, f"{megabytes:.1f} MB", f"{seconds[name]:.1f} s"]
 rows_to_show[base_name] = [f"{base_bits:.3f}", "", f"{4 * base.num_parameters() / 1e6:.1f} MB", "(an hour)"]
-show_table(rows_to_show, ["bits/byte", "three runs", "to use it", "computing"])
+show_table(rows_to_show, ["bits/byte", "three runs", "to use it", "to train it"])
 spread = max(max(final[name]) - min(final[name]) for name in MAKE)
 print(f"{spread:.3f} bits per byte lie between the best and the worst run of one network")
 lesson.claim(
-    "a memory of the row takes at least 0.05 bits per byte off the n-gram model (control: the memory of another row)",
+    "the row look-up takes at least 0.05 bits per byte off the n-gram model (control: looking in another row)",
     mean["n-gram"] - mean["n-gram + row"],
     at_least=0.05,
     control=mean["n-gram"] - other_row,
@@ -757,13 +796,13 @@ lesson.report("LSTM minus transformer, bits per byte", mean["LSTM"] - mean["tran
 lesson.report("bits per byte between the best and the worst run of one network", spread, ".3f")
 
 # %% [markdown]
-# **What you see.** Look at the ends of the lines, where all are finished; the networks' points on the way are in the middle of their schedules, those of the counts are not. Give the n-gram model the row, and it is not behind the networks; in this run it is ahead of both. The memory of another row gains nothing, so it is this row that helps. The rule does what the networks could do and have not learned from one pass: look back for what stood there before. Section 11 measures that. (Hold the bounds of the two claims against the line above them: less than what lies between two runs of one network would say little.)
+# **What you see.** Look at the ends of the lines, where all are finished; the networks' points on the way are in the middle of their schedules, those of the counts are not. Give the n-gram model the row, and it is not behind the networks; in this run it is ahead of both. Looking in another row gains nothing (the control of the first claim), so it is this row that helps. In this run the networks gain nothing from what stands more than 16 tokens back: section 11 measures that. (Hold the bounds of the two claims against the line above them: less than what lies between two runs of one network would say little.)
 #
 # **Equal tokens.** The two networks end close together; compare their distance with that between runs. So at equal tokens, and by bits alone, this race gives no reason to prefer one of the architectures, and the counts with the row are ahead of both. They need far more bytes than a network, as the table above says. (Exercise 1.5 gives the row to a network.) Larger networks come closer to the counts: with twice as many parameters (widths 156 and 96, seed 0, run beforehand) the LSTM ended at 0.88 and the transformer at 0.86, for half as many seconds again.
 #
-# **Equal seconds.** The network that needs more seconds for a token has read less when they are over, and is far behind the other. On a CPU that is the transformer. But seconds belong to a machine: on a GPU, which works on all places of a row at once, a transformer can make use of that in training, and an LSTM with its loop cannot. (Not measured here: run this lesson there.)
+# **Equal seconds** are a comparison of the two networks alone; the counts are finished sooner, as the last column says. The network that needs more seconds for a token has read less when they are over, and is far behind the other. On this CPU that is the transformer. But seconds belong to a machine. A GPU can work on all places of a row at once when it trains a transformer, while an LSTM has to go from place to place. (Not measured here: run this lesson there.)
 #
-# The last row is a larger transformer that read other text about the same island for an hour. Its gain has two causes, its size and how much it has read, and this table does not separate them. Lesson 04 varies one at a time.
+# The last row is a larger transformer that read other text about the same island for an hour. Its lead may come from its size or from how much it has read: this table does not separate them. Lesson 04 varies one at a time.
 
 # %% [markdown]
 # **The samples.** Numbers are one half. Let each model continue the same beginning, one token at a time, each drawn from the model's own probabilities.
@@ -792,30 +831,34 @@ for name, model in contestants.items():
 # **What you see.** All three write something that looks like the text, and none of them says anything. Read what one sentence has to do with the sentence before it.
 
 # %% [markdown] tags=["core"]
-# ## 8 · What stands far back
+# ## 8 · Looking things up: how many, and how far back
 #
-# **Question.** Counts with a memory keep up with both networks. What does a transformer learn quickly that an LSTM does not?
+# **Question.** Counts with the row look-up keep up with both networks. What does a transformer learn quickly that an LSTM does not?
 #
-# Most tokens of a text follow from the few before them, and there counting is good already. So take a task in which the few tokens before say nothing. A row first fills some boxes, each with one of eight letters, in random order: `4g 0b 7a ...`, where `4g` is a single token. (In Arora et al. 2023 box and letter are two tokens, which is harder.) Then it asks for four boxes, or for both where there are two, one after the other: `7?`. The answer is the token that filled this box, `7a`. It may stand anywhere in the row, and the letters are new in every row. So nothing can be learned by heart; the model has to look it up. (Their task, *associative recall*, compares architectures.)
+# Where the few tokens before say most, counting is good already. So take a task in which they say nothing. A row first fills some boxes, each with one of eight letters, in random order: `4g 0b 7a ...`, where `4g` is a single token. (In Arora et al. 2023 box and letter are two tokens, which is harder.) Then it asks for four boxes, or for both where there are two, one after the other: `7?`. The answer is the token that filled this box, `7a`. It may stand anywhere in the row, and the letters are new in every row. So nothing can be learned by heart; the model has to look it up. (Their task, *associative recall*, compares architectures.)
 #
-# An LSTM must keep every box in its state, for it can't know which will be asked. A transformer keeps the tokens themselves. Both get the same rows, the same number of steps and the same schedule, three runs each. The LSTM gets more care: it has more parameters, its forget gate starts open (a bias of 1, Jozefowicz et al. 2015), and its learning rate is the best of five for each number of boxes. The transformer has one rate for all. (The five were tried beforehand, with other random weights and other rows; the settings cell has what came out.) The n-gram model counts as many rows, with each answer written behind its question. Whoever knows nothing but which box is asked is right once in eight times.
+# An LSTM must keep every box in its state, for it can't know which will be asked. A transformer keeps the keys and values of all tokens. Both get the same rows, the same number of steps and the same schedule, three runs each. The LSTM gets more care: it has more parameters, its forget gate starts open (a bias of 1, Jozefowicz et al. 2015), and its learning rate is the best of five for each number of boxes. The transformer has one rate for all. (The five were tried beforehand, with other random weights and other rows; the settings cell has what came out.) The n-gram model counts as many rows, with each answer written behind its question. Whoever knows nothing but which box is asked is right once in eight times.
 
 # %%
 LETTERS, ASKED = 8, 4
 
 
-def recall_rows(boxes: int, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (number, boxes + 4), the answers to their last four tokens (number, 4), and how far back each stands."""
+def recall_rows(boxes: int, number: int, generator: torch.Generator, dots: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (number, boxes + dots + 4), the answers to their last four tokens (number, 4), and how far back each
+    stands. Between boxes and questions may stand dots, tokens that say nothing."""
     order = torch.rand(number, boxes, generator=generator).argsort(1)  # which box is filled first, second, ...
     filled = order * LETTERS + torch.randint(LETTERS, (number, boxes), generator=generator)
     places = torch.rand(number, boxes, generator=generator).argsort(1)[:, :ASKED]  # no box is asked twice
     questions = boxes * LETTERS + order.gather(1, places)
-    distances = boxes - places + torch.arange(places.shape[1])
-    return torch.cat([filled, questions], 1), filled.gather(1, places), distances
+    distances = boxes + dots - places + torch.arange(places.shape[1])
+    waiting = torch.full((number, dots), boxes * (LETTERS + 1))
+    return torch.cat([filled, waiting, questions], 1), filled.gather(1, places), distances
 
 
 def shown_as(token: int, boxes: int) -> str:
-    """Such as 4g, or 4? for a question."""
+    """Such as 4g, 4? for a question, or a dot."""
+    if token == boxes * (LETTERS + 1):
+        return "."
     box, letter = divmod(token, LETTERS)
     return f"{box}{'abcdefgh'[letter]}" if token < boxes * LETTERS else f"{token - boxes * LETTERS}?"
 
@@ -827,22 +870,24 @@ print(
 )
 
 # %%
-def train_recall(network: nn.Module, boxes: int, rate: float, draw: int, steps: int) -> tuple[Tensor, Tensor]:
+def train_recall(
+    network: nn.Module, boxes: int, rate: float, draw: int, steps: int, dots: int = 0
+) -> tuple[Tensor, Tensor]:
     """Train on new rows at every step. Returns, for 512 new rows: right or not (512, 4), and how far back (512, 4)."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(draw)
     for step in range(steps):
-        inputs, answers, _ = recall_rows(boxes, 32, generator)
+        inputs, answers, _ = recall_rows(boxes, 32, generator, dots)
         for group in optimizer.param_groups:
             group["lr"] = rate * share_of_rate(step / steps)
-        logits = network(inputs.to(machine.device))[:, boxes:]  # (32, asked, vocab): at the questions
+        logits = network(inputs.to(machine.device))[:, boxes + dots :]  # (32, asked, vocab): at the questions
         F.cross_entropy(logits.flatten(0, 1), answers.flatten().to(machine.device)).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    inputs, answers, distances = recall_rows(boxes, 512, generator)
+    inputs, answers, distances = recall_rows(boxes, 512, generator, dots)
     with torch.no_grad():
-        predicted = network(inputs.to(machine.device))[:, boxes:].argmax(-1).cpu()
+        predicted = network(inputs.to(machine.device))[:, boxes + dots :].argmax(-1).cpu()
     return predicted == answers, distances
 
 # %%
@@ -874,16 +919,18 @@ recall_rates = {
 }
 
 
-def recall_run(name: str, boxes: int, draw: int, rate: float, steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """A new network of this name, trained and tested."""
+def recall_run(name: str, boxes: int, draw: int, rate: float, steps: int = STEPS, dots: int = 0) -> tuple:
+    """A new network of this name, trained and tested: right or not (512, asked), and how far back (512, asked)."""
     torch.manual_seed(draw)
-    network = RECALL[name](boxes * LETTERS + boxes).to(machine.device)
+    network = RECALL[name](boxes * (LETTERS + 1) + (dots > 0)).to(machine.device)
     if name == "LSTM":
         with torch.no_grad():
             network.lstm.bias_ih_l0.chunk(4)[1].fill_(1.0)  # the forget gate's
-    return train_recall(network, boxes, rate, draw, steps)
+    return train_recall(network, boxes, rate, draw, steps, dots)
 
 
+sizes_at_16 = {name: sum(p.numel() for p in make(16 * (LETTERS + 1)).parameters()) for name, make in RECALL.items()}
+print("parameters, 16 boxes: " + ", ".join(f"{name} {size:,}" for name, size in sizes_at_16.items()))
 for boxes, tried in RECALL_SEARCH.items():
     shares = ", ".join(f"{rate}: {right:.0%}" for rate, right in tried.items())
     print(f"LSTM, found beforehand: {boxes} boxes, right at the rate {shares}")
@@ -901,8 +948,8 @@ for name in tqdm(RECALL, desc="recall"):
 recall_lines = {name: (BOXES, *band(runs)) for name, runs in recall.items()}
 figure = plots.curve(
     recall_lines,
-    title="At equal steps only the transformer can handle 16 boxes",
-    xlabel="boxes to remember",
+    title="At equal steps only the transformer is right with 16 boxes",
+    xlabel="boxes in the row",
     ylabel="share of right answers",
     alt="Share of right answers over the number of boxes: "
     + "; ".join(f"{name} {line[1][0]:.0%} to {line[1][-1]:.0%}" for name, line in recall_lines.items()),
@@ -928,9 +975,24 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **Does the LSTM only need longer?** Give it five times the steps, with a schedule of that length (one run, 8 boxes).
+# **How many, or how far back?** With 16 boxes the LSTM loses near answers as well as far ones, so this figure does not speak of distance. For that take two boxes, with which it was right, and let 14 dots pass before the questions. Again it gets the best of five learning rates. **Does it only need longer?** Give it five times the steps, with a schedule of that length (8 boxes, no dots, one run).
 
 # %%
+DOTS, after_dots = 14, {}
+example, _, distances = recall_rows(2, 512, torch.Generator().manual_seed(seed), DOTS)
+print(" ".join(shown_as(token, 2) for token in example[0].tolist()))
+shares = ", ".join(f"{rate}: {right:.0%}" for rate, right in DOTS_SEARCH.items())
+print(f"LSTM, found beforehand: 2 boxes and {DOTS} dots, right at the rate {shares}")
+for name in tqdm(RECALL, desc="dots"):
+    rate = max(DOTS_SEARCH, key=DOTS_SEARCH.get) if name == "LSTM" else recall_rates[name][2]
+    runs = [recall_run(name, 2, draw, rate, dots=DOTS)[0].float().mean().item() for draw in DRAWS]
+    after_dots[name] = sum(runs) / len(runs)
+    print(f"{name}, 2 boxes: {recall_lines[name][1][0]:.0%} right without dots;", end=" ")
+    print(f"{distances.min()} to {distances.max()} tokens back {', '.join(f'{right:.0%}' for right in runs)}")
+lesson.report(
+    "2 boxes with 14 dots behind them, right in the mean of three runs: LSTM, transformer",
+    ", ".join(f"{right:.0%}" for right in after_dots.values()),
+)
 longer = recall_run("LSTM", 8, DRAWS[0], recall_rates["LSTM"][8], 5 * STEPS)[0].float().mean().item()
 at_8 = recall_lines["LSTM"][1][BOXES.index(8)]
 print(f"LSTM, 8 boxes: {at_8:.0%} right after {STEPS} steps (three runs), {longer:.0%} after {5 * STEPS} (one run)")
@@ -939,16 +1001,18 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** The transformer finds nearly every answer, however many boxes there are and however far back they stand. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess. Look at its rates: for eight boxes the best one lies in the middle. For 16 boxes all five leave it near a guess. With the same steps it gets fewer right the more boxes there are; why, this does not show. And it is not true that an LSTM cannot do this: with five times the steps it gets all or nearly all of eight boxes right (one run). Attention compares the question with each earlier token, whether there are two or 16. The n-gram model sees only its few tokens, and most of their combinations were never counted. (The winner of section 7 would be no help: the question never stood earlier in its row.)
+# **What you see.** The transformer finds nearly every answer, with two boxes or 16, near or far. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess, for boxes near the questions and for those further back. With 14 dots behind the two boxes it gets fewer of them right than without, and its three runs lie far apart. So at these steps both cost it answers, more to keep and a longer way. Why, this does not show. Look at its rates, too: for eight boxes the best one lies in the middle; for 16 all five leave it near a guess. And it is not true that an LSTM cannot do this: with five times the steps it gets all or nearly all of eight boxes right (one run).
 #
-# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up, too: for a name, a number, a definition, an instruction at the top of a prompt. After one pass neither network of section 7 does it yet, as section 11 shows, though there would be something to gain: the memory of the row gains it by counting. Most of what this course does with a model is such a look-up: examples in a prompt, passages that were retrieved, the steps of a calculation.
+# The n-gram model sees five tokens and is near a guess with 8 and 16 boxes. (The row look-up of section 7 would be no help: the question never stood earlier in its row.)
+#
+# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up, too: for a name, a number, a definition, an instruction at the top of a prompt. After one pass neither network of section 7 does it in a way that section 11 could measure, though there would be something to gain: the row look-up gains it by counting. Later lessons put into the prompt what has to be looked up: examples and passages (lesson 02), the steps of a calculation (02 and 16).
 
 # %% [markdown] tags=["core"]
 # ## 9 · From probabilities to text
 #
 # **Question.** A model gives probabilities. Which token should you take?
 #
-# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but more than a thousand improbable tokens share a little probability, now and then one of them is drawn, and the text may go astray from there. (Section 10 measures when.) So the logits $z$ (the scores before the softmax) are changed before the draw:
+# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but a list has very many improbable tokens, which together have some probability. Now and then one of them is drawn, and the text may go astray from there. (Section 10 measures when.) So the logits $z$ (the scores before the softmax) are changed before the draw:
 #
 # | rule | what it does to the logits $z$ with $p = \text{softmax}(z)$ |
 # |---|---|
@@ -976,7 +1040,7 @@ def repetition_penalty(penalty: float):
 
     return rule
 
-# %%
+
 def top_p(share: float):
     def rule(ids: Tensor, logits: Tensor) -> Tensor:
         ordered, tokens = logits.softmax(-1).sort(descending=True)  # (batch, vocab)
@@ -1020,16 +1084,16 @@ assert max(disagree.values()) <= 2  # sums in another order may move a token on 
 lesson.equal("our five rules give transformers' logits", max(differences.values()), within=1e-6)
 
 # %% [markdown]
-# **The sampler.** Read the prompt once; then feed one token at a time. What the attention of earlier tokens needs, their keys and values, is kept in a *cache* and not computed again (lesson 07 counts its bytes). The rules are applied in the order of the list.
+# **The sampler.** Read the prompt once; then feed one token at a time. What the attention of earlier tokens needs, their keys and values, is kept (`past_key_values`) and not computed again (lesson 07 counts its bytes). The rules are applied in the order of the list.
 
 # %%
 @torch.inference_mode()
 def sample(ids: Tensor, num_tokens: int, rules: list, generator: torch.Generator | None = None) -> Tensor:
     """Continue ids (batch, seq) by so many tokens; without a generator, greedily."""
-    cache, new = None, ids
+    kept, new = None, ids
     for _ in range(num_tokens):
-        output = base(input_ids=new, past_key_values=cache, use_cache=True)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()  # (batch, vocab)
+        output = base(input_ids=new, past_key_values=kept, use_cache=True)
+        kept, logits = output.past_key_values, output.logits[:, -1].float()  # (batch, vocab)
         for rule in rules:
             logits = rule(ids, logits)
         if generator is None:
@@ -1143,12 +1207,14 @@ repeats = {name: [repeated_phrases(texts) for texts in by_heat] for name, by_hea
 # %%
 figure = plots.curve(
     {name: (TEMPERATURES, values) for name, values in shares.items()},
-    title="Hot and without a cut-off, a text fills with unknown words",
+    title="At temperature 2 without a cut-off, the fewest words are known",
     xlabel="temperature",
     ylabel="share of words that occur in the training text",
-    alt="Share of known words over the temperature: without a cut-off it falls far below held-out text.",
+    alt="Share of known words over the temperature. At temperature 2: "
+    + ", ".join(f"{name} {values[-1]:.0%}" for name, values in shares.items())
+    + f"; held-out text {known_words(real):.0%}",
     percent=True,
-    limits_y=(0.5, 1.0),
+    limits_y=(math.floor(20 * min(map(min, shares.values()))) / 20, 1.0),
     references={"held-out text": known_words(real)},
 )
 figure.axes[0].set_xticks(TEMPERATURES)
@@ -1182,7 +1248,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Top-p and min-p keep one token or a few where the model is sure; top-k keeps twenty there as well. In the texts, a high temperature without a cut-off brings many words that do not exist. With min-p nearly all words are known, with top-p many are not: at a high temperature the improbable tokens together have much probability, and top-p keeps 90 % of it whatever it is made of. But the rules are not equally strict, so this is no ranking of them. The best row is not the one with the most known words, but the one that is like held-out text in both numbers: compare each with the line below the table, and the greedy lines with each other.
+# **What you see.** Top-p and min-p keep one token where the model is surest; top-k keeps twenty there as well. In the texts, temperature 2 without a cut-off brings many words that never stood in the training text, many more than held-out text has. With min-p and top-k about as many words are known as in held-out text, with top-p fewer. Here the temperature comes first and the cut-off after it: the hotter, the more improbable tokens it takes to make up the 90 % that top-p keeps. But the rules are not equally strict, so this is no ranking of them. Each number is from one draw of 24 texts. The best row is not the one with the most known words, but the one that is like held-out text in both numbers: compare each with the line below the table, and the greedy lines with each other.
 
 # %% [markdown]
 # **Try it yourself.** In Jupyter, Colab and VS Code the next cell shows sliders. Elsewhere it says so, and the cell after it does the same with settings that you write into it.
@@ -1221,7 +1287,7 @@ for options in ({"tau": 0.0}, {"p": 0.9}, {"tau": 2.0}, {"tau": 2.0, "floor": 0.
     print(f"--- {options}\n{write(opening, **options)}\n")
 
 # %% [markdown]
-# **What you see.** Greedy text is the same at every call. At temperature 2 alone many words are not words of Shima; with min-p nearly all are. One text is one draw: for numbers look at the table above, which is made of many.
+# **What you see.** Greedy text is the same at every call. At temperature 2 alone many words are not words of Shima; with min-p the text is again nearly that of `p` 0.9. One text is one draw: for numbers look at the table above, which is made of many.
 
 # %% [markdown] tags=["further"]
 # ## 11 · How much context each model uses
@@ -1230,7 +1296,7 @@ for options in ({"tau": 0.0}, {"p": 0.9}, {"tau": 2.0}, {"tau": 2.0, "floor": 0.
 #
 # **Question.** How far back does each model of the race look?
 #
-# Hide all but the last $k$ tokens before the one to be predicted, and see how its surprise falls as $k$ grows. For every $k$ the predicted tokens are the same ones. For one and two tokens the n-gram model gets the tables of section 4 that were counted for this length. The memory of the row sees the last $k$ tokens as well, and no more. A network saw a context of one token only at the first place of each row, one place in 128, so it is bad at it.
+# Hide all but the last $k$ tokens before the one to be predicted, and see how its surprise falls as $k$ grows. For every $k$ the predicted tokens are the same ones. The n-gram model gets tables that were counted for this length, $n = k + 1$, and for the longer contexts those of the race. The row look-up sees the last $k$ tokens as well, and no more. A network has met a context of one token only at the first place of each row, one place in 128: for small $k$ the tables have the better training, so compare the lines where $k$ is large.
 
 # %%
 LENGTHS = [1, 2, 4, 8, 16, 32, 96]
@@ -1247,11 +1313,13 @@ def surprise(model: nn.Module, context_length: int) -> float:
 
 
 def counted(context_length: int, far: Tensor | None = None) -> tuple[float, float]:
-    """The same for the n-gram, without and with a memory; `far` replaces in it what stands over 16 tokens back."""
+    """The same for the n-gram without and with the row look-up; `far` replaces in the searched row what stands over
+    16 tokens back."""
     short = windows[:, -context_length - 1 :]
-    memory = short if far is None else torch.cat([far[:, -context_length - 1 : -17], short[:, -17:]], 1)
-    tables = candidates.get(context_length + 1, ngram)
-    found = evidence(tables, short.tolist(), memory.tolist(), first=context_length)
+    searched = short if far is None else torch.cat([far[:, -context_length - 1 : -17], short[:, -17:]], 1)
+    order = min(context_length + 1, best_order)
+    tables = candidates[order] if order in candidates else kneser_ney(tokens, order)
+    found = evidence(tables, short.tolist(), searched.tolist(), first=context_length)
     return mixed_nats(*found, (0.0, 0.0)) / len(short), mixed_nats(*found, WEIGHTS) / len(short)
 
 
@@ -1264,10 +1332,10 @@ context_lines = {name: (LENGTHS, *band(runs)) for name, runs in by_length.items(
 middle = {name: line[1] for name, line in context_lines.items()}
 figure = plots.curve(
     context_lines,
-    title="Only the memory of the row gains from far back",
+    title="From 16 to 96 tokens of context, only n-gram + row falls",
     xlabel="tokens of context that the model may see",
     ylabel="surprise of the next token (nats)",
-    alt="Surprise over the visible context: steep up to four tokens for all. From 16 to 96 tokens: "
+    alt="Surprise over the visible context. From 16 to 96 tokens: "
     + ", ".join(f"{name} {line[LENGTHS.index(16)]:.2f} to {line[-1]:.2f}" for name, line in middle.items()),
     log_x=True,
 )
@@ -1282,7 +1350,7 @@ for name, gain in late.items():
     lesson.report(f"gain from what stands more than 16 tokens back, nats per token: {name}", f"{gain:.2f}")
 at_16_back = middle["n-gram + row"][LENGTHS.index(16)]
 lesson.claim(
-    "a memory of what stands more than 16 tokens back takes at least 0.05 nats off a token (control: of another row)",
+    "looking more than 16 tokens back takes at least 0.05 nats off a token of n-gram + row (control: in another row)",
     at_16_back - middle["n-gram + row"][-1],
     at_least=0.05,
     control=at_16_back - counted(96, others)[1],
@@ -1298,29 +1366,31 @@ print(f"{base_name}, which trained far longer, in nats per token of its own: {ga
 lesson.report("the same for the base model, per token of its own", f"{gain:.2f}")
 
 # %% [markdown]
-# **What you see.** Most of the surprise goes with the first few tokens, for all. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the memory of the row gains from it, and the memory of another row does not. In one pass these networks have not learned to look further back than that. The base model has: its number is printed last. That gain has two causes, which are not separated here: the model is larger, and it was trained far longer. (Besides, its tokens are longer, so that 96 of them reach further.) The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
+# **What you see.** For all, the surprise falls most over the first few tokens. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the row look-up gains from it, and looking in another row does not. After one pass these networks make no use of it that this measurement could see. The base model does: its number is printed last. That gain may have two causes, which are not separated here: the model is larger, and it was trained far longer. (Besides, its tokens are longer, so that 96 of them reach further.) The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
 
 # %% [markdown] tags=["core"]
 # ## 12 · A map of the methods
 #
 # **Question.** The base model is there. How do you make it do what you want, and what does each way cost?
 #
-# Begin at the top of the table: the cheapest way that works is the right one. *FT* is fine-tuning, $N$ the number of parameters, $D$ the number of training tokens. Training costs about $6ND$ operations, reading a token $2N$. The costs are rules of thumb; each lesson measures its own.
+# Begin at the top of the table, and take the cheapest way that is good enough. *FT* is fine-tuning, $N$ the number of parameters, $D$ the number of training tokens. Training costs about $6ND$ operations, reading a token $2N$. The costs are rules of thumb; each lesson measures its own.
 #
 # | method | what changes | what it costs | use it when | lesson |
 # |---|---|---|---|---|
-# | **decoding**: temperature, cut-offs, beams | how a token is chosen | nothing | always, and first | 01 |
+# | **decoding**: temperature, cut-offs | how a token is chosen | a sort of $V$ numbers for each token | always, and first | 01 |
+# | **beam search** | several continuations are kept, the best one is taken | as many forward passes as beams, for each token | the most probable text is wanted, as in translation | 01, exercise 4 |
 # | **prompt**: instruction, examples, steps | the text before the question | longer input and output, at every call | you have a handful of examples, or none | 02 |
 # | **retrieval (RAG)** | passages found for the question join the prompt | an index, a search, longer input | facts are rare, private or change | 02 |
 # | **tools, constrained decoding** | which tokens are allowed, who computes | a parser, a sandbox | the format must hold, the model must act | 15 |
 # | **votes, best-of-N, verifiers** | N answers, one is picked | N times the output, and a scorer | answers can be checked or compared | 02, 16 |
 # | **LoRA, adapters, prompt tuning** | a few new numbers beside the frozen ones | few parameters trained: under 1 % of a large model, more of a small one | a task of your own; on 4 bits (QLoRA) with one small GPU | 06 |
-# | **supervised FT** | all weights, or some layers | 16 bytes per parameter; 1,000 good examples | format, style, many tasks at once | 05 |
+# | **supervised FT** | all weights, or some layers | 16 bytes per parameter; some 1,000 good examples | format, style, many tasks at once | 05 |
 # | **DPO and its kin** | the weights, from pairs of a better and a worse answer | like supervised FT, with two answers and a reference | preference pairs are there already | 09 |
 # | **RL: PPO, GRPO, STaR** | the weights, from scores of the model's own answers | sampling while training; up to four models in memory | people or programs can judge answers | 08, 16 |
-# | **quantisation, pruning, distillation** | fewer bits, fewer weights, or a smaller model | minutes to hours; some quality | serving, small devices | 10 |
+# | **quantisation, pruning** | fewer bits, or fewer weights | some quality; rounding passes once over the weights, the better rules also read some text ($2N$ for a token) | serving, small devices | 10 |
+# | **distillation** | a smaller model learns from the large one | a training of the small model, $6ND$, and the large one reads the same text, $2N$ for a token | serving, when a training is affordable | 10 |
 # | **continued pretraining** | all weights, on raw text | $6ND$ on the new text; forgetting | a whole field of new language | 14 |
-# | **pretraining** | all weights, from random ones | $6ND$ on everything: an hour for shima-4m, months on thousands of GPUs for the largest | there is no base for your language or data | 03, 04 |
+# | **pretraining** | all weights, from random ones | $6ND$ on everything: an hour for shima-4m, 31 million hours of an H100 for Llama 3.1 405B (its model card) | there is no base for your language or data | 03, 04 |
 # | **another architecture** | the network itself | a new pretraining | speed or length at scale | 11 |
 #
 # Four lessons are about all of these: **07** what fits into a GPU, **12** what can go wrong and be attacked, **13** what happens inside, and **17** a whole pipeline from base to submission.
@@ -1338,12 +1408,14 @@ def trainable_parameters(model, rank: int = 8, virtual_tokens: int = 16, bottlen
     config = model.config
     hidden, layers = config.hidden_size, config.num_hidden_layers
     shared = model.model.layers[0].self_attn.k_proj.out_features  # width of keys and of values
+    lora = sum(rank * (p.shape[0] + p.shape[1]) for p in matrices_of(model))
     return {
         "prompt, RAG, decoding": 0,
         "prompt tuning": virtual_tokens * hidden,
         "IA3": layers * (2 * shared + config.intermediate_size),
         "prefix tuning": virtual_tokens * layers * 2 * shared,
-        "LoRA, QLoRA": sum(rank * (p.shape[0] + p.shape[1]) for p in matrices_of(model)),
+        "LoRA": lora,
+        "QLoRA": lora,  # the same, on a base in 4 bits
         "adapter": layers * 2 * 2 * hidden * bottleneck,
         "full fine-tuning": model.num_parameters(),
     }
@@ -1354,25 +1426,25 @@ with torch.device("meta"):  # shapes only, no memory
 counts = {name: trainable_parameters(model) for name, model in {"base": base, "7B": seven_billion}.items()}
 total = counts["7B"]["full fine-tuning"]
 in_4_bits = sum(p.numel() for p in matrices_of(seven_billion))
+bits_of_weight = 4 + 8 / 64 + 32 / (64 * 256)  # code, scale of 64 weights, scale of 256 scales
 table, needed = {}, {}
 for method, count in counts["7B"].items():
     small, all_of_it = counts["base"][method], counts["base"]["full fine-tuning"]
-    needed[method] = (2 * total + 16 * count if count < total else 16 * total) / 1e9
+    frozen = 2 * total if count < total else 0
+    if method == "QLoRA":
+        frozen = in_4_bits * bits_of_weight / 8 + 2 * (total - in_4_bits)
+    needed[method] = (frozen + 16 * count) / 1e9
     table[method] = [f"{small:,}", f"{small / all_of_it:.2%}", f"{count:,}", f"{count / total:.3%}"]
     table[method].append(f"{needed[method]:.1f} GB")
-bits_of_weight = 4 + 8 / 64 + 32 / (64 * 256)  # code, scale of 64 weights, scale of 256 scales
-qlora = in_4_bits * bits_of_weight / 8 + 2 * (total - in_4_bits) + 16 * counts["7B"]["LoRA, QLoRA"]
 show_table(table, [base_name, "share", "7B shape", "share", "memory, 7B"])
-print(
-    f"QLoRA: {in_4_bits / total:.1%} of the weights in {bits_of_weight:.3f} bits, the rest in 16: {qlora / 1e9:.1f} GB"
-)
+print(f"QLoRA: {in_4_bits / total:.1%} of the weights in {bits_of_weight:.3f} bits, the rest in 16")
 lesson.report(
     "7B shape, GB without activations, computed: full, LoRA, QLoRA",
-    f"{needed['full fine-tuning']:.1f}, {needed['LoRA, QLoRA']:.1f}, {qlora / 1e9:.1f}",
+    ", ".join(f"{needed[method]:.1f}" for method in ("full fine-tuning", "LoRA", "QLoRA")),
 )
 
 # %% [markdown]
-# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze the base train so few that they all take about as much memory for weights as using the model. What is left is the base itself, and QLoRA stores most of that in a quarter of the space. A T4 has 16 GB, an A100 has 40 or 80. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
+# **What you see.** A parameter that is trained takes 16 bytes, one that is only used takes 2. The methods that freeze a base in 16 bits train so few that they all take about as much memory for weights as using the model. What is left is the base itself. QLoRA trains the same parameters as LoRA, and stores most of the base in about a quarter of the space. A T4 has 16 GB, an A100 has 40 or 80. These numbers are computed, not measured; lesson 07 compares such sums with real training steps.
 
 # %% [markdown]
 # ## 13 · Exercises
@@ -1596,25 +1668,25 @@ check("1.4", check_beam_search, beam_search)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 1.5, open: give a network the memory of the row.
-def with_memory(network: nn.Module, row: list[int]) -> Tensor:
+# Exercise 1.5, open: give a network the row look-up.
+def with_look_up(network: nn.Module, row: list[int]) -> Tensor:
     """The distributions (len(row) - 1, vocab) of the tokens row[1], row[2], ..., each given the tokens before it.
 
-    Section 7 gave the n-gram model a memory of the row; the network has learned none. Mix what followed the same tokens
-    earlier in the row into its probabilities. Choose your weights on validation_rows. Each distribution must sum to
+    Section 7 gave the row look-up to the n-gram model. Mix what followed the same tokens earlier in the row into the
+    probabilities of a network. Choose your weights on validation_rows. Each distribution must sum to
     one, and on test rows networks["LSTM"][0] must need at least 3 % fewer bits than without.
     """
     raise NotImplementedError
 
 # %% tags=["check"]
-def check_with_memory(with_memory):
+def check_with_look_up(with_look_up):
     network, saved = networks["LSTM"][0], [0.0, 0.0]
     for row in test_rows[:16].tolist():
-        given = with_memory(network, list(row)).double()
+        given = with_look_up(network, list(row)).double()
         expect_equal("the shape of the distributions", tuple(given.shape), (len(row) - 1, VOCAB))
         expect_close("the sum of a distribution, where it is furthest from 1", _furthest(given.sum(-1)), 1.0, 1e-4)
         half = len(row) // 2
-        other = with_memory(network, [*row[:half], *reversed(row[half:])]).double()[: half - 1]
+        other = with_look_up(network, [*row[:half], *reversed(row[half:])]).double()[: half - 1]
         expect_close(
             "its first half, when the second is another", (given[: half - 1] - other).abs().max().item(), 0, 1e-4
         )
@@ -1628,7 +1700,7 @@ def _furthest(sums: Tensor) -> float:
     return sums[(sums - 1).abs().argmax()].item()
 
 
-check("1.5", check_with_memory, with_memory)
+check("1.5", check_with_look_up, with_look_up)
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
@@ -1640,10 +1712,10 @@ check("1.5", check_with_memory, with_memory)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# One of many: the rule of section 7, in a network's place. Compare what is left with the row "n-gram + row" of the race: now both have the same memory.
+# One of many: the rule of section 7, in a network's place. Compare what is left with the row "n-gram + row" of the race: now both have the same look-up.
 #
 # ```python
-# def with_memory(network: nn.Module, row: list[int]) -> Tensor:
+# def with_look_up(network: nn.Module, row: list[int]) -> Tensor:
 #     with torch.no_grad():
 #         mixed = network(torch.tensor([row[:-1]], device=machine.device))[0].softmax(-1).cpu()  # (places, vocab)
 #     for place in range(1, len(row)):
@@ -1678,7 +1750,7 @@ check("1.5", check_with_memory, with_memory)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **2. Look at the figure "Three tokens bring most of what counting can bring". What would the line do if the training text were a thousand times longer?**
+# **2. Look at the figure "Perplexity falls more from n = 2 to 3 than from 3 to 8". What would the line do if the training text were a thousand times longer?**
 #
 # - A. Stay as it is: the model reads no more than before.
 # - B. Start at about the same height, and fall further at the larger $n$.
@@ -1706,16 +1778,16 @@ check("1.5", check_with_memory, with_memory)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **4. In the figure "At equal steps only the transformer can handle 16 boxes", the line of the LSTM comes down to the dashed line. Which conclusion do the measurements of this lesson carry?**
+# **4. In the figure "At equal steps only the transformer is right with 16 boxes", the line of the LSTM comes down to the dashed line. Which conclusion do the measurements of this lesson carry?**
 #
 # - A. An LSTM cannot solve this task with 16 boxes.
 # - B. At these steps an LSTM gets fewer answers right the more boxes there are.
 # - C. The LSTM has too few parameters.
-# - D. The answers stand too far back for a recurrent network.
+# - D. With 16 boxes it is wrong only for answers that stand far back.
 #
 # <details><summary>Answer</summary>
 #
-# B. With two boxes it was right, and with eight it improved with more steps. Nobody tried 16 boxes with many more steps, so A was not measured. It has more parameters than the transformer, so C is not what the comparison shows, and with 16 boxes near answers are lost as well as far ones, which speaks against D.
+# B. With two boxes it was right, and with eight it improved with more steps. Nobody tried 16 boxes with many more steps, so A was not measured. It has more parameters than the transformer, so C is not what the comparison shows, and with 16 boxes near answers are lost as well as far ones, so D is not true.
 #
 # </details>
 

@@ -35,8 +35,8 @@ def lesson() -> dict:
 
 def test_the_probabilities_of_the_lessons_kneser_ney_model_are_those_computed_by_hand(lesson):
     lesson = {**lesson}
-    exec(CELLS["kneser-ney-code"] + "\n\n" + CELLS["kneser-ney-probability"], lesson)
     lesson["VOCAB"] = 3
+    exec(CELLS["kneser-ney-code"] + "\n\n" + CELLS["kneser-ney-probability"], lesson)
     unigrams, bigrams = tables = lesson["kneser_ney"]([0, 1, 0, 1, 0, 2, 0], 2)
     assert bigrams.counts == {(0, 1): 2, (1, 0): 2, (0, 2): 1, (2, 0): 1}
     assert unigrams.counts == {(0,): 2, (1,): 1, (2,): 1}  # 0 follows 1 and 2; 1 and 2 follow 0 only
@@ -57,13 +57,13 @@ def test_the_probabilities_of_the_lessons_kneser_ney_model_sum_to_one_after_any_
 
 
 def test_an_answer_of_the_recall_task_stands_so_far_back_in_its_row_and_is_the_box_that_is_asked(lesson):
-    for boxes in (2, 4, 16):
-        rows, answers, distances = lesson["recall_rows"](boxes, 50, torch.Generator().manual_seed(1))
+    for boxes, dots in ((2, 0), (2, 5), (4, 0), (16, 0)):
+        rows, answers, distances = lesson["recall_rows"](boxes, 50, torch.Generator().manual_seed(1), dots)
         asked = min(boxes, lesson["ASKED"])
-        assert rows.shape == (50, boxes + asked)
+        assert rows.shape == (50, boxes + dots + asked)
         for row, right, far in zip(rows.tolist(), answers.tolist(), distances.tolist(), strict=True):
             assert sorted(token // lesson["LETTERS"] for token in row[:boxes]) == [*range(boxes)]
-            for place, (answer, distance) in enumerate(zip(right, far, strict=True), start=boxes):
+            for place, (answer, distance) in enumerate(zip(right, far, strict=True), boxes + dots):
                 assert row[place - distance] == answer
                 assert row[place] == boxes * lesson["LETTERS"] + answer // lesson["LETTERS"]
 
@@ -131,7 +131,7 @@ def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_the_memory_finds_no_gain_what_is_no_distribution_and_what_looks_ahead(lesson):
+def test_the_check_of_the_row_look_up_finds_no_gain_what_is_no_distribution_and_what_looks_ahead(lesson):
     exercise = EXERCISES["1.5"]
     source = exercise.solution
     wrong = [
@@ -144,9 +144,9 @@ def test_the_check_of_the_memory_finds_no_gain_what_is_no_distribution_and_what_
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_memory_of_a_row_counts_only_what_stood_before_a_place_and_its_mixture_sums_to_one(lesson):
+def test_the_row_look_up_counts_only_what_stood_before_a_place_and_its_mixture_sums_to_one(lesson):
     names = {**lesson}
-    exec(CELLS["row-memory"].partition("\n\n\ntried")[0], names)
+    exec(CELLS["row-memory"], names)
     row = [1, 2, 3, 1, 2, 4, 1, 2]
     _, shares = names["evidence"](names["ngram"], [row], [row])
     assert shares[:, 0].nan_to_num(-1).tolist() == [-1, -1, -1, 1, 0, -1, 1]
