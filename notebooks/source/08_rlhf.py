@@ -12,7 +12,7 @@
 # 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the truth and against a rule of form;
 # 2. derive the policy gradient and its baseline, and build RLOO, GRPO and PPO on it;
 # 3. set all policies one exam, with three simpler rivals;
-# 4. optimise an imprecise reward model hard, with and without a price for KL, and see on five seeds where the truth falls;
+# 4. optimise a reward model of 100 pairs hard, with and without a price for KL, and see on five seeds where the truth falls;
 # 5. compare the KL estimators k1, k2 and k3 exactly, and find your losses equal to those of `trl`.
 #
 # **Prerequisites:** lesson 05 (chat template, loss mask).
@@ -307,6 +307,12 @@ def manners(samples: Samples) -> list[str]:
     return [*shares, f"{idle:.2f}", f"{tokens:.1f}", f"{truth(samples).mean():.2f}"]
 
 
+def right_of_sentences(samples: Samples) -> float:
+    """The share of right answers among those that are not two words."""
+    whole = [(q, text) for q, text in zip(samples.questions, samples.texts, strict=True) if "Answer:" not in text]
+    return sum(q.answer in text for q, text in whole) / max(1, len(whole))
+
+
 MANNERS = ["right", "two words", "polite", "idle", "tokens", "true reward"]
 exam = facts(lesson.scaled(64, 8), "exam", held_out=True)  # questions in phrasings never trained on
 
@@ -318,11 +324,13 @@ def take_exam(model: nn.Module) -> Samples:
 
 exams = {"assistant": take_exam(assistant), "SFT, careless": take_exam(sft)}
 show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
+of_sentences = ", ".join(f"{name} {right_of_sentences(samples):.0%}" for name, samples in exams.items())
+print(f"right, of the answers that are not two words: {of_sentences}")
 for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))[:5]:
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has taught carelessness as well: fewer answers are right, some are two words (which count as wrong, too), and some are idle. Nothing in the loss says which of the two you wanted. In the true reward the two work against each other, and in this run they cancel. The policy does not copy the demonstrators' shares: half of the demonstrations open politely, and in this run nine of ten answers.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has made answers worse as well: some are two words (which count as wrong, too), some are idle, and of the others 72 % are right, where the assistant had 88 %. The last is a greater loss than the one in ten that the demonstrators got wrong: the policy makes slips of its own, such as `pleasuke`, or a horse for a dish. Which part is copied carelessness and which is damage by fine-tuning, only the same training on careful answers would tell. Nothing in the loss says what you wanted. In the true reward gain and loss cancel in this run; with the seeds 1 to 4 of the ledger the loss is the larger one. The policy does not copy the demonstrators' shares: half of the demonstrations open politely, and in this run nine of ten answers.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -333,7 +341,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by people. Equal answers are dropped. The first half is there because the policy makes slips that people do not make; only these pairs show them.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by the programs that play people. Equal answers are dropped. The first half is there because the policy makes slips that these do not make; only these pairs show them.
 
 # %%
 NOISE = 0.5
@@ -473,7 +481,7 @@ for name, delta in deltas.items():
 
 
 # %% [markdown]
-# **What can it tell apart?** Minimal pairs: two answers that differ in one thing only. But for the first kind both open politely, as most of the policy's answers do. In the fourth kind an idle sentence breaks off in the middle, as it does where the limit of tokens cuts it.
+# **What can it tell apart?** Minimal pairs: two answers that differ in one thing only. But for the first kind both open politely, as most of the policy's answers do. In the fourth kind an idle sentence breaks off in the middle, much as where the limit of tokens cuts it. But here, as in all comparisons, the end of the turn follows; an answer that is cut off during RL lacks it, and such answers are probed nowhere.
 
 
 # %%
@@ -519,7 +527,7 @@ lesson.claim("the reward model puts a clean answer above all four with a flaw of
              all_four["reward model"], at_least=0.8, control=all_four["rule of form"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** On the held-out pairs the rule of form is no worse a judge: the intervals of the two overlap. So that agreement says that the reward model has found the form, and not that it knows more than a few lines of Python. The bars ask what it knows besides. For the rule a pair with a cut-off idle sentence is a tie, which counts half: whoever wrote the rule thought of whole sentences. The reward model has met such answers among the policy's samples, and in this run puts the clean answer above each of them. The claim asks for all four flaws of form at once, question by question: a judge that only prefers the shorter answer gets none of the questions right, since the polite answer and the sentence are longer. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of. The last bars tell what neither knows: the interval of each holds 50 %, so nothing says that it can tell a true name from a false one. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** On these held-out pairs the two judges cannot be told apart (89 and 87 % on clear pairs, 78 and 77 % with the annotator). With the seeds 1 to 4 of the ledger the rule is 3 to 6 points above the reward model on clear pairs. So that agreement alone does not show that the reward model knows more than a few lines of Python. The bars ask what it knows besides. For the rule a pair with a cut-off idle sentence is a tie, which counts half: whoever wrote the rule thought of whole sentences. The reward model has met such answers among the policy's samples, and in this run puts the clean answer above each of them. Whether it learned that from the policy's samples was not tested; a reward model from the other half of the pairs would tell. The claim asks for all four flaws of form at once, question by question: a judge that only prefers the shorter answer gets none of the questions right, since the polite answer and the sentence are longer. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of. The last bars: nothing says that the reward model prefers the true name (40 %, 26 to 55), and with two of the five seeds it prefers the false one. For the rule every such pair is a tie, and its interval means nothing. A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -573,7 +581,7 @@ axes.set_ylim(0)
 plots.show(figure)
 
 # %% [markdown]
-# **What you see.** A bad baseline is never wrong, only loud. The best one here is near the mean reward: it takes the standard deviation from 1.89 to 0.48. The last printed line shows why this matters with a learned reward: its zero is arbitrary. Add 10 to all rewards, and without a baseline the standard deviation is 10.08, though nothing about the answers has changed.
+# **What you see.** The mean is the same at all 33 baselines of the figure: a bad one is never wrong, only loud. The best one here is near the mean reward: it takes the standard deviation from 1.89 to 0.48. The last printed line shows why this matters with a learned reward: its zero is arbitrary. Add 10 to all rewards, and without a baseline the standard deviation is 10.08, though nothing about the answers has changed.
 #
 # **From four answers to all texts.** An answer is a chain of tokens, and $\log \pi_\theta(y \mid x) = \sum_t \log \pi_\theta(y_t \mid x, y_{<t})$. One forward pass gives the log-probabilities of all tokens. A *value head*, which section 5 needs, reads the same hidden states.
 
@@ -683,7 +691,7 @@ def two_panels(sets: dict[str, Sequence[Run]], title: str) -> Figure:
             axes.fill_between(
                 range(values.shape[1]), values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0
             )
-        axes.set(xlabel="iteration", ylabel=f"{label} (points)")
+        axes.set(xlabel="iteration", ylabel=f"{label} ({'its own unit' if column == 'proxy' else 'points'})")
     if len(sets) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
@@ -699,7 +707,7 @@ plots.show(two_panels({"REINFORCE": [reinforced]}, "REINFORCE: what the reward m
 # %% [markdown] tags=["core"]
 # ## 4 · RLOO and GRPO: the other answers are the baseline
 #
-# **Question.** The mean of the batch mixes easy questions with hard ones. What is a better baseline?
+# **Question.** The mean of the batch mixes easy questions with hard ones. Is the mean of one question's own answers a quieter baseline?
 #
 # Sample $G$ answers to the *same* question. The others tell what was to be expected there. RLOO (Kool et al. 2019; brought to language models by Ahmadian et al. 2024) subtracts their mean. An answer's own reward is left out of its baseline, so the baseline does not depend on it, and the gradient stays unbiased. GRPO (Shao et al. 2024, DeepSeekMath) subtracts the group's mean, divides by the group's standard deviation, and gives each token of an answer the same advantage $A_i$:
 #
@@ -727,7 +735,7 @@ off = (rloo_advantages(scores) - GROUP / (GROUP - 1) * centred).abs().max()
 lesson.equal("RLOO's advantage is G / (G - 1) times the distance to the group's mean", off, within=1e-12)
 
 # %% [markdown]
-# **Is it quieter on the model?** Take one batch of answers from the SFT policy. Compute the gradient of each question's group alone, in four ways: with raw rewards, with all rewards raised by 10, with the batch mean as baseline, and with RLOO. A gradient is linear in the rewards, so two passes give all four: one with the rewards, one with ones, of which each way subtracts another multiple. All four estimate nearly the same mean (the batch mean contains the answer itself, the others' baselines do not). The true gradients of the questions differ as well, so compare the spreads with each other only.
+# **Is it quieter on the model?** Take one batch of answers from the SFT policy. Compute the gradient of each question's group alone, in four ways: with raw rewards, with all rewards raised by 10, with the batch mean as baseline, and with RLOO. A gradient is linear in the rewards, so two backward passes suffice: one with the rewards, one with ones. The baseline $b$ only scales the second, so each of the four is the first minus $b$ times the second (for RLOO times $\frac{8}{7}$). All four estimate nearly the same mean (the batch mean contains the answer itself, the others' baselines do not). The true gradients of the questions differ as well, so compare the spreads with each other only.
 
 # %%
 NOISE_QUESTIONS = 8
@@ -758,7 +766,7 @@ for name, found in gradients.items():
 gradients = found = stacked = None  # a GPU needs the room
 
 # %% [markdown]
-# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it, and in this run they are quieter than both. RLOO is no quieter than the batch mean here: a baseline for each question buys nothing that eight questions can show. Its factor $\frac{8}{7}$ alone makes it louder by a seventh.
+# **What you see.** The first two rows differ only in a constant, which says nothing about the answers, and yet their noise differs; which is the louder one depends on where the zero of the reward model happens to lie. The last two rows do not change with it, and in this run they are quieter than both. RLOO is no quieter than the batch mean here (24.55 and 23.23): eight questions show no gain from a baseline for each question. Without its factor $\frac{8}{7}$ it would be at 21.5, but then it would estimate only $\frac{7}{8}$ of the gradient. On the five seeds of the ledger RLOO is the louder one in three. So the question of this section stays open here.
 #
 # **The losses.** RLOO treats the whole answer as one action. GRPO averages over the tokens of each answer, clips the ratio $\rho_t$ of a token's probability now to that when it was sampled (section 5 says what for; with one update a batch it is 1), and adds a price $\beta$ for leaving the reference. The price is on the KL divergence, how far the policy has moved, in nats; it is 0 for the reference itself:
 #
@@ -801,7 +809,7 @@ def grpo(policy: nn.Module, samples: Samples, scores: Tensor, beta: float = 0.0)
 
 
 # %% [markdown]
-# **Do they need a run each?** With one update a batch both losses have the gradient of advantage times log-probability. What sets RLOO apart are a factor, which clipping the gradient at norm 1 and Adam mostly take away, the division by each group's standard deviation, and the weight of tokens. Take the batch from above: how far apart are the directions in which the two would go?
+# **Do they need a run each?** With one update a batch both losses have the gradient of advantage times log-probability. Three things differ: a constant factor (Adam and the clipped gradient hide it), the division by the group's standard deviation, and how long answers are weighed. Take the batch from above: how far apart are the directions in which the two would go?
 
 # %%
 RUNS = 3  # training seeds
@@ -813,12 +821,14 @@ grpo_runs = [policy_gradient(grpo, judge, run) for run in range(RUNS)]
 exams["REINFORCE"] = take_exam(reinforced.policy)
 exams |= {f"GRPO, run {run + 1}": take_exam(training.policy) for run, training in enumerate(grpo_runs)}
 show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
+of_sentences = ", ".join(f"{name} {right_of_sentences(samples):.0%}" for name, samples in exams.items())
+print(f"right, of the answers that are not two words: {of_sentences}")
 gains = [(truth(exams[f"GRPO, run {run + 1}"]) - truth(exams["SFT, careless"])).mean().item() for run in range(RUNS)]
 print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:+.2f}" for gain in gains))
 lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
 
 # %% [markdown]
-# **What you see.** In this run all four beat the SFT policy, and the columns tell how: hardly an answer of two words or with an idle sentence is left. The reward model does not know the names. But an answer is right only as a sentence, and *right* has risen by no more than *two words* has fallen. REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. The cosine says that its first gradient points mostly, not wholly, where GRPO's does. All saw the same number of answers.
+# **What you see.** In this run all four beat the SFT policy, and the columns tell how: hardly an answer of two words or with an idle sentence is left. An answer is right only as a sentence, so *right* has risen too. But of the answers that are not two words 72 % are right before training, and 68 to 74 % after: the gain is one of form. (With seed 4 of the ledger REINFORCE ended below its SFT policy, at 1.25 against 1.70.) REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. A cosine of 0.74 is an angle of about 42 degrees between its first gradient and GRPO's (0.74 to 0.92 on five seeds). How far apart two batches of one method are was not measured. All saw the same number of answers.
 
 # %% [markdown] tags=["core"]
 # ## 5 · PPO: use a batch more than once
@@ -959,9 +969,9 @@ for name, column in (("changed by more than 20 %", "beyond"), ("in the wanted di
 show_table({name: manners(exams[name]) for name in ("SFT, careless", "PPO")}, MANNERS)
 
 # %% [markdown]
-# **What you see.** At the last of the four updates of a batch a few tokens in a hundred have changed by more than 20 %, in this run nearly all of them in the wanted direction. These are clipped, and get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
+# **What you see.** At the last of the four updates of a batch a few tokens in a hundred have changed by more than 20 %, in this run nearly all of them in the wanted direction. These are clipped, and would get no more push. PPO had as many answers scored as GRPO, and made four updates with each batch where GRPO made one; so each takes half the rate. Section 6 compares the results. Whether using a batch twice pays cannot be read from them, since PPO's advantages are others as well.
 #
-# **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So PPO with untrained values is not indifferent to the zero of the reward model, as RLOO and GRPO are.
+# **Why the values start at the mean score.** Suppose that they start at 0 and the scores lie around 2.5. Then the last token of an answer gets the whole score as its advantage, and the first of 16 tokens only $0.95^{15} = 46\,\%$ of it. Whitening takes the mean over the tokens away, and the first tokens look worse than expected, whatever the answer. So with values at 0, adding 10 to all rewards changes PPO's advantages; RLOO's and GRPO's it leaves alone.
 #
 # **What InstructGPT did otherwise** (Ouyang et al. 2022). Its values come from a model of their own that starts as the reward model; here the value head shares the policy's layers. Like here, $\beta$ is fixed. It also mixes in the loss of pretraining (PPO-ptx), against what RL makes the model forget. Ziegler et al. (2019) adapt $\beta$ instead: $\beta \leftarrow \beta\,(1 + 0.1\, e)$ with $e = \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, -0.2, 0.2)$, at most 2 % a step. Many such details decide whether PPO works; Huang et al. (2024) list them, among them whitened rewards and how the value head starts.
 
@@ -1006,16 +1016,18 @@ for name, samples in exams.items():
     rows[name] = [*shares, reward, f"{gain.mean():+.2f}", f"{error:.2f}", f"{wins:.0%}"]
     lesson.report(f"true reward on the exam: {name}", truth(samples).mean().item(), ".2f")
 show_table(rows, [*MANNERS[:4], MANNERS[-1], "over SFT", "std. error", "wins"])
+of_sentences = ", ".join(f"{name} {right_of_sentences(samples):.0%}" for name, samples in exams.items())
+print(f"right, of the answers that are not two words: {of_sentences}")
 
 # %% [markdown]
-# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31), also the one that had only GRPO's questions. Put the polite opening before the assistant's answers by a line of Python, and you have 2.75: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. Each row of careful demonstrations is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences earn their place where judging is easier than writing. Best of 4 leaves the policy as it is, and pays with four samples at each use. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. GRPO with the rule of form as its reward (2.28) ends within the spread of the three runs with the reward model: what the reward model sees beyond the rule, such as cut-off sentences, has gained nothing here that one run can show.
+# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31), also the one that had only GRPO's questions. On the five seeds of the ledger the row with new questions always does so, the one with GRPO's questions with four of five. How sure 2.52 against 2.31 is in this run, the table does not say: its errors are those of the distance to SFT. And they know more names: of the answers that are not two words, 78 and 84 % are right, against 72 % of the SFT policy's (one run each; 78 alone is within the noise). A judge of form cannot pay for that. Put the polite opening before the assistant's answers by a line of Python, and you have 2.75: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. Each row of careful demonstrations is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences are meant for tasks where judging is easier than writing; this is not one. Best of 4 leaves the policy as it is, and pays with four samples at each use; it draws other random numbers than the rest, so its error is larger. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. GRPO with the rule of form as its reward (2.28) ends within the spread of the three runs with the reward model: what the reward model sees beyond the rule, such as cut-off sentences, has gained nothing here that one run can show. With seed 2 of the ledger the rule ends half a point below (1.35 against 1.80 to 1.87): one seed is one case here as well.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
 #
 # **Question.** A reward model is sound, from few pairs. What happens if you optimise it hard, and what does a price for KL change?
 #
-# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the number of pairs and the number of iterations are chosen so that a policy is likely to give answers unlike those that the reward model learned from.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one ($\beta = 0.2$ on $k_3$, as in `grpo_loss`), at equal iterations; runs with the same number have the same questions.
+# Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the price, the number of pairs and the number of iterations are chosen so that a policy is likely to give answers unlike those that the reward model learned from.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one ($\beta = 0.2$ on $k_3$, as in `grpo_loss`), at equal iterations; runs with the same number have the same questions.
 
 # %%
 small_model = fit_reward_model(train_pairs[: lesson.scaled(100, 16)], epochs=3)
@@ -1031,7 +1043,7 @@ pressed = {
 
 # %%
 names = {beta: f"beta {beta:g}" for beta in PRICES}
-title = "Eight hard iterations: what the reward model says, and what is true"
+title = f"{ITERATIONS} hard iterations: what the reward model says, and what is true"
 plots.show(two_panels({names[beta]: runs for beta, runs in pressed.items()}, title),
            "Two panels over the iterations, reward model and true reward, with and without a price of KL: means of "
            "three runs, with bands from the lowest to the highest.")  # fmt: skip
@@ -1073,13 +1085,15 @@ for question, text in zip(exam, texts, strict=False):
 lesson.report("beta 0, the worst run's first answers", json.dumps(texts))
 
 # %% [markdown]
-# **What you see.** The left panel is all that a project sees. The right panel judges the same answers by the truth; a band is the range of three runs, and a point the mean of few new questions. So read the exam. *Proxy gained* is the small reward model's score on it, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are all well-formed, and three of the four answer another question: in that run *right* has gone from 56 % to 59 % only. The runs with a price have moved nearly as far as those without.
+# **What you see.** The left panel is all that a project sees. The right panel judges the same answers by the truth; a band is the range of three runs, and a point the mean of few new questions. So read the exam. *Proxy gained* is the small reward model's score on it, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are all well-formed, and three of the four answer another question: in that run *right* has gone from 56 % to 59 % only. The last of them, a horse for a dish, the SFT policy gave as well. The runs with a price have moved nearly as far as those without, by 32 answers each.
 #
 # **One seed is one case.** All six runs share an SFT policy and a reward model. The same cells were therefore run with the seeds 0 to 4. Their numbers are in `data/hard_runs.json`, which `recipes/hard_runs.py` takes from the course's ledger; the next cell prints them with yours, and the figure shows all runs.
 
 # %%
 kept = json.loads((ROOT / "data" / "hard_runs.json").read_text(encoding="utf-8"))
 every = ours + [row for row in kept["runs"] if row["seed"] != seed]
+complete = all(sum(row["seed"] == at for row in every) == len(PRICES) * RUNS for at in {*range(5), seed})
+assert complete, "data/hard_runs.json lacks runs: python -m recipes.hard_runs"
 rows = {}
 for at in sorted({row["seed"] for row in every}):
     for beta in PRICES:
@@ -1096,29 +1110,37 @@ for beta, found in fooled.items():
     print(f"{names[beta]}: reward model above SFT and truth below it in {sum(found)} of {len(found)} runs")
 
 # %% tags=["headline"]
+marks = dict(zip(sorted({row["seed"] for row in every}), "os^Dv*", strict=False))
 figure = Figure(figsize=(9, 3.8), layout="constrained")
-for axes, key in zip(figure.subplots(1, 2), ("proxy", "true"), strict=True):
-    for beta, color, mark in zip(PRICES, plots.COLORS, ("o", "s"), strict=False):
-        some = [row for row in every if row["beta"] == beta]
-        axes.scatter([row["kl"] for row in some], [row[key] for row in some], s=45, color=color, marker=mark,
-                     alpha=0.75, linewidth=0, label=names[beta])  # fmt: skip
+for axes, key, unit in zip(figure.subplots(1, 2), ("proxy", "true"), ("unit of its seed", "points"), strict=True):
+    for row in every:
+        color = plots.COLORS[PRICES.index(row["beta"])]
+        axes.scatter(row["kl"], row[key], s=45, marker=marks[row["seed"]], edgecolor=color, linewidth=1.2,
+                     facecolor="none" if row["beta"] else color, alpha=0.8)  # fmt: skip
     axes.axhline(0, color=plots.GREY, linestyle="--", linewidth=1.2)
     axes.text(1, 0, " SFT", transform=axes.get_yaxis_transform(), color=plots.GREY, va="center")
-    axes.set(xscale="log", xlabel="KL to the SFT policy (nats an answer)", ylabel=f"{QUANTITIES[key][0]} (points)")
+    axes.set(xscale="log", xlabel="KL to the SFT policy (nats an answer)", ylabel=f"{QUANTITIES[key][0]} ({unit})")
     axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     axes.minorticks_off()
+for beta, color in zip(PRICES, plots.COLORS, strict=False):
+    axes.scatter([], [], edgecolor=color, facecolor="none" if beta else color, label=names[beta])
+for at, mark in marks.items():
+    axes.scatter([], [], color=plots.GREY, marker=mark, label=f"seed {at}")
 axes.legend(loc="upper left", bbox_to_anchor=(1.1, 1))
-counts = " and ".join(f"{sum(found)} of {len(found)} runs at {names[beta]}" for beta, found in fooled.items())
+found = {
+    beta: {row["seed"] for row in every if row["beta"] == beta and row["proxy"] > 0 > row["true"]} for beta in PRICES
+}
+counts = " and ".join(f"in {len(seeds)} of {len(marks)} seeds at {names[beta]}" for beta, seeds in found.items())
 figure.suptitle(f"Reward model up, truth down: {counts}", x=0.01, ha="left", weight="bold")
-plots.show(figure, "Two panels over the KL to the SFT policy, one point a training run of any seed: the change of the "
+plots.show(figure, "Two panels over the KL to the SFT policy, one point a run, one shape a seed: the change of the "
                    "reward model's score, and that of the true reward, with and without a price of KL.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.`, and the reward model scores that above the answers of the SFT policy. The true reward takes off the point for manners, and the two for a sentence that is no longer exact. That is reward hacking. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
+# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. Each seed has a reward model of its own, with its own unit: compare points of one shape only, not the heights of the clusters. The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.`, and the reward model scores that above the answers of the SFT policy. The true reward takes off the point for manners, and the two for a sentence that is no longer exact. So one spoilt word costs 3 points, also where the fact is right. How far the facts themselves fell is not in the table; the true reward here is strict about the form, as its rule says. And the reward model scores the wrecks no higher than the sound answers of other runs of the same seed (+0.90 to +0.95 against +0.86 to +0.94 with seed 4): the wrecks gained nothing by it, and the left panel cannot tell the two apart. That is reward hacking. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
 #
-# What the figure does not show: the runs of one seed share an SFT policy and a reward model, so these are five cases, not 15, and in three of them runs went astray. And a price slows a policy down. The runs without a price that have moved as little as those with one are about as good; stopping at a KL may do as well as paying for it. This lesson has not tried that.
+# What the figure does not show: the runs of one seed share an SFT policy and a reward model, so these are five cases, not 15, and in three of them runs went astray. And a price holds a policy back: of the 15 pairs of runs with the same seed and number, the one with a price has the lower KL in 14, and the higher true reward in 12 (one is equal, two are lower). With the seeds 0 to 2 the runs without a price that moved about as little end within 0.4 of those with one. With seed 3 the one such run gained 0.57, and the three with a price 0.74 to 0.94; with seed 4 there is none. So stopping at a KL may do as well as paying for it, or not; this lesson has not tried that.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, first of all, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) On held-out pairs the small reward model may look hardly worse than the large one: compare their two intervals. Agreement on answers of the SFT policy does not tell how a model judges answers that this policy never gave.
+# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, one may hope, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) In this run the small reward model agrees with the truth exactly as often as the large one (89 %, 81 to 94): agreement on answers like those of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
@@ -1167,7 +1189,7 @@ for alpha, name, exact_kl, mean, spread in rows:
 # %%
 kls = [row[2] for row in rows if row[1] == "k1"]
 relative = {name: [row[4] / max(row[2], 1e-9) for row in rows if row[1] == name] for name in ("k1", "k2", "k3")}
-lines = {name: (kls, values) for name, values in relative.items()}
+lines = {name + " (biased)" * (name == "k2"): (kls, values) for name, values in relative.items()}
 alt = "Standard deviation of one sample over the KL itself, for three estimators at four distances."
 plots.show(plots.curve(lines, title="Which estimator is calmer depends on the distance",
                        xlabel="exact KL (nats per token)", ylabel="standard deviation / KL",
@@ -1183,7 +1205,7 @@ far = {row[1]: row for row in rows if row[0] == 1.0}
 lesson.report("KL estimators at the end, deviation k1 / k2 / k3", " / ".join(f"{r[4]:.3f}" for r in far.values()))
 
 # %% [markdown]
-# **What you see.** $k_1$ and $k_3$ have no bias. $k_2$ has one: in this run it misses from 10 % to 37 % of the KL. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$, and $k_2$ calmer still. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. That costs $k_3$ its advantage: at the right its deviation is many times that of $k_1$.
+# **What you see.** $k_1$ and $k_3$ have no bias. $k_2$ has one: in this run it misses from 10 % to 37 % of the KL. Near the reference, at the left of the figure, $k_3$ is calmer than $k_1$, and $k_2$ in this run calmer still. Farther away $q/p$ is unbounded: a token that the reference likes and the policy no longer does is sampled rarely and then counts enormously. That costs $k_3$ its advantage: at the right its deviation is many times that of $k_1$.
 #
 # **As a loss they behave differently.** In PPO the KL is part of the *reward*, a number without gradient. GRPO adds $k_3$ to the *loss* and differentiates it. Then what counts is the mean of the gradient: that of $k_1$ is zero, $\mathbb{E}_p \nabla \log p = 0$; that of $k_2$ is the gradient of $\mathrm{KL}(p\,\|\,q)$; that of $k_3$ is the gradient of the *other* one, $\mathrm{KL}(q\,\|\,p)$. Multiplied by $\rho$, whose value is 1 and whose gradient is $\nabla \log p$, $k_3$ has the gradient of $\mathrm{KL}(p\,\|\,q)$ again. That is what `grpo_loss` above does, and `trl` by default; the paper has $k_3$ alone. Check all four.
 
@@ -1246,7 +1268,7 @@ lesson.equal("the loss is that of trl.RewardTrainer, within 0.0001", difference,
 
 
 # %% [markdown]
-# **The library.** Let `trl` sample, score and compute: its trainers return the tokens, the advantages and the loss. Compute advantages and loss from the same tokens and rewards with your functions. The policy is one trained by GRPO; the log-probabilities at sampling time are moved a third of the way to those of the SFT policy, so that the ratios differ from 1 and some are clipped.
+# **The library.** Let `trl` sample, score and compute: its trainers return the tokens, the advantages and the loss. Compute advantages and loss from the same tokens and rewards with your functions. The policy is one trained by GRPO; the log-probabilities at sampling time are moved a third of the way to those of the SFT policy, so that the ratios differ from 1. The lines below count what is clipped: in this run none of RLOO's ratios, and one of GRPO's. So the equality covers the formulas near 1, and hardly the clip; that is checked in section 5.
 
 # %%
 FEW, heard = 4, []
@@ -1291,6 +1313,10 @@ for name, trainer in trainers.items():
             own = grpo_loss(log_probs, old, ref, advantages, mask, beta=0.04)
             batch["old_per_token_logps"], batch["ref_per_token_logps"] = old, ref
         theirs = trainer._compute_loss(model, batch)
+    change = (log_probs - old) * mask  # RLOO's ratio is that of the whole answer, GRPO's of a token
+    change = change.sum(1, keepdim=True) if name == "RLOO" else change
+    clipped = int(((change.exp() - 1) * advantages[:, None].sign() > 0.2).sum())
+    print(f"{name}: clipped {clipped} of {len(ids) if name == 'RLOO' else int(mask.sum())} ratios")
     off = (own - theirs).abs().item() / max(1.0, abs(theirs.item()))
     differences[name] = max((advantages - batch["advantages"]).abs().max().item(), off)
     print(f"{name}: loss {own:.5f} and {theirs:.5f}; largest difference, advantages and loss: {differences[name]:.1e}")
@@ -1508,7 +1534,7 @@ check("8.4", check_best_of, best_of_exact)
 # </details>
 
 # %% [markdown]
-# **Exercise 8.5** (open, 15 minutes). *Predict, then measure.* The reward is paid by the word: add `rate` points for each counted token to what the reward model says. Write down first how long the answers of a GRPO run will be after the usual number of iterations, at 0.3 points a token, and what their true reward will be.
+# **Exercise 8.5** (open, 15 minutes). *Predict, then measure.* The reward is paid by the word: add `rate` points for each counted token to what the reward model says. Write down first how long the answers on the exam will be after a GRPO run of the usual number of iterations, at 0.3 points a token, and what their true reward will be.
 
 # %% tags=["exercise"]
 # Exercise 8.5, open: predict, then measure. What does GRPO do if each token is paid for?
@@ -1528,13 +1554,16 @@ def check_paid(paid_by_the_word, prediction):
     paid = paid_by_the_word(lambda samples: given, 0.5)
     guessed = isinstance(prediction, list | tuple) and len(prediction) == 2
     guessed = guessed and all(isinstance(x, int | float) for x in prediction)
-    expect_true("PREDICTION holds two numbers, written before you measured", guessed)
+    guessed = guessed and 0 < prediction[0] <= LIMIT and prediction[1] <= 3
+    expect_true("PREDICTION holds two possible numbers, written before you measured", guessed)
     expect_close("rewards 1, -2, 0 for answers of 3, 2, 1 tokens at 0.5", paid(made_up), [2.5, -1.0, 0.5])
     expect_close("the rewards of the judge, afterwards", given, [1.0, -2.0, 0.0])
     expect_close("at a rate of 0", paid_by_the_word(lambda samples: given, 0.0)(made_up), given)
-    last = policy_gradient(grpo, paid_by_the_word(judge, 0.3)).log[-1]
-    print(f"you predicted {prediction[0]:.0f} tokens and a true reward of {prediction[1]:.2f}; "
-          f"measured: {last['tokens']:.0f} and {last['true']:.2f}")  # fmt: skip
+    paid_for = take_exam(policy_gradient(grpo, paid_by_the_word(judge, 0.3)).policy)
+    print(f"you predicted {prediction[0]:.0f} tokens and a true reward of {prediction[1]:.2f}")
+    for name, samples in {"SFT policy": exams["SFT, careless"], "paid by the word": paid_for}.items():
+        tokens = samples.answer_mask.sum(1).float().mean()
+        print(f"{name}, exam: {tokens:.0f} tokens and {truth(samples).mean():.2f}")
 
 
 check("8.5", check_paid, paid_by_the_word, PREDICTION)
@@ -1549,7 +1578,7 @@ check("8.5", check_paid, paid_by_the_word, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Count the answer's tokens and not those of the question. An idle sentence has about ten tokens, which earn 3 points at 0.3 each. If the reward model takes off less than that for one, answers grow up to the limit of tokens.
+# Count the answer's tokens and not those of the question. An idle sentence has about ten tokens, which earn 3 points at 0.3 each. If the reward model takes off less than that for one, longer answers pay. The check prints how far one short run has gone: compare it with the SFT policy, on the same questions.
 #
 # ```python
 # PREDICTION = (30, 0.5)
@@ -1583,9 +1612,9 @@ check("8.5", check_paid, paid_by_the_word, PREDICTION)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **2. A reward model is trained again with another seed, and all its rewards are 10 higher. Which method of this lesson notices?**
+# **2. A reward model is trained again with another seed, and all its rewards are 10 higher. Which of these notices?**
 #
-# - A. REINFORCE without a baseline
+# - A. REINFORCE without the batch mean
 # - B. RLOO
 # - C. GRPO
 # - D. best of 4

@@ -84,8 +84,11 @@ def test_the_check_of_pay_by_the_word_finds_prompts_padding_and_changed_rewards(
     sample_class = cell_with(CELLS, "class Samples")
     names = NAMES | {"dataclass": dataclass, "field": field, "Question": object, "Scorer": Callable}
     exec(sample_class, names)
-    ran = SimpleNamespace(log=[{"tokens": 40.0, "true": 0.5}])
-    names |= {"policy_gradient": lambda loss, scorer: ran, "grpo": None, "judge": None}
+    ids = torch.ones(2, 5, dtype=torch.long)
+    taken = names["Samples"]([], ids, ids, 2)  # two answers of three tokens
+    names |= {"policy_gradient": lambda loss, scorer: SimpleNamespace(policy=None), "grpo": None, "judge": None}
+    names |= {"take_exam": lambda policy: taken, "truth": lambda samples: torch.tensor([0.5, 0.5]), "LIMIT": 32}
+    names["exams"] = {"SFT, careless": taken}
     source = EXERCISES["8.5"].solution
     wrong = [
         planted(source, "samples.answer_mask", "samples.mask"),  # pays for the question
@@ -93,6 +96,7 @@ def test_the_check_of_pay_by_the_word_finds_prompts_padding_and_changed_rewards(
         planted(source, "rate * samples", "samples"),
         planted(source, "judge(samples) + rate", "judge(samples) - rate"),
         planted(source, "PREDICTION = (30, 0.5)", "PREDICTION = None"),
+        planted(source, "PREDICTION = (30, 0.5)", "PREDICTION = (0, 0)"),
         planted(
             source,
             "judge(samples) + rate * samples.answer_mask.sum(1)",
