@@ -120,7 +120,7 @@ IN_16_BITS = settings["precision"] != "fp32"
 # %% [markdown]
 # `lesson.scaled` makes a number of steps or tasks smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 #
-# Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on, which 100 tasks can find even between two systems that differ in many answers (section 8 computes it). And every training below is **one run**; the course's ledger of claims repeats all of them with other seeds.
+# Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on. That is about what 100 tasks can find: section 8 computes 0.15 and 0.26 for two pairs of systems, and systems that differ in more answers need a little more. And every training below is **one run**; the course's ledger of claims repeats all of them with other seeds.
 
 # %% [markdown] tags=["core"]
 # ## 1 · The rules, the tasks and the rubric
@@ -278,7 +278,7 @@ print(", ".join(f"{kind} {floor[kinds == kind].mean():.1f}" for kind in KINDS))
 lesson.report("score of an answer that is fixed or copied for each kind", floor.mean(), ".2f")
 
 # %% [markdown]
-# **What you see.** What a fixed or copied answer gets for each kind stands in the last row: points begin above it. It is worth about two points, on new tasks as well, and on `evidence`, `unknown` and `story` about three. So a mean of 2 says nothing about reading. The row comes back under every table by kind below, as *reads nothing*. Before you trust a rubric of your own, make such a list for it.
+# **What you see.** What a fixed or copied answer gets for each kind stands in the last line of the output: only what is above it shows that a model read the task. It is worth about two points, on new tasks as well, and on `evidence`, `unknown` and `story` about three. So a mean of 2 says nothing about reading. The row comes back under every table by kind below, as *reads nothing*. Before you trust a rubric of your own, make such a list for it.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Baselines
@@ -382,7 +382,7 @@ lesson.equal("the seven that were planted are found", abs(planted - clean - 7))
 #
 # The rows hold each kind equally often. That is a choice, too: where points are lacking, more rows may help.
 #
-# Choices need tasks of their own. *Development* tasks are training tasks that are in no row: whatever is chosen from here on is chosen by them. To choose by the public tasks would use them up (section 9 shows how).
+# Choices need tasks of their own. *Development* tasks are training tasks that are in no row: what this lesson compares from here on in order to choose, it compares on them; step sizes, numbers of steps and $\beta$ were set without them. To choose by the public tasks would use them up (section 9 shows how).
 
 # %%
 taken = {row.input for row in rows}
@@ -492,7 +492,7 @@ lesson.report("size of the adapter (MiB); 2 are allowed", size, ".2f")
 
 
 # %% [markdown]
-# **What you see.** Most of the gain is in `compare` and `story`, in which the assistant had nothing; `fact`, `describe` and `list` gain half a point or so. One kind loses: `mood` falls from 4.0 to 2.8. `extract` stays at the lowest grade. And on `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of what reads nothing; on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
+# **What you see.** Most of the gain is in `compare` and `story`, in which the assistant had nothing; `fact`, `describe` and `list` gain half a point or so. Two kinds lose: `mood` (4.0 to 2.8) and, by little, `sum` (3.3 to 3.1); each mean is over 10 tasks. `extract` stays at the lowest grade. And on `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of what reads nothing; on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Decoding, and a penalty out of a template
@@ -543,7 +543,7 @@ print(f"the penalty of 1.2 costs {loss:.2f} points, with a standard error of {er
 lesson.report("what a repetition penalty of 1.2 costs (points)", loss, ".2f")
 
 # %% [markdown]
-# **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example a sentence of the usual form has to be said twice, of two people, and the penalty drives the model to something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose. How much it costs in all depends on the run. With four other seeds of the training the cost was between -0.17 and 0.32 points (the course's ledger of claims, a page of its site and `data/claims.json`), so it is no claim. The penalty is made for models that run in circles. The right setting depends on the model and on the task, so measure it and do not copy it.
+# **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example a sentence of the usual form has to be said twice, of two people, and with the penalty the model says something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose. How much it costs in all depends on the run. This run is the dearest of five: with the four other seeds of the training the cost was between -0.17 and 0.32 points (the course's ledger of claims, a page of its site and `data/claims.json`), so it is no claim. The penalty is made for models that run in circles. The right setting depends on the model and on the task, so measure it and do not copy it.
 
 # %% [markdown] tags=["core"]
 # ## 6 · DPO with care, and without
@@ -685,7 +685,7 @@ lesson.report("what careless DPO changes in the log-probability of answers in no
               grown["DPO, careless"]["in no pair"], "+.1f")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss asks for the difference, and nothing in it asks the chosen ones to stay. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower (1.08).
+# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss rewards a higher chosen answer as much as a lower rejected one; as long as their difference grows, both may fall. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower (1.08). That is the worst of five runs: in the other four of the ledger it is 0.27 to 0.58 points.
 #
 # **Four other ways.** Each differs in one thing from the way that its last column names:
 #
@@ -697,7 +697,7 @@ lesson.report("what careless DPO changes in the log-probability of answers in no
 # | DPO, own pairs, longer | own | that of fine-tuning | 36 | the steps, from *own pairs* |
 # | DPO, careful | own | a tenth of it | 36 | the rate, from *longer* |
 #
-# Imitation is the *simple baseline*: train on the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose first steps have the full size of the rate whatever the gradient. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
+# Imitation is the *simple baseline*: train on the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose rate rises over three steps and then falls along a line to zero. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
 
 # %%
 STEPS_OF_DPO = 12, 36
@@ -737,16 +737,16 @@ plots.show(figure, alt=alt)
 # %% [markdown]
 # **What you see.** Go through the rows by what changes.
 #
-# - *Without the rejected answers* (own pairs against imitation): the chosen answers become more probable instead of less, the answers in no pair keep their probability, and the score stays within its interval. The imitation did train: its printed loss swings from batch to batch, but over all pairs the chosen answers rise. So it is not training at this rate as such that lets the chosen answers sink: the push against the rejected ones is needed.
+# - *Without the rejected answers* (own pairs against imitation): the chosen answers become more probable instead of less, and the answers in no pair keep their probability. That the chosen answers rise is what the imitation is trained for, and no finding. The third bar is one: in this run the answers in no pair keep their probability without the rejected answers, and lose 2.2 nats with them. (The loss without them has another form, too, and it is one run.) The interval of the change of the score holds zero.
 # - *More steps* (own pairs against longer): at the rate of fine-tuning, three times the steps bring the loss near zero, and the score down by a point. Chosen answers and those in no pair lose more than 20 nats each. (36 steps draw each pair about four times, 12 steps about once.)
-# - *A tenth of the rate* (longer against careful): with the same pairs and as many steps the score stays within its interval, and chosen answers and those in no pair stay where they were. The loss falls here too, to about half of where it began. So a falling loss of DPO need not cost anything.
+# - *A tenth of the rate* (longer against careful): with the same pairs and as many steps the interval of the change of the score holds zero, and chosen answers and those in no pair stay where they were. The loss falls here too, to about half of where it began. So a falling loss of DPO need not cost more than these tasks can show.
 # - *The pairs* (careless against own pairs): in this run the borrowed ones cost more points, and answers sink with both. This is not so in every run, as you see next. (The bars of the first row are about the borrowed pairs, those of the others about the own ones; only the third bar is about the same texts in all rows.)
 #
-# **What follows, and what does not.** At the rate of fine-tuning more steps do more harm; at a tenth of it, as many steps do none that can be seen. The small rate also goes less far: its rejected answers lose 3.9 nats, those of the large rate 68.4. It is not measured whether ten times as many careful steps would end where the large rate does, nor how borrowed pairs do at the small one.
+# **What follows, and what does not.** At the rate of fine-tuning more steps do more harm (0.41 to 0.98 points more, in all five runs of the ledger); at a tenth of it, as many steps do none that can be seen. The small rate also goes less far: its rejected answers lose 3.9 nats, those of the large rate 68.4. It is not measured whether ten times as many careful steps would end where the large rate does, nor how borrowed pairs do at the small one.
 #
-# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims holds the same numbers for four other seeds. In all five runs the longer one costs at least 0.8 points (up to 1.38), and the careful one changes the score by -0.15 to 0.08; that is the claim. The rest is not so sure. Careless DPO costs between 0.27 and 1.08 points, own pairs after 12 steps between 0.07 and 0.82, and which of the two costs more changes from run to run: nothing here says that the choice of pairs decides. And the imitation loses 0.37 points in one run, as much as DPO with own pairs does there (0.34): training at that rate can cost points without any DPO.
+# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims holds the same numbers for four other seeds. In all five runs the longer one costs at least 0.8 points (up to 1.38), and the careful one changes the score by -0.15 to 0.08. The claim is about their difference, 0.69 to 1.38 points. The run shown here is an extreme one: of the five, careless DPO costs most in it, and own pairs least. The rest is not so sure. Careless DPO costs between 0.27 and 1.08 points, own pairs after 12 steps between 0.07 and 0.82, and which of the two costs more changes from run to run: nothing here says that the choice of pairs decides. And the imitation loses 0.37 points in one run, as much as DPO with own pairs does there (0.34): training at that rate can cost points without any DPO.
 #
-# **Does DPO gain anything?** Not here. With care it changes the score little, for better or worse. The imitation needs no reference model and no rejected answer, and here it did no worse: try that first, and at a small rate, too (which is not measured here). What DPO can gain with more pairs is shown in lesson 09. If DPO lowers your score, look at the log-probabilities, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one.
+# **Does DPO gain anything?** Not here. With care it changes the score little, for better or worse. The imitation needs no reference model and no rejected answer. In this run it ends beside careful DPO, in the four other runs of the ledger 0.08 to 0.22 points lower. But it ran at ten times the rate and for a third of the steps; with both equal it is not measured, so nothing here says which to try first. What DPO can gain with more pairs is shown in lesson 09. If DPO lowers your score, look at the log-probabilities, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one.
 
 # %% [markdown] tags=["further"]
 # ## 7 · A language model as judge
@@ -810,7 +810,7 @@ held_out, swapped = pairs[~for_training], pairs[~for_training][:, ::-1]
 print(f"{for_training.sum()} pairs to learn from, {len(held_out)} held out")
 
 # %% [markdown]
-# **Three measurements** on pairs that the judge has not seen. *Flips*: in how many pairs does the verdict change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality, so half would be indifferent.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives. The $\kappa$ of the people themselves is the ceiling.
+# **Three measurements** on pairs that the judge has not seen. *Flips*: in how many pairs does the verdict change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality, so about half would be indifferent.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives. The $\kappa$ of the people themselves is what to compare with; a judge that averages out the noise of many people could pass it.
 
 # %%
 def kappa(a: np.ndarray, b: np.ndarray) -> float:
@@ -855,7 +855,7 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The biased judge takes the idle sentence nearly always, and it likes the first place. The fair one does neither. But of quality it has learned next to nothing ($\kappa$ of 0.07), so it is a weak control: it says that the method alone does not bring the taste for idle sentences, and no more. The people themselves agree with the rubric at 0.54 and 0.77; both judges are far below. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) To a model as small as this one idle sentences are easy to see, and quality is not. Both orders take the place out, and after length control the chattier answer wins less than half of the pairs, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
+# **What you see.** The biased judge takes the idle sentence nearly always, and it likes the first place. The fair one takes the first place in 36 % and the chattier answer in 35 %: less than half of both, so it leans a little to the other side, and 23 % of its verdicts flip as well. But of quality it has learned next to nothing ($\kappa$ of 0.07), so it is a weak control: it says that the method alone does not bring the taste for idle sentences, and no more. The people themselves agree with the rubric at 0.54 and 0.77; both judges are far below. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) The idle sentence stands at the very end of the answer, where the judge's state is read; that alone may make it easy to see. Whether a larger model, or pairs from more tasks, would show quality, is not measured. Both orders take the place out, and after length control the chattier answer wins less than half of the pairs, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
 # %% [markdown] tags=["core"]
 # ## 8 · How sure is a rank?
@@ -935,7 +935,7 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Systems that are far apart keep their order in all draws. LoRA, careful DPO and the imitation do not: their ranks overlap, and these tasks cannot tell them apart. (In this run DPO with own pairs, 12 steps, stands among them, too.) The two that DPO has spoilt lie below the assistant that nobody tuned. The difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
+# **What you see.** Systems that are far apart keep their rank in at least 95 of 100 draws. LoRA, careful DPO and the imitation do not: their ranks overlap, and the intervals of their paired differences from LoRA (section 6) all hold zero. (In this run DPO with own pairs, 12 steps, stands among them, too.) In this run the two that DPO has spoilt lie below the assistant that nobody tuned; over the five runs of the ledger that is so of the longer one always, of the careless one twice. The difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Climbing a board without a better model
@@ -991,7 +991,7 @@ lesson.report("what the best of 30 equals gains on the board", gain["best of 30"
 lesson.report("what the best of 30 equals gains on hidden tasks", gain["best of 30"][1], "+.2f")
 
 # %% [markdown]
-# **What you see.** Both ways show a gain on the board. The best of many equals is only lucky, and on hidden tasks its luck is gone. (That is arithmetic: the largest of 30 draws lies about two standard deviations above their mean.) Boosting learns the board's tasks one by one, through nothing but shown means; on hidden tasks it gains no more than with a board that says nothing. This is why the competition asks for weights, ranks on tasks that nobody has seen, and shows a new live score only if it is better than the old one by more than a standard error (exercise 17.5).
+# **What you see.** Both ways show a gain on the board. The best of many equals is only lucky, and on hidden tasks its luck is gone. (That is arithmetic: the largest of 30 draws lies about two standard deviations above their mean.) Boosting learns the board's tasks one by one, through nothing but shown means; on hidden tasks it gains no more than with a board that says nothing. This is why the ranking is on tasks that nobody has seen. That weights are asked for stops a vote over answers, not the choice of the best of many. And a board that shows a new score only if it is better by more than a standard error helps less than one would think (exercise 17.5).
 
 # %% [markdown] tags=["core"]
 # ## 10 · Hand in
@@ -1085,7 +1085,7 @@ else:
     print("This model is none of the two bases, so the commands are not run.")
 
 # %% [markdown]
-# **What you see.** `check` refuses the leaky folder and names the task; in the forged one it finds nothing wrong. `score` believes what is written in a folder, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, the forged ones do not. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
+# **What you see.** `check` refuses the leaky folder and names the task; in the forged one it finds nothing wrong. `score` believes what is written in a folder, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, and of the forged ones only a few do, as printed. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
 
 # %% [markdown]
 # ## 11 · Exercises
@@ -1346,7 +1346,7 @@ check("17.5", check_ladder, ladder, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# The Ladder slows a climber down and does not stop him: with enough tries some submission is lucky by more than a standard error. It does keep the shown score nearer to the truth than a board that shows everything. This is why the ranking itself is done on tasks that nobody could try.
+# The Ladder hardly slows a climber who only tries his luck: with enough tries some submission is lucky by more than a standard error, and what it shows is then not much nearer to the truth than what a board that shows everything does. This is why the ranking itself is done on tasks that nobody could try.
 #
 # ```python
 # PREDICTION = 0.3
@@ -1393,7 +1393,7 @@ check("17.5", check_ladder, ladder, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# C. $h_w - h_l$ grows when both fall and $h_l$ falls faster. Nothing in the loss holds the chosen answer up.
+# C. $h_w - h_l$ grows when both fall and $h_l$ falls faster. The loss is content with that: it asks for the difference alone.
 #
 # </details>
 
@@ -1455,7 +1455,7 @@ lesson.summary()
 # | here | with an open model of 1 to 13 billion parameters |
 # |---|---|
 # | a program grades | people grade, or a strong model with the task, a reference and the rubric in its prompt; ask it in both orders, and check it against people |
-# | the rate of fine-tuning was too much for DPO | the same: DPO is usually run at a tenth of the rate or less, for one epoch |
+# | the rate of fine-tuning was too much for 36 steps of DPO | the same: DPO is usually run at a tenth of the rate or less, for one epoch |
 # | 100 tasks | the 100 of ELYZA-tasks-100 (`elyza/ELYZA-tasks-100` on the hub, CC BY-SA 4.0): as few, so the intervals are as wide |
 # | `peft` reads an adapter | pin the revision of the base, and load the adapter on a fresh copy before you hand it in |
 #
