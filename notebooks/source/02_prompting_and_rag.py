@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/02_prompting_and_rag.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/02_prompting_and_rag.ipynb)
 #
-# You have a base language model and you may not change a single weight. What can you still change? The text that goes in. In this lesson you change it in two ways. First by the form of the prompt: examples, instructions, written steps, many samples, a search. Then by its content: you build a library and a retrieval system, so that the model can answer from passages which it has never read. Each change is measured, and each measurement has a simpler method or a control beside it.
+# You have a base language model and you may not change a single weight. What can you still change? The text that goes in. In this lesson you change it in two ways. First by the form of the prompt: examples, instructions, written steps, many samples, a search. Then by its content: you build a library and a retrieval system, so that the model can answer from passages which it has never read. Each change is measured, and most measurements have a simpler method or a control beside them.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -226,7 +226,7 @@ if "chat format" in frames:
     lesson.claim("the chat format loses at least 80 points, leniently scored", lead, at_least=0.8, form=".0%")
 
 # %% [markdown]
-# **What you see.** In the format of its documents the model gives all or nearly all of these answers. After an instruction or a bare question it gives them too. But it first writes the word `Answer:`, as its documents do, and a scorer that looks for the bare answer calls all of that wrong. So a score of 0 % can be a fact about the scorer. Read some raw replies before you believe a number. Look at the row with three bare answers in front: even these do not make the model leave the word out, strictly scored it gains nothing. The chat format is a real failure: in the reply that is shown the model ends its text at once. It has never seen that format in training; lesson 05 adds it.
+# **What you see.** In the format of its documents the model gives all or nearly all of these answers. After an instruction or a bare question it gives them too. But it first writes the word `Answer:`, as its documents do, and a scorer that looks for the bare answer calls all of that wrong. So a score of 0 % can be a fact about the scorer. Read some raw replies before you believe a number. Look at the row with three bare answers in front: even these do not make the model leave the word out, strictly scored it gains nothing. The chat format is a real failure: in the reply that is shown the model writes nothing. It has never seen that format in training; lesson 05 adds it.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Examples in the prompt
@@ -367,7 +367,7 @@ for name in ("Pairs: goat red; ...", "Pairs: goat red, ...", "goat = red;"):
     lesson.report(f"eight labels, written {name}", str(way_scores[name]))
 
 # %% [markdown]
-# Now the order. Four words, each shown three times: twelve examples in random order. One of the three examples of the asked word gets a wrong label, as real examples often have; the majority is still two to one. The wrong one stands first, second or last among the three. All else is the same: the same games, and the same ten orders of the other examples.
+# Now the order. Four words, each shown three times: twelve examples in random order. One of the three examples of the asked word gets a wrong label, as real examples often have; the majority is still two to one. The wrong one stands first, second or last among the three. All else is the same: the same games, and the same ten orders of the twelve examples.
 
 # %%
 def in_order(order: list[int], pairs, asked_pair, wrong: str, turn: int | None) -> list[tuple[str, str]]:
@@ -413,14 +413,14 @@ lesson.claim("a wrong example costs at least 10 points more in the first place t
              at_least=0.1, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A comma for a semicolon changes next to nothing, an equals sign changes nearly everything. The replies show that this is no fault of the scorer: there the model writes numbers and names. As for order: with three right examples nearly all answers are right in every order. With one wrong example it matters where it stands. With the wrong label first, far fewer answers follow the majority than with the wrong label last; the printed difference is taken within each order. And with the wrong label first the ten orders of the other examples differ widely among themselves, as the printed range shows. So the intervals of the bars are over orders, not over games. When two prompts differ by a few points, ask how many formats and orders were tried.
+# **What you see.** A comma for a semicolon changes next to nothing, an equals sign changes nearly everything. The lenient column and the first replies show that this is no fault of the scorer: there the model writes numbers and names. As for order: with three right examples nearly all answers are right in every order. With one wrong example it matters where it stands. With the wrong label first, far fewer answers follow the majority than with the wrong label last; the printed difference is taken within each order. And with the wrong label first the ten orders of the twelve examples, which also move those of the asked word, differ widely among themselves, as the printed range shows. So the intervals of the bars are over orders, not over games. When two prompts differ by a few points, ask how many formats and orders were tried.
 
 # %% [markdown] tags=["core"]
 # ## 4 · Written steps
 #
 # **Question.** A sum of three numbers is two additions. What does the model gain if it may write the first one down?
 #
-# A transformer does a fixed amount of computation for each token. A direct answer has hardly any tokens of its own to compute with. A chain of thought (Wei et al. 2022) spreads the work over more passes, and each step can read the one before. Shima's documents write sums both ways, so the prompt only has to begin the right one, `Answer:` or `Steps:`, without an example (a *zero-shot* chain of thought; Kojima et al. 2022). The sums are ones that the training text never contains.
+# A transformer has a fixed number of layers for each token. A direct answer has hardly any tokens of its own to compute with. A chain of thought (Wei et al. 2022) spreads the work over more passes, and each step can read the one before. Shima's documents write sums both ways, so the prompt only has to begin the right one, `Answer:` or `Steps:`, without an example (a *zero-shot* chain of thought; Kojima et al. 2022). The sums are ones that the training text never contains.
 
 # %%
 def final_answer(text: str) -> str:
@@ -467,7 +467,7 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **What you see.** The same weights, the same sums, and a large gap. The wrong direct answers are not random numbers: half of them miss by no more than the printed median. Eight direct answers cost about as many tokens as the steps, and their vote comes nowhere near: that is the control. One thing is not equal: three of four such sums in the training text come with steps, so the model has practised steps more. This measurement cannot tell how much of the gap comes from practice and how much from the additional passes.
+# **What you see.** The same weights, the same sums, and a large gap. The wrong direct answers are not random numbers: their median miss is small, where two random sums of this kind would differ by nearly 50. Eight direct answers cost about as many tokens as the steps, and their vote comes nowhere near: that is the control. One thing is not equal: three of four such sums in the training text come with steps, so the model has practised steps more. This measurement cannot tell how much of the gap comes from practice and how much from the additional passes.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Self-consistency
@@ -543,7 +543,7 @@ for name, texts in {"samples": sampled[wrong][:3], "orders": by_order[6 * wrong 
     print(name, *(repr(text.strip()) for text in texts), sep="\n   ")
 
 # %% [markdown]
-# `vote` decides by the most frequent answer. To estimate the accuracy at each $k$ with less luck, votes of $k$ are drawn many times from the pool of one problem. (Of two samples that differ the first is taken, so $k = 2$ is as good as $k = 1$. At the size of the pool all draws are the same.) The cost counts what is read and written; a prompt that several samples share is read once.
+# `vote` decides by the most frequent answer. To estimate the accuracy at each $k$ with less luck, votes of $k$ are drawn many times from the pool of one problem. (Of two samples that differ the first is taken, so $k = 2$ is as good as $k = 1$. At the size of the pool all draws hold the same answers; only ties are decided differently.) The cost counts what is read and written; a prompt that several samples share is read once.
 
 # %%
 def vote(answers: list[str]) -> str:
@@ -607,7 +607,7 @@ for name, values in shares.items():
     lesson.report(f"weaker model, {name}", f"{values.mean():.0%}")
 
 # %% [markdown]
-# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution to about its share and costs several times as much. Its printed difference from greedy is small against its interval. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution in each copy. But an order is a prompt of its own that is read, so compare for equal tokens: four orders cost a little less than six samples, and in this run more of their votes are right; the interval stands beside the difference. In the first row of the table, one solution each, the two columns are close together: another order by itself gains little or nothing, and the vote does it. The last line compares two votes over three orders: *greedy* solutions of those that begin with another number each, and three of the six sampled ones. The greedy vote needs no temperature at all and is not behind: what helps is the other paths, not the temperature. The intervals are over problems. Three copies are few for a statement on other noise, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, how many tokens each side had, and how different the solutions are.
+# **What you see.** A vote over samples repairs what the temperature broke: it climbs from below one greedy solution to about its share and costs several times as much. It differs from greedy by no more than chance would explain. Another order of the numbers is another way to the sum, with other additions and other mistakes, and a vote over six of them gains over one greedy solution in each copy. But an order is a prompt of its own that is read, so compare for equal tokens: four orders cost a little less than six samples, and in this run more of their votes are right; the interval stands beside the difference. In the first row of the table, one solution each, the two columns are close together: another order by itself gains little or nothing, and the vote does it. The last line compares two votes over three orders: *greedy* solutions of those that begin with another number each, and three of the six sampled ones. The greedy vote needs no temperature at all and is ahead here, as printed; its three orders always begin with three different numbers, which the three sampled ones need not. Temperature alone gained nothing (first line). Whether the other additions help, or only the other prompt, is not separated: many of the mistakes are miscopied numbers, as counted above. The intervals are over problems; the bands in the figure reach from the worst to the best copy. Three copies are few for a statement on other noise, so look at the gain of each. When you read that self-consistency helps, ask what one greedy answer scored, how many tokens each side had, and how different the solutions are.
 
 # %% [markdown] tags=["further"]
 # ## 6 · A tree of thoughts
@@ -742,7 +742,7 @@ gain = methods["step by step, no search"].accuracy - methods["whole solution, gr
 lesson.claim("on four numbers, being told each next addition gains at least 50 points", gain, at_least=0.5, form=".0%")
 
 # %% [markdown]
-# **What you see.** The first row searches nothing: one greedy result for each addition, and the program writes the numbers. It is already well above one greedy solution. The line below the table offers a reason. It takes the wrong greedy solutions of all copies together and counts those in which a number of the question was copied wrongly. The program cannot make this mistake. Were all of these solutions right, which is the most that can be hoped for, greedy solutions would be right about as often as the first row. (How many mistakes are miscopies differs from copy to copy; the others are wrong additions, which remain.) Now the search: the last three lines are its differences on the same problems. A sampled step is no better than a greedy one. A judge over four samples cannot be told apart from the greedy step, and neither from the plain count of the proposals (the short line in the figure), which needs no second format and fewer tokens. So 64 problems and three copies show no gain of the search here; a small one they could not show. On four numbers the mistake is another one: the whole solutions leave a number out, as counted above, since training never had more than three. Again the program cannot make this mistake, and where all sums are right nothing is left for a search to gain. Compare the tree with the vote over samples alone, and the tree wins; but so does the first row, which searches nothing. Separate what the decomposition gives from what the search gives, and count the tokens of both.
+# **What you see.** The first row searches nothing: one greedy result for each addition, and the program writes the numbers. It is already well above one greedy solution. The line below the table offers a reason. It takes the wrong greedy solutions of all copies together and counts those in which a number of the question was copied wrongly. The program cannot make this mistake. Were all of these solutions right, which is the most that curing miscopies can give, greedy solutions would be right about as often as the first row. (How many mistakes are miscopies differs from copy to copy; the others are wrong additions, which remain.) Now the search: the last three lines are its differences on the same problems. A sampled step is no better than a greedy one. A judge over four samples cannot be told apart from the greedy step, and neither from the plain count of the proposals (the short line in the figure), which needs no second format and fewer tokens. So 64 problems and three copies show no gain of the search here; a small one they could not show. On four numbers the mistake is another one: the whole solutions leave a number out, as counted above, since training never had more than three. Again the program cannot make this mistake, and where all sums are right nothing is left for a search to gain. Compare the tree with the vote over samples alone, and the tree wins; but so does the first row, which searches nothing. Separate what the decomposition gives from what the search gives, and count the tokens of both.
 
 # %% [markdown] tags=["core"]
 # ## 7 · A library, cut into chunks
@@ -777,7 +777,7 @@ for page in library[:3]:
     print("-", page.replace("\n", "\n  "))
 
 # %% [markdown]
-# The questions come in four groups, by how often pretraining mentioned the person. All are asked in words that neither pretraining nor the library uses. How often was a fact told? The cell counts names in a sample of the text that shima-4m was trained on, and scales up to all of it.
+# The questions come in four groups, by how often pretraining mentioned the person. All are asked in forms of question that pretraining never used; single words of them also stand in the library. How often was a fact told? The cell counts names in a sample of the text that shima-4m was trained on, and scales up to all of it.
 
 # %%
 BANDS = {"rank 1 to 100": range(1, 101), "rank 101 to 500": range(101, 501), "rank 501 to 1,000": range(501, 1001)}
@@ -935,7 +935,7 @@ for overlap in (0, 10):
 
 
 # %% [markdown]
-# **What you see.** Without overlap, a cut goes through many facts, and small chunks lose many of them. With an overlap as long as the longest fact (20 words and 10) whole facts are kept, and there are more chunks to store and search. At 80 words only pages of the guest book are cut, which tell no fact that is asked, so overlap changes nothing: that is the control. The last number of each line counts right answers to the other questions, whose fact is nowhere whole: sometimes half a sentence is enough. Copying some other value from the passages hardly explains it: section 14 deletes the fact from the library, and strangers then get next to nothing right.
+# **What you see.** Without overlap, a cut goes through many facts, and small chunks lose many of them. With an overlap as long as the longest fact (20 words and 10) whole facts are kept, and there are more chunks to store and search. At 80 words only pages of the guest book are cut, which tell no fact that is asked, so overlap changes nothing: that is the control. The last number of each line counts right answers to the other questions, where no passage in the prompt holds the whole sentence: sometimes its pieces are enough. (This count does not say which pieces, one half or both.) Copying some other value from the passages hardly explains it: section 14 deletes the fact from the library, and strangers then get next to nothing right.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Measures of a ranking
@@ -1028,7 +1028,7 @@ lesson.equal("recall, MRR and nDCG are those of scikit-learn", difference, withi
 #
 # $$\mathcal{L} = -\frac1B \sum_{i=1}^{B} \ln \frac{\exp(q_i \cdot c_i / \tau)}{\sum_{j=1}^{B} \exp(q_i \cdot c_j / \tau)}$$
 #
-# The encoder is the smallest that can do it: one vector and one weight for each token, shared by questions and chunks. The weights say which tokens count, and the text's vector is the weighted mean.
+# A very small encoder will do: one vector and one weight for each token, shared by questions and chunks. The weights say which tokens count, and the text's vector is the weighted mean.
 
 # %%
 class Encoder(nn.Module):
@@ -1259,7 +1259,7 @@ for name in rankings:
     lesson.report(f"{name}: recall@5, MRR", f"{means[name]['recall@5']:.2f}, {mrr[name]:.2f}")
 
 # %% [markdown]
-# **What you see.** The second table has each difference with its interval over the questions; where an interval holds 0, these questions do not decide. BM25 has nearly everything among its first five, but less often in the first place: it finds the person, whose other sentences share as many words with the question. The encoder puts the right fact first more often, and loses some questions from its first five. A name comes to it as several tokens, and in the example above its ranking mixes in people with other names. How much of this is training? The untrained encoder, with the same random vectors for the tokens of question and chunk, finds something, and far less than BM25. The three trainings differ from each other by much less than they do from it or from BM25 in MRR. Fusion trusts both alike: its recall at 5 is close to BM25's, and its first places lie between the two. The reranker repairs the first places, for six short answers of the language model on each question. The filter costs next to nothing and comes close: read the last row measure by measure, recall at 5 too, before you say which is better. Two things help to read the first table. Its last row is a perfect ranking: a question with more than one fitting chunk cannot have all of them in the first place, so recall at 1 has a ceiling, and the filter and the reranker are nearest to it. Marks by chance instead of the reranker's lower the MRR: that is its control. And the encoder has learned from statements in the same forms as the library's; BM25 has learned nothing. The filter works because each of these questions holds a name. Where questions hold none, it cannot.
+# **What you see.** The second table has each difference with its interval over the questions; where an interval holds 0, these questions do not decide. BM25 has nearly everything among its first five, but less often in the first place: it finds the person; in the example of section 8 two chunks of that person tie, and only one tells what was asked. The encoder puts the right fact first more often, and loses some questions from its first five. A name comes to it as several tokens, and in the example above its ranking mixes in people with other names. How much of this is training? The untrained encoder, with the same random vectors for the tokens of question and chunk, finds something, and far less than BM25. The three trainings differ from each other by much less than they do from it or from BM25 in MRR. Fusion does not beat both of its parents in this table: it has BM25's recall at 5, and its recall at 1, MRR and nDCG are lower than those of the encoder alone. What joins the two better here is the filter. The reranker repairs the first places, for six short answers of the language model on each question. The filter costs next to nothing and comes close: read the last row measure by measure, recall at 5 too, before you say which is better. Two things help to read the first table. Its last row is a perfect ranking: a question with more than one fitting chunk cannot have all of them in the first place, so recall at 1 has a ceiling, and the filter and the reranker are nearest to it. Marks by chance instead of the reranker's lower the MRR: that is its control. And the encoder has learned from statements in the same forms as the library's; BM25 has learned nothing. The filter works because each of these questions holds a name. Where questions hold none, it cannot.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Answers, by how often a fact was seen
@@ -1320,7 +1320,7 @@ lesson.claim("retrieval lifts facts that pretraining never told by at least 40 p
              control=known_lift, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Facts that pretraining told a thousand times the model knows, and retrieval adds nothing: that is the control of the other two lifts. Of those that it told a few dozen times it knows a part, and of those that it was never told next to none. There retrieval gives nearly everything. Each lift stands with its interval over the questions of its group. The price stands in the last row of the table: three passages make the prompt several times as long, besides the search. All retrievers are within a few points of the oracle, the simple ones too, and 80 questions a group do not rank them: this reader mostly finds the right one of three passages, so first places matter less here than in section 11. This is the long tail of Kandpal et al. (2023): you cannot easily find more training text about a rare fact, but you can put one passage about it into the prompt.
+# **What you see.** Facts that pretraining told a thousand times the model knows, and there is nothing left to add, so this row is no proof that the fact in the passages is what helps. Section 14 has that control: it deletes the fact and keeps the pages. Of those that it told a few dozen times it knows a part, and of those that it was never told next to none. There retrieval gives nearly everything. Each lift stands with its interval over the questions of its group. The price stands in the last row of the table: three passages make the prompt several times as long, besides the search. All retrievers are within a few points of the oracle, the simple ones too, and 80 questions a group do not rank them: this reader mostly finds the right one of three passages, so first places matter less here than in section 11. This is the long tail of Kandpal et al. (2023): you cannot easily find more training text about a rare fact, but you can put one passage about it into the prompt.
 
 # %% [markdown] tags=["further"]
 # ## 13 · Distractors and position
@@ -1407,7 +1407,7 @@ show_table(table, ["first", "middle", "last", "first minus middle", "last minus 
 print(f"shima-4m was trained on rows of {recipe.sequence_length} tokens")
 
 # %% [markdown]
-# **What you see.** There are 40 questions in each row, so only large gaps count. Facts about other people cost little or nothing, although they have the same form: the model matches names. Lookalikes cost much, and with two of them the loss is there already. Random chunks cost little or nothing in the shorter prompts, and in the longest ones, well beyond a row of training, most answers are lost. The place of the right sentence tells a similar story. In prompts that fit into a training row it hardly matters. In the longer ones the last place is behind the middle, and the interval does not reach 0; whether the first place is behind too, read from its own interval. In the U of Liu et al. (2023) the last place would be ahead of the middle: this is not it. Distance from the question is not the whole cause, since the last place stands right beside it. What the cause is, this measurement does not show. What the table of tokens does show: confusion and length look alike in a plot over the number of passages, and only the lengths tell them apart.
+# **What you see.** There are 40 questions in each row, so only large gaps count. Facts about other people cost little or nothing, although they have the same form: the model matches names. Lookalikes cost much, and with two of them the loss is there already. Two random chunks cost nothing; eight make a prompt longer than a row of training and cost some answers, and in the longest ones, well beyond a row of training, most answers are lost. The place of the right sentence tells a similar story. In prompts that fit into a training row it hardly matters. In the longer ones the last place is behind the middle, and the interval does not reach 0; for the first place the interval holds 0, so these 40 questions do not decide. In the U of Liu et al. (2023) the last place would be ahead of the middle: this is not it. Distance from the question is not the whole cause, since the last place stands right beside it. What the cause is, this measurement does not show. What the table of tokens does show: count tokens as well as passages: twelve random chunks fill three times as many as twelve lookalikes, so the two falls need not have the same cause. To see length alone, you would need other people in prompts just as long.
 
 # %% [markdown] tags=["core"]
 # ## 14 · When the library is wrong: harm, and what a citation proves
@@ -1833,7 +1833,7 @@ check("2.5", check_score_ways, score_ways, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# What matters is whether the label stands right behind its word. Compare your three guesses with the shares that the check prints. A wrong guess here is worth more than a right one: it shows what you believed about the model without a measurement.
+# In section 3 the label stood right behind its word in the three ways that worked, but also in `one pair a line`, which did not. So that alone is not enough. Compare your three guesses with the shares that the check prints. A wrong guess here is worth more than a right one: it shows what you believed about the model without a measurement.
 #
 # ```python
 # PREDICTION = [0.5, 0.5, 0.5]
@@ -1919,7 +1919,7 @@ check("2.5", check_score_ways, score_ways, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# C. With the outdated library of section 14 most supported answers are wrong. Support is a check of the answer against its source, not of the source against the world.
+# C. With the outdated library of section 14 nearly every supported answer is wrong, or all. Support is a check of the answer against its source, not of the source against the world.
 #
 # </details>
 
