@@ -14,11 +14,11 @@
 # 3. write the training loop, with AdamW, warm-up and clipping, and see it give the same losses as the course's loop;
 # 4. train a small model of your own, read what it writes before and after, and see its loss for each kind of document and each part of a sum;
 # 5. compare three ways of hiding text from a model, one of them with a true encoder and decoder, and a control that counts fewer tokens;
-# 6. measure what pretraining saves on a task that it never saw: accuracy with a few labelled examples, five draws of labels, beside a linear probe and simple ways without training.
+# 6. measure what pretraining saves on a task whose format it never saw: accuracy with a few labelled examples, five draws of labels, beside a linear probe and simple ways without training.
 #
 # **Prerequisites:** lesson 01, and PyTorch tensors.
 #
-# **The data** is text about *Shima*, an island made up by a seeded generator, so no model has ever read about it. **The base model** is *shima-4m*, a small Llama pretrained on such text, which comes with the course. Sections 3 to 6 train small models from scratch, the same on every machine. Section 8 and "In practice" use the model of your profile: shima-4m on a CPU, an open hub model on a GPU. **What is claimed:** `lesson.equal` prints the difference of two computations that must agree, `lesson.claim` a number with the bound that it must keep, `lesson.report` keeps a number for the table at the end. A *control* is the same number where the thing said is not so.
+# **The data** is text about *Shima*, an island made up by a seeded generator, so no model outside of this course has read about it. **The base model** is *shima-4m*, a small Llama pretrained on such text, which comes with the course. Sections 3 to 6 train small models from scratch, the same on every machine. Section 8 and "In practice" use the model of your profile: shima-4m on a CPU, an open hub model on a GPU. **What is claimed:** `lesson.equal` prints the difference of two computations that must agree, `lesson.claim` a number with the bound that it must keep, `lesson.report` keeps a number for the table at the end. A *control* is the same number where the thing said is not so.
 #
 # | symbol | meaning |
 # |---|---|
@@ -402,7 +402,7 @@ lesson.equal(
 
 
 # %% [markdown]
-# **What you see.** The last position gets the same vector for every order of the text before it. One layer of attention reads a bag of tokens. "The dog bites the man" and "the man bites the dog" would be the same to it.
+# **What you see.** The last position gets the same vector for another order of the text before it: the weighted sum knows no order. One layer of attention reads a bag of tokens. At the full stop, "the dog bites the man." and "the man bites the dog." are the same to it.
 # %% [markdown]
 # **Rotary positions** (RoPE, Su et al. 2021) put the place into the comparison. RoPE turns each pair of coordinates by an angle that grows with the position. Take one pair as a complex number; position $m$ turns a query by $m\omega$, position $n$ a key by $n\omega$. The product of two pairs is the real part of one times the other's conjugate (the bar):
 #
@@ -444,7 +444,7 @@ print("change at the last position:", changes)
 lesson.report("change at the last position by another order, with RoPE", with_positions)
 
 # %% [markdown]
-# **What you see.** The first line: all eight scores are the same, for only the distance of 3 counts. The second: the order of the text before it now changes what the last position gets.
+# **What you see.** The first line: all eight scores are the same: moving both tokens along changes nothing. The second: the order of the text before it now changes what the last position gets.
 
 # %% [markdown]
 # **Heads.** A layer has $h$ heads, each with its own queries, keys and values of width $d_h = d/h$. Their results stand side by side and go through one more matrix.
@@ -705,7 +705,7 @@ alt += "the instrument, asked for the town at the town."
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The same head, on the same passages: asked for the instrument it looks at the instrument, asked for the town at the town, and hardly at the other. So it follows the question, and not a place or a kind of word. What a head looks at is not yet what the model uses; lesson 13 tests that by taking heads out.
+# **What you see.** The same head, on the same passages: asked for the instrument it looks at the instrument, asked for the town at the town, and hardly at the other. So it follows the question, and not one fixed place or one kind of word. What a head looks at is not yet what the model uses; lesson 13 tests that by taking heads out.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The training loop
@@ -1001,7 +1001,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards, in this run, there are words, lines of sums, and pairs that end in a colour: the form is learned. The content is not: $12 + 72 + 93 + 35$ is 212 and not 165, and `drum` was white before and becomes green. The average loss mixes the five curves. In the second half (the last column) the loss on stories falls by about 40 %, on descriptions and mappings by about a third, on repeats by 17 % and on sums by 13 %. A part of the fall on stories may be memory of people and phrases that the training text has too. On sums the digits tell more: the terms are drawn at random, so no model can bring their loss to zero, and 2.31 nats are what guessing among ten digits costs. An answer follows from its terms, so the 1.99 nats that are left there are something that this model has not learned. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards, in this run, there are words, lines of sums, and pairs that end in a colour: a part of the form is learned. It does not hold: the story breaks off after one made-up word and becomes a sum, though stories have the lowest loss. A low mean loss on given text does not yet mean that the model goes on well with its own. The content is not learned: $12 + 72 + 93 + 35$ is 212 and not 165, and `drum` was white before and becomes green. The average loss mixes the five curves. In the second half (the last column) the loss on stories falls by about 40 %, on descriptions and mappings by about a third, on repeats by 17 % and on sums by 13 %. A part of the fall on stories may be memory of people and phrases that the training text has too. On sums the digits tell more: the terms are drawn at random, so no model can bring their loss to zero, and 2.31 nats are what guessing among ten digits costs. An answer follows from its terms, so the 1.99 nats that are left there are something that this model has not learned. So ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
@@ -1235,14 +1235,14 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs: 4.80 against 4.92 nats at the end. So the comparison says how fast the objectives start, and not which is better. The control, a causal model with as few targets, is behind the causal one too (2.84 against 1.41). The number of targets is a part of the reason; how large a part depends on when you look: the row of shares goes from 96 % down to 42 %. What else differs: the masked model sees both sides, and the order of its neighbours it may have to find out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
+# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs: 4.80 against 4.92 nats at the end. So the comparison says how fast the objectives start, and not which is better. The control, a causal model with as few targets, is behind the causal one too (2.84 against 1.41). That is 42 % of the masked model's distance at the end. (The shares at the first evaluations are large because the distance itself is small there; on other seeds one exceeds 100 %.) It shows what few targets do to a causal model; whether they do as much to a masked one is not tested. What else differs: the masked model sees both sides, and the order of its neighbours it may have to find out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
 #
 # **Question.** A loss falls. Do the abilities of a model grow in the same way?
 #
-# While shima-4m was trained, its build stopped every 250 steps and asked the model 100 held-out questions for each ability (so a share near 50 % is known to about 10 points). The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* are pairs of words and labels that exist only in the prompt; with eight labels a guess is right once in eight.
+# While shima-4m was trained, its build stopped every 250 steps and asked the model 100 held-out questions for each ability (so a share near 50 % is known to about 10 points). The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* is here of the simplest kind: words stand in the prompt with their labels, and the model repeats the label of one. The pairs are new, the format is not: it is one of the kinds of document in the training text. A guess among all eight labels is right once in eight, among those that are shown more often.
 
 # %%
 record = json.loads((MODEL_FOLDERS["shima-4m"] / "training_curve.json").read_text())
@@ -1311,7 +1311,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** In the grey interval in-context learning goes from 11 % to 97 %. There the loss falls by 0.103 nats per million tokens, in the interval before by 0.071; with standard errors of 0.013 and 0.017 this is a hint at most, and who sees only the loss would not guess what happened. (The standard errors take the points as independent. All this is one run.) One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). The labels of the in-context pairs are one token each: that jump has another reason. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
+# **What you see.** In the grey interval in-context learning goes from 11 % to 97 %. There the loss falls by 0.103 nats per million tokens, in the interval before by 0.071; the standard errors are 0.013 and 0.017. In the interval after it the loss falls more slowly, as the table prints. So the loss bends a little where the ability jumps by 86 points, and who sees only the loss would hardly guess what happened. (The standard errors take the points as independent. All this is one run.) One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). Where the answer is one token, that reason falls away, but another of the same paper remains: right or wrong is a threshold, and the probability of the right label may have risen more smoothly. It was not recorded. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
 
 # %% [markdown] tags=["core"]
 # ## 8 · What pretraining saves
@@ -1546,11 +1546,11 @@ alt += "nearest centre and linear probe are best."
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The lines are the lowest and the highest of five draws of labels. From scratch, with the same few steps, the model is right about half of the time, as is one answer for all words; letters and fresh embeddings help little: the sort does not stand in the spelling. On the frozen embeddings four labels are enough: nearest centre and linear probe are both at 98 %, and the method hardly matters. What is read matters: the same probe on the final vector is at 69 %, 29 points lower. Fine-tuning reads that vector too, and trains all weights besides. In this run it is no better for it: 66 % with four labels against 69 % for the frozen probe, and 77 % against 89 % with sixteen, with one learning rate and few steps. (The final vector is made to predict the next token after the prompt, a format that the model never read.)
+# **What you see.** The lines are the lowest and the highest of five draws of labels. From scratch, with the same few steps, the model is right about half of the time, as is one answer for all words; letters are at 56 and 55 %, on other seeds with 16 labels at up to 66 %, and fresh embeddings at 47 and 48 %: the spelling says little about the sort, fresh vectors nothing. On the frozen embeddings four labels are enough: nearest centre and linear probe are both at 98 %, and the method hardly matters. On the final vector the same probe is at 69 %, 29 points lower. Two things changed there, the layer and the place that is read, the colon after `Sort` and not the word; they are not separated here. Fine-tuning reads that vector too, and trains all weights besides. In this run it is no better for it: 66 % with four labels against 69 % for the frozen probe, and 77 % against 89 % with sixteen, with one learning rate and few steps. (The final vector is made to predict the next token after the prompt, a format that the model never read.)
 #
 # And the model knows both sorts before the first label. *Asked* in a format that it never read, it calls all 48 words a dish. Given two sentences of the kind that it did read, it tells all dishes from all instruments.
 #
-# So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first: they say whether a task is new to the model. This one is not. All the words stood in the text of pretraining, with sentences that tell their use; this lesson does not measure words that it never read.
+# So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first. A high score there says that the task is not new to the model; a low one says nothing: *asked* is at 50 %, *two sentences* at 100 %. How many labels is pretraining worth? More than the 16 that we have: with 16 labels, letters and training from scratch stay far below the frozen embeddings with 4. All the words stood in the text of pretraining, with sentences that tell their use; this lesson does not measure words that it never read.
 
 # %% [markdown]
 # ## 9 · Exercises
@@ -1920,14 +1920,14 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 # %% [markdown] tags=["quiz"]
 # **2. You take the rotation out of a model of one causal layer. What can its last position still tell?**
 #
-# - A. Which tokens stood before it and how often, but not in which order.
+# - A. Which tokens stood before it, and in what shares, but not in which order.
 # - B. Nothing about the tokens before it.
 # - C. Only which token stood directly before it.
 # - D. Everything, for the causal mask gives each token its place.
 #
 # <details><summary>Answer</summary>
 #
-# A. The weighted average is the same for every order of what it averages: section 2 shuffled the text, and the result changed by 1.2e-07. The mask tells the last position how many tokens there are, and not their order.
+# A. The weighted average is the same for every order of what it averages: section 2 shuffled the text, and the result changed by 1.2e-07. The mask says over which tokens it averages, and not their order.
 #
 # </details>
 
@@ -2034,7 +2034,7 @@ chance = math.log(len(tokenizer))
 print(f"guessing all tokens alike would cost {chance:.2f} nats")
 
 # %% [markdown]
-# Before, the model is worse on the new text than guessing all tokens alike (9.19 against 7.34 nats): it gives the right tokens less than an even share. Afterwards the new text costs 2.33 nats, and the old text has suffered, from 0.87 to 2.04: the model forgets. Lesson 14 measures that and its remedy, to mix old text in.
+# Before, the model is worse on the new text than guessing all tokens alike (9.19 against 7.34 nats): it gives the right tokens less than an even share. Afterwards the new text costs 2.33 nats, and the old text has suffered, from 0.87 to 2.04. New text and a high learning rate came together here. Lesson 14 measures forgetting and its remedy, to mix old text in.
 #
 # **What is different at scale**
 #
