@@ -22,6 +22,7 @@ HOSTS = frozenset(
         "huggingface.co",
         "iclr-blogposts.github.io",
         "joschu.net",
+        "kaggle.com",
         "keepachangelog.com",
         "semver.org",
     }
