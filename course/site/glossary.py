@@ -14,8 +14,8 @@ NUMBER = re.compile(r"\| (\d\d) \|$", re.MULTILINE)
 
 def linked(text: str, notebooks: list[Path]) -> str:
     """The text with a link in the place of each number of a lesson at the end of a table's row."""
-    names = {path.stem[:2]: path.name for path in notebooks}
-    return NUMBER.sub(lambda found: f"| [{found[1]}](notebooks/{names[found[1]]}) |", text)
+    links = {path.stem[:2]: f"[{path.stem[:2]}](notebooks/{path.name})" for path in notebooks}
+    return NUMBER.sub(lambda found: f"| {links.get(found[1], found[1])} |", text)
 
 
 def symbols(notebooks: list[Path], say: Say = str) -> str:
