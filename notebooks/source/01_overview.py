@@ -469,7 +469,7 @@ plots.show(figure)
 lesson.report("n-gram model: best length, packed MB", f"{best_order}, {packed_bytes(ngram) / 1e6:.1f}")
 
 # %% [markdown]
-# **What you see.** Two tokens of context take off nearly as many nats as the best length does: compare the first line of the output with the last. From there on the table grows fast with every further token, and the perplexity falls little. For $n = 12$ and $n = 16$ it is the same. Twelve gain one percent over eight and need more than twice the memory, so eight run in the race. No length that was tried does harm: where a long context was not seen, the formula falls back on a shorter one. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
+# **What you see.** Two tokens of context take off nearly as many nats as the best length does: compare the first line of the output with the last. From there on the table grows fast with every further token, and the surprise falls more slowly: from $n = 3$ to $n = 8$ it is 0.15 nats. For $n = 12$ and $n = 16$ it is the same. Twelve gain one percent over eight and need more than twice the memory, so eight run in the race. No length that was tried does harm: where a long context was not seen, the formula falls back on a shorter one. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Second generation: a state of fixed size
@@ -586,7 +586,7 @@ for name in MAKE:
 #
 # **Question.** One text, one tokenizer, the same tokens: who predicts unseen text best? And of the two networks, which one after the same seconds?
 #
-# **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. On the cpu profile both networks have equally many parameters, as section 6 printed. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would be unfair, since a falling rate usually lowers the loss.
+# **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. On the cpu profile both networks have nearly equally many parameters, one percent apart, as section 6 printed. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would be unfair, since a falling rate usually lowers the loss.
 #
 # **The learning rate is chosen for each network.** Beforehand we ran the same training at several rates. The settings cell lists what came out on validation text, and `RATES` takes the best for each. This search is not repeated here, it would take too long; but the first run is held against it. **Three runs each**, with other random weights and another order of the rows: what differs less than the runs differ among themselves may be chance.
 
@@ -656,7 +656,7 @@ for name, tried in SEARCH.items():
     )
 
 # %% [markdown]
-# **Counting, with a look-up in the row.** The networks have an advantage that has nothing to do with learning: they get the whole row, 128 tokens, and the n-gram model only the last few. Give it the row too, in the simplest way (a *cache language model*, Kuhn & De Mori 1990). Look for the last token, and for the last two, earlier in the row, and see what followed them there. Mix the share of each follower into the n-gram's probability. Two weights say how much; validation text chooses them. From here on this is called the **row look-up**, and the model with it *n-gram + row*.
+# **Counting, with a look-up in the row.** The networks may look at more: the whole row, 128 tokens, where the n-gram model sees only the last few. (Section 11 measures how much of it they use.) Give it the row too, in the simplest way (a *cache language model*, Kuhn & De Mori 1990). Look for the last token, and for the last two, earlier in the row, and see what followed them there. Mix the share of each follower into the n-gram's probability. Two weights say how much; validation text chooses them. From here on this is called the **row look-up**, and the model with it *n-gram + row*.
 
 # %%
 def evidence(tables: list[Table], some_rows: list, searched: list, first: int = 1) -> tuple[Tensor, Tensor]:
@@ -1847,7 +1847,7 @@ for name, settings_of_call in {"creative": creative, "careful": careful}.items()
 # - Bengio et al. 2003, *A Neural Probabilistic Language Model*.
 # - Heafield 2011, *KenLM: Faster and Smaller Language Model Queries* (packed tables).
 # - Arora et al. 2023, *Zoology: Measuring and Improving Recall in Efficient Language Models* (associative recall).
-# - Hochreiter & Schmidhuber 1997, *Long Short-Term Memory*; Jozefowicz et al. 2015, *An Empirical Exploration of Recurrent Network Architectures* (the forget gate's bias); Cho et al. 2014, *Learning Phrase Representations using RNN Encoder-Decoder*.
+# - Hochreiter & Schmidhuber 1997, *Long Short-Term Memory*; Gers et al. 2000, *Learning to Forget* (its forget gate); Jozefowicz et al. 2015, *An Empirical Exploration of Recurrent Network Architectures* (the forget gate's bias); Cho et al. 2014, *Learning Phrase Representations using RNN Encoder-Decoder*.
 # - Vaswani et al. 2017, *Attention Is All You Need*; Touvron et al. 2023, *LLaMA*.
 # - Fan et al. 2018, *Hierarchical Neural Story Generation* (top-k); Holtzman et al. 2020, *The Curious Case of Neural Text Degeneration* (top-p); Nguyen et al. 2024, *Turning Up the Heat: Min-p Sampling*; Meister et al. 2023, *Locally Typical Sampling*; Keskar et al. 2019, *CTRL* (repetition penalty).
 # - Rajbhandari et al. 2020, *ZeRO* (bytes per parameter); Hu et al. 2021, *LoRA*; Dettmers et al. 2023, *QLoRA*.
