@@ -1,6 +1,6 @@
 """What the book changes in the sources while Sphinx reads them; the files themselves stay as they are committed.
 
-A lesson's badges, images on other servers, become a bar with two local buttons. Marked, so
+A lesson's badges, images on other servers, become a bar with buttons of its own. Marked, so
 that scripts find them in the browser, are further sections and the right choice of each question of the quiz. Links to
 files that are no page of the book lead to the repository. Images get the alternative text that the notebook keeps
 beside them.

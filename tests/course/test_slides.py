@@ -29,6 +29,8 @@ from tests.support.exercise_proof import read_exercises
 
 LESSONS = select_notebooks()
 EXPORTED = ["01_overview", "07_gpu_memory"]
+# Two pixels, as PNG in base64.
+PIXELS = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # What a page loads, in its own tags and in style sheets.
 LOADED = re.compile(
@@ -214,8 +216,7 @@ def test_a_long_row_of_formulas_is_drawn_one_below_the_other():
 
 
 def test_claims_that_a_cell_printed_stand_under_its_figure():
-    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
-    picture = new_output("display_data", {"image/png": image}, metadata={"image/png": {"alt": "two pixels"}})
+    picture = new_output("display_data", {"image/png": PIXELS}, metadata={"image/png": {"alt": "two pixels"}})
     printed = new_output(
         "stream", name="stdout", text="some table\nholds: it is wide & <low> (0.62, at least 0.5)\nlast line\n"
     )
@@ -229,8 +230,7 @@ TABLE = "          right   wrong\nmodel       88%     12%\nguess        5%     9
 
 def test_a_printed_table_has_a_page_with_its_claims_unless_a_figure_of_the_same_cells_shows_it():
     seen = new_markdown_cell("**What you see.** The model is better.")
-    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
-    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": PIXELS})])
     table = printing(f"{TABLE}holds: it is right (88%, at least 50%)\n")
     alone, drawn = (
         "\n".join(cell.source for cell in deck(small_lesson(*cells, seen), "99_title").cells)
@@ -273,8 +273,7 @@ def test_a_section_with_nothing_to_show_has_more_than_its_heading():
 
 
 def test_a_table_is_shown_beside_its_figure_where_the_text_speaks_of_its_rows():
-    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
-    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": PIXELS})])
     cells = [printing(TABLE), figure, new_markdown_cell("**What you see.** Look at the last row.")]
     kinds = [
         cell.metadata.get("kind") for cell in deck(small_lesson(*cells), "99_title").cells if "guess" in cell.source
@@ -283,8 +282,7 @@ def test_a_table_is_shown_beside_its_figure_where_the_text_speaks_of_its_rows():
 
 
 def test_a_short_text_stands_on_the_page_of_the_figure_that_it_announces():
-    image = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAYAAAD0In+KAAAAC0lEQVR4nGNgQAcAABIAAa5EvTsAAAAASUVORK5CYII="
-    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": image})])
+    figure = new_code_cell("draw()", outputs=[new_output("display_data", {"image/png": PIXELS})])
     cells = [new_markdown_cell("**A threshold.** Answer only what is sure."), figure]
     (page,) = (cell for cell in deck(small_lesson(*cells), "99_title").cells if "image/png" in cell.source)
     assert page.metadata["kind"] == "figure" and "Answer only what is sure." in page.source
