@@ -608,7 +608,7 @@ lesson.claim("one run each: naming the thing before its colour is worth 40 point
              with_thing - without, at_least=0.4, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** All four trainings have the same questions, the same steps and the same colours to find. The word before the answer matters little, although one of the two was in the documents and the other was not. What matters is the thing: an answer that first names it and then its colour can be copied from the line of the prompt, which has the same two words in the same order. With the colour alone the model does worse than somebody who picks any colour of the prompt (dashed line): it does not read the list. So what is hard here is not the question, and fifteen steps do not teach a new way to look it up; they teach the form of an answer that the base model can already give. When an assistant fails at something that its base model can do, look at the format of the training answers first.
+# **What you see.** All four trainings have the same questions, the same steps and the same colours to find. The word before the answer matters little, although one of the two was in the documents and the other was not. What matters is the thing: an answer that first names it and then its colour can be copied from the line of the prompt, which has the same two words in the same order. With the colour alone the model does worse than somebody who picks any colour of the prompt (dashed line): it does not read the list. So in these four trainings the form of the answer decided: fifteen steps taught the one that can be copied from a line, and not the one that needs a look-up without naming the thing. When an assistant fails at something that its base model can do, look at the format of the training answers first.
 
 # %% [markdown] tags=["core"]
 # ## 4 · A second question
@@ -982,7 +982,7 @@ lesson.claim("removing near copies takes at least 10 points of this lead",
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A leak makes the test easier without making the model better: the planted questions score far above the fresh ones of the same kind. Looking for exact copies finds one form of three. MinHash finds nearly all of the polite ones as well, and after the cleaning neither form is ahead of the fresh questions. The other phrasing mostly escapes, and its questions go on being answered. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
+# **What you see.** A leak makes the test easier: the planted questions score far above the fresh ones of the same kind. The fresh ones are the yardstick, since whatever else the planted rows teach helps them as well; in this run they are a few points better with the leak than after the cleaning, which also left fewer rows about little-known people. Looking for exact copies finds one form of three. MinHash finds nearly all of the polite ones as well, and after the cleaning these two forms together are about level with the fresh questions. The other phrasing mostly escapes, and its questions go on being answered. So decontaminate against the test that you use, by more than equality, and keep some fresh questions aside: only they show what is left.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Quality against quantity

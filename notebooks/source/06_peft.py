@@ -1139,7 +1139,7 @@ plots.show(
 
 
 # %% [markdown]
-# **What you see.** Gradients and optimiser shrink with the trained numbers, to two percent. The weights stay with LoRA, and shrink with QLoRA (the embeddings stay in fp32). The activations hardly shrink, and beside an adapter they are most of the sum. With long rows of a large model they are too; what saves those is activation checkpointing (lesson 07). The time of a step falls far less than the number of trained weights: the forward pass is the same, and the backward pass still runs through the whole frozen model. In 4 bits a step takes longer than with LoRA, since the matrices are made anew each time.
+# **What you see.** Gradients and optimiser shrink with the trained numbers, to two percent. The weights stay with LoRA, and shrink with QLoRA (the embeddings stay in fp32). The activations hardly shrink, and beside an adapter they are most of the sum. With long rows of a large model they are too; what saves those is activation checkpointing (lesson 07). The time of a step falls far less than the number of trained weights: the forward pass is the same, and the backward pass still runs through the whole frozen model. In 4 bits the matrices are made anew in both passes, which costs time as well. How much, these few steps of a small model do not measure.
 
 # %% [markdown] tags=["further"]
 # ## 9 · DoRA: direction and size apart
