@@ -32,7 +32,7 @@ def is_hollow(tensor: torch.Tensor) -> bool:
 
 
 def run(func, args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """What an operation of the CPU returns if it has to do with such tensors alone; None if it has to be carried out."""
+    """What an operation of the CPU returns if all its tensors are such; None if it has to be carried out."""
     known = id(func)
     if known in BEGINNINGS and args[0].numel() >= LARGE:
         return _note(args[0])

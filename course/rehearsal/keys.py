@@ -16,8 +16,9 @@ from course.notebooks import code_cells, tags
 from helpers.profiles import PROFILES
 
 # Functions and methods whose words are for people.
-TELL = {"print", "claim", "equal", "report", "show", "show_table", "dots", "set", "set_title", "suptitle", "set_xlabel",
-        "set_ylabel", "annotate", "text", "legend", "expect_close", "expect_equal", "expect_shape", "expect_true"}  # fmt: skip
+TELL = {"print", "claim", "equal", "report", "show", "show_table", "dots", "set", "set_title", "suptitle", "annotate",
+        "set_xlabel", "set_ylabel", "text", "legend", "expect_close", "expect_equal", "expect_shape",
+        "expect_true"}  # fmt: skip
 EMPTY = (None, [], ())
 
 
@@ -33,6 +34,7 @@ class _Reduced(ast.NodeTransformer):
     """Leaves out of a cell what does not count."""
 
     def __init__(self, profile: str) -> None:
+        """For this profile."""
         self.others = {name for name in PROFILES if name != profile}
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
