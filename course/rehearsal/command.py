@@ -51,6 +51,7 @@ def command(options: argparse.Namespace) -> int:
     for path in notebooks:
         print(line(path.stem, lessons[path.stem]))
     found = [lessons[path.stem] for path in notebooks]
+    print(f"{len(found)} lessons, {sum(lesson.seconds for lesson in found) / 60:.0f} min one after the other")
     return 0 if all(lesson.fits and not lesson.errors for lesson in found) else 1
 
 
