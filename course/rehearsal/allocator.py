@@ -40,11 +40,12 @@ def _undisturbed(method):
             return method(self, *arguments)
         self._busy = True
         try:
-            return method(self, *arguments)
+            result = method(self, *arguments)
+            while self._waiting:  # still busy, so that many of them do not call each other
+                self._release(self._waiting.pop())
+            return result
         finally:
             self._busy = False
-            while self._waiting:
-                self._release(self._waiting.pop())
 
     return run
 

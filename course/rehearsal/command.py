@@ -4,7 +4,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from course.arguments import add_notebooks
+from course.arguments import add_notebooks, natural
 from course.notebooks import select_notebooks
 from course.rehearsal import hub
 from course.rehearsal.report import REPORT, Rehearsed, collect, read_report, write_report
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", metavar="LESSON", help="lessons, such as 03 05")
     parser.add_argument("--profile", choices=sorted(GPUS_OF), default="t4")
     parser.add_argument("--budget", type=float, default=1.0, help="share of all steps and questions")
+    parser.add_argument("--jobs", type=natural(1), default=1, help="lessons at a time")
     parser.add_argument("--fresh", action="store_true", help="rehearse also what has not changed")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "build" / "rehearsal", help="folder for models and notebooks"
@@ -40,8 +41,9 @@ def command(options: argparse.Namespace) -> int:
     profiles = read_report(options.report)
     lessons = profiles.setdefault(options.profile, {})
     model = hub.model_folder(PROFILES[options.profile], out / "models")
-    for path in notebooks:
-        lessons[path.stem] = rehearse(path, options.profile, model, out, budget=options.budget, fresh=options.fresh)
+    settings = {"budget": options.budget, "jobs": options.jobs, "fresh": options.fresh}
+    for batch in [notebooks] if options.jobs > 1 else [[path] for path in notebooks]:
+        lessons |= rehearse(batch, options.profile, model, out, **settings)
         write_report(profiles, options.report)
     print(
         f"{'lesson':<28}{'tensors':>9}{'device':>9}{'fits':>6}{'main':>9}{'seconds':>9}{'errors':>8}{'unreached':>11}"
@@ -49,23 +51,32 @@ def command(options: argparse.Namespace) -> int:
     for path in notebooks:
         print(line(path.stem, lessons[path.stem]))
     found = [lessons[path.stem] for path in notebooks]
+    print(f"{len(found)} lessons, {sum(lesson.seconds for lesson in found) / 60:.0f} min one after the other")
     return 0 if all(lesson.fits and not lesson.errors for lesson in found) else 1
 
 
 def rehearse(
-    notebook: Path, profile: str, model: Path, out: Path, *, budget: float = 1.0, fresh: bool = False
-) -> Rehearsed:
-    """Execute the notebook with this model on the profile's device; if nothing has changed, read what it left."""
+    notebooks: list[Path],
+    profile: str,
+    model: Path,
+    out: Path,
+    *,
+    budget: float = 1.0,
+    jobs: int = 1,
+    fresh: bool = False,
+) -> dict[str, Rehearsed]:
+    """Execute the notebooks with this model on the profile's device; of what has not changed, read what it left."""
     stories, chats = hub.write_rows(out / "rows")
     settings = {"gpu": GPUS_OF[profile], "spare": SPARE, "stories": str(stories), "chats": str(chats)}
     own = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     try:
-        (row,) = run(
-            [notebook],
+        rows = run(
+            notebooks,
             out / profile,
             profile=profile,
             model_id=str(model),
             budget=budget,
+            jobs=jobs,
             timeout=CELL_SECONDS,
             fresh=fresh,
             environment={"HF_HUB_OFFLINE": "1", "LLM_WORKBOOK_REHEARSAL": hashlib.sha256(own).hexdigest()},
@@ -74,7 +85,8 @@ def rehearse(
         )
     except OSError as error:
         raise CourseError(f"Cannot write to {out} ({error.strerror}): make room, or use --out.") from None
-    return collect(out / profile / notebook.name, row, CONTEXT, budget)
+    found = {row.notebook: out / profile / f"{row.notebook}.ipynb" for row in rows}
+    return {row.notebook: collect(found[row.notebook], row, profile, CONTEXT, budget) for row in rows}
 
 
 def line(name: str, lesson: Rehearsed) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from course.rehearsal import shapes, values
+from course.rehearsal import hollow, shapes, values
 from course.rehearsal.allocator import Allocator
 from course.rehearsal.shapes import convert, tensors_of
 
@@ -35,8 +35,6 @@ IN_PLACE = {
 }  # fmt: skip
 
 UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_  # a GradScaler's; CUDA has none for bfloat16
-# How layers begin on the CPU. For large ones that takes long, and a rehearsal has no use for the numbers.
-BEGINNINGS = {id(aten.normal_.default), id(aten.uniform_.default)}
 
 _library = torch.library.Library("aten", "IMPL")
 
@@ -220,8 +218,8 @@ class Device(TorchDispatchMode):
         asked = kwargs.get("device")
         if not here and (asked is None or asked.type == "cpu" or (asked.type == "meta" and _is_meant(tensors))):
             self._check_generator(kwargs, "cpu")
-            if id(func) in BEGINNINGS and args[0].numel() >= values.LAZY:
-                return args[0]
+            if tensors and (made := hollow.run(func, args, kwargs)) is not None:
+                return made
             return func(*args, **kwargs | {"pin_memory": False} if kwargs.get("pin_memory") else kwargs)
         operation = _operations.get(id(func)) or _know(func)
         if operation.composite:  # in inference mode nobody has taken it apart before

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from course.notebooks import code_cells, one_line, tags
+from course.rehearsal.keys import code_key
 from course.runner import Row
 from helpers.errors import CourseError
 from helpers.files import write_atomically
@@ -24,7 +25,7 @@ GIB = 2**30
 class Rehearsed:
     """One lesson on one GPU."""
 
-    key: str  # changes with everything that the result depends on
+    key: str  # of the lesson's code on this profile, as it was rehearsed
     fits: bool  # every cell ran within the memory of the device, a share of it kept spare
     peak_gib: float  # of tensors, as torch.cuda.max_memory_allocated would say
     peak_cell: str  # number and first line of the cell with the peak
@@ -41,7 +42,7 @@ class Rehearsed:
     never_reached: list[str] = field(default_factory=list)  # lines
 
 
-def collect(executed: Path, row: Row, context: int, budget: float = 1.0) -> Rehearsed:
+def collect(executed: Path, row: Row, profile: str, context: int, budget: float = 1.0) -> Rehearsed:
     """What the records in an executed notebook say; `row` is the runner's, `context` what a process takes, in bytes."""
     cells = [(number, cell, _record(cell)) for number, cell in enumerate(code_cells(executed), start=1)]
     cells = [(f"cell {number} ({one_line(cell.source, 50)})", cell, record) for number, cell, record in cells if record]
@@ -53,7 +54,7 @@ def collect(executed: Path, row: Row, context: int, budget: float = 1.0) -> Rehe
     reader, _, most = max(cells, key=lambda entry: entry[2]["reads"])
     lesson = [entry for entry in cells if not NOT_THE_LESSON & set(tags(entry[1]))]
     return Rehearsed(
-        key=row.key,
+        key=code_key(executed, profile),
         fits=row.status == "ok" and not any(record["refused"] for *_, record in cells),
         peak_gib=round(peak["peak"] / GIB, 2),
         peak_cell=name,

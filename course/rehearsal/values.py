@@ -12,11 +12,11 @@ from contextlib import suppress
 import numpy as np
 import torch
 
+from course.rehearsal import hollow
 from course.rehearsal.shapes import convert, places_written, tensors_of
 
 aten = torch.ops.aten
 FLOATS, OTHERS = 2**14, 2**25  # elements, and bytes of what is no fraction, up to which numbers are kept
-LAZY = 2**20  # from here on made-up numbers are zeros, which take no memory until they are written
 # Operations that say where something stands in numbers -> which of their results that is.
 WHICH = {aten.argmax: 0, aten.argmin: 0, aten.argsort: 0, aten.searchsorted: 0, aten.sort: 1, aten.topk: 1,
          aten.max: 1, aten.min: 1}  # fmt: skip
@@ -208,9 +208,8 @@ class Values:
 
     def _make_up(self, meta: torch.Tensor) -> torch.Tensor:
         shape = tuple(meta.shape)
-        if meta.numel() > LAZY:
-            zeros = torch.from_numpy(np.zeros(meta.numel() * meta.element_size(), dtype=np.uint8))
-            return zeros.view(meta.dtype).view(shape)
+        if meta.numel() > hollow.LARGE:  # zeros, which take no memory until they are written
+            return hollow.make(shape, meta.dtype)
         if meta.is_floating_point() or meta.is_complex():
             return torch.as_tensor(self.random.uniform(0.5, 1.5, shape)).to(meta.dtype)
         return torch.as_tensor(self.random.integers(0, 2, shape)).to(meta.dtype)

@@ -982,6 +982,7 @@ plots.show(figure, "Mean change of the log-probability of opening, digits, other
 # 3. **An NLL term** (Pang et al. 2024; in `trl` the loss type `sft` with a weight): add $-\log \pi_\theta(y_w) / |y_w|$, a force that holds the chosen answers up. Three runs.
 
 # %%
+good = case = good_models = case_models = model = None  # a GPU needs the room
 arms["fewer steps"] = three_runs(rate=CASE_RATE, steps=6)
 arms["larger beta"] = [judge(tune(thirds[0], rate=CASE_RATE, beta=0.5)[0])]  # one run
 arms["NLL term"] = three_runs(rate=CASE_RATE, nll=1.0)
@@ -1195,6 +1196,8 @@ def by_length_lover(number: int, love: float = 1.5) -> list[tuple[str, str, str]
 
 
 # %%
+# A GPU needs the room: the next sections hold no model but the reference.
+optimizer = used = trainer = kto_trainer = noisy = small = None
 number = lesson.scaled(32, 8)
 for name, love in (("does not like length", 0.0), ("likes length", 1.5)):
     pairs = encode_pairs(by_length_lover(number, love))

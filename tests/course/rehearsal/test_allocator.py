@@ -104,3 +104,12 @@ def test_blocks_that_the_garbage_collector_releases_in_the_middle_of_a_request_w
         memory.release(address)
     memory.release_cached()
     assert (memory.allocated, memory.reserved) == (0, 0)
+
+
+def test_any_number_of_blocks_may_wait():
+    memory = Allocator(10**12)
+    memory._waiting = [memory.allocate(MIB) for _ in range(5000)]  # as the collector leaves them
+    last = memory.allocate(MIB)
+    assert memory.allocated == MIB
+    memory.release(last)
+    assert memory.allocated == 0

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from course.rehearsal import cuda
+from course.rehearsal import cuda, hollow
 from helpers.memory import GPUS, bundled_shapes, estimate_training
 
 found = {}
@@ -139,6 +139,15 @@ found["moved where it is"] = stays.to("cuda").weight is weight and stays.half().
 layer.half().float().cpu()
 found["moved in place"] = layer.weight is parameter and parameter.device.type == "cpu"
 
+# Large tensors of the CPU that hold nothing
+begun = torch.nn.Linear(2048, 2048)
+back = copy.deepcopy(begun).half().to("cuda").cpu().float()
+found["hollow"] = [hollow.is_hollow(layer.weight) for layer in (begun, back, copy.deepcopy(back))]
+with torch.no_grad():
+    back.weight[0, 0] = 3
+found["written"] = [hollow.is_hollow(back.weight), copy.deepcopy(back).weight[0, 0].item()]
+found["own numbers"] = torch.ones(2048, 2048).clone().mean().item()
+
 # A look without gradients before a step
 layer = torch.nn.Linear(4, 2).cuda()
 with torch.autocast("cuda", torch.float16):
@@ -257,6 +266,12 @@ def test_the_device_has_generators_and_modules_move_in_place(found):
     assert found["own generator"] == [3]
     assert found["moved in place"]
     assert found["moved where it is"]
+
+
+def test_copies_of_large_tensors_that_hold_nothing_hold_nothing_until_something_is_written(found):
+    assert found["hollow"] == [True] * 3
+    assert found["written"] == [False, 3.0]
+    assert found["own numbers"] == 1.0
 
 
 def test_a_model_of_shapes_alone_takes_no_memory(found):

@@ -53,7 +53,7 @@ def rehearsed(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     cells[0].metadata["tags"] = ["parameters"]
     notebook = folder / "03_planted.ipynb"
     nbformat.write(new_notebook(cells=cells), notebook)
-    return rehearse(notebook, "t4", tiny_model_folder, folder / "out")
+    return rehearse([notebook], "t4", tiny_model_folder, folder / "out")[notebook.stem]
 
 
 @pytest.mark.slow
