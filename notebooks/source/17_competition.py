@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/17_competition.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/17_competition.ipynb)
 #
-# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on one of them, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, in runs that differ in one thing each, and against a baseline that needs no DPO. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
+# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on one of them, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, in runs that differ in one thing each, and against a baseline that needs no DPO. At the end you measure how sure a rank is, and how far a board can be climbed without a better model.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -984,7 +984,7 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
 #
 # **Question.** The board shows your score after each submission. What if you simply submit often?
 #
-# Take the tasks of section 6, and the four samples that one and the same policy drew for each. One half of the tasks is *on the board*, the other is *hidden*. Make submissions that choose among the samples by chance. None is better than another, in truth. Two ways to climb:
+# Take the tasks of section 6, and the four samples that one and the same policy drew for each. One half of the tasks is *on the board*, the other is *hidden*. Make submissions that choose among the samples by chance. On average none is better than another. Two ways to climb:
 #
 # 1. **Choose the best** of 30 such submissions.
 # 2. **Boost** (Blum and Hardt 2015): submit 200 of them, keep those that the board puts above the mean, and answer each task with what most of those say.
