@@ -120,7 +120,7 @@ IN_16_BITS = settings["precision"] != "fp32"
 # %% [markdown]
 # `lesson.scaled` makes a number of steps or tasks smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 #
-# Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on. That is about what 100 tasks can find: section 8 computes @A, @B and @C points for three pairs of systems. And every training below is **one run**; the course's ledger of claims (a page of its site, and `data/claims.json`) repeats all of them with four other seeds.
+# Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on. That is about what 100 tasks can find: section 8 computes 0.16, 0.27 and 0.37 points for three pairs of systems. And every training below is **one run**; the course's ledger of claims (a page of its site, and `data/claims.json`) repeats all of them with four other seeds.
 
 # %% [markdown] tags=["core"]
 # ## 1 · The rules, the tasks and the rubric
@@ -504,7 +504,11 @@ lesson.report("size of the adapter (MiB); 2 are allowed", size, ".2f")
 
 
 # %% [markdown]
-# **What you see.** Most of the gain is in `compare` and `story`, in which the assistant had nothing; `fact`, `describe` and `list` gain half a point or so. Two kinds lose: `mood` (4.0 to 2.8) and, by little, `sum` (3.3 to 3.1); each mean is over 10 tasks. `extract` stays at the lowest grade. And on `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of what reads nothing; on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
+# **What you see.** The folder gives the same answers. In the table of kinds most of the gain is in `compare` and `story`, in which the assistant had nothing; `fact`, `describe` and `list` gain 0.5 or 0.6 points. Two kinds lose: `mood` (4.0 to 2.8) and `sum` (3.3 to 3.1); each mean is over 10 tasks. On `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of fixed or copied answers: on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that.
+#
+# The three answers below that table, each the first of the worst of its kind, show how points are lost. The one to `extract` begins in the right form with a wrong value, and then repeats a word. The one to `mood` quotes a word that is not in the review. The one to `unknown` names an animal that the text does not name.
+#
+# `policy` is from here on the model that `peft` loaded.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Decoding, and a penalty out of a template
@@ -570,9 +574,9 @@ lesson.report("what a repetition penalty of 1.2 costs (points)", cost.mean(), ".
 # %% [markdown]
 # **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example, the worst of 60, a sentence of the usual form has to be said twice, of two people, and with the penalty the model says something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose.
 #
-# The cost of 0.47 points is the highest of five runs: with the four other seeds of the ledger it lies between -0.17 and 0.32, so it is no claim. Measure such a setting on your own model and tasks, and do not copy it.
+# The cost of 0.47 ± 0.17 points is the highest of five runs: with the four other seeds of the ledger it lies between -0.17 and 0.32, so it is no claim. Measure such a setting on your own model and tasks, and do not copy it.
 #
-# Compare with the public tasks: there the tuned model has 2.97 and not 3.38, and fixed or copied answers 2.09 and not 2.27. The development tasks are easier, for both. Use them to compare, not to foretell a score.
+# Compare with the public tasks: there the tuned model has 2.97 and not 3.38, and fixed or copied answers 2.09 and not 2.27. So these 60 tasks are easier for both. Use them to compare, not to foretell a score.
 
 # %% [markdown] tags=["core"]
 # ## 6 · DPO with care, and without
@@ -891,7 +895,7 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The biased judge chooses the chattier answer in 95 % and the first place in 70 %. The fair one chooses them in 35 % and 36 %: it leans a little to the other side, and 23 % of its verdicts flip as well. (The rubric finds the chattier one better in @J.) Of quality both have learned next to nothing ($\kappa$ of 0.03 and 0.07), where the people themselves have 0.54 and 0.77. So the fair judge is a weak control: it says that the method alone does not bring a taste for idle sentences, and no more. All held-out pairs come from 30 tasks, so these $\kappa$ are rough. The idle sentence stands at the very end of the answer, where the judge's state is read; that alone may make it easy to see. Whether a larger model, or pairs from more tasks, would show quality, is not measured.
+# **What you see.** The biased judge chooses the chattier answer in 95 % and the first place in 70 %. The fair one chooses them in 35 % and 36 %: it leans a little to the other side, and 23 % of its verdicts flip as well. (The rubric finds the chattier one better in 45 %.) Of quality both have learned next to nothing ($\kappa$ of 0.03 and 0.07), where the people themselves have 0.54 and 0.77. So the fair judge is a weak control: it says that the method alone does not bring a taste for idle sentences, and no more. All held-out pairs come from 30 tasks, so these $\kappa$ are rough. The idle sentence stands at the very end of the answer, where the judge's state is read; that alone may make it easy to see. Whether a larger model, or pairs from more tasks, would show quality, is not measured.
 #
 # Asking in both orders takes the place out. After length control the chattier answer wins 35 %, and $\kappa$ is 0.00: neither remedy makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
@@ -975,9 +979,9 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Five systems have a rank of their own or share two. LoRA, careful DPO, DPO with own pairs and the imitation share four: in section 6 their paired differences from LoRA are 0.05 ± 0.16, -0.04 ± 0.11 and -0.07 ± 0.20, and all hold zero. In this run the two that DPO has spoilt lie below the assistant and below the line of fixed or copied answers (2.09). In the ledger the longer one lies below the assistant in all five runs, the careless one in two.
+# **What you see.** The assistant and the base, with and without examples, have a rank of their own. The imitation, LoRA, careful DPO and DPO with own pairs share the first four ranks: in section 6 the changes from LoRA are 0.05 ± 0.16, -0.04 ± 0.11 and -0.07 ± 0.20, and all hold zero. The two others of DPO, careless and longer, lie below the assistant, and below the line of fixed or copied answers (2.09), which their intervals just reach. In the ledger the longer one lies below the assistant in all five runs, the careless one in two.
 #
-# The difference that 100 tasks find is @A points for LoRA and careful DPO, and @C for LoRA and the longer DPO: the more the grades of two systems differ from task to task, the larger it is. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. Another seed of the training gives another model, which none of these intervals holds. For that you need several runs, as in the ledger of this course.
+# The difference that 100 tasks find is 0.16 points for LoRA and careful DPO, and 0.37 for LoRA and the longer DPO: the more the grades of two systems differ from task to task, the larger it is. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. Another seed of the training gives another model, which none of these intervals holds. For that you need several runs, as in the ledger of this course.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Climbing a board without a better model
@@ -1067,7 +1071,9 @@ copied = [plus_minus(graded(of, [unread(task) for task in of]), of) for of in (p
 print(f"fixed or copied answers on the same tasks: {', '.join(copied)}")
 
 # %% [markdown]
-# **What you see.** The choice rests on 0.07 points with an interval of ± 0.22: it is inside the noise, and either could be handed in. The same weights get 2.93 on the public tasks and 3.30 on hidden ones. Nothing was chosen by the public ones, so this is no luck of a choice. The difference of 0.37 has an interval of its own, ± 0.33 ($\sqrt{0.18^2 + 0.28^2}$): it is a little more than the draw of the tasks mostly brings. Whether these 50 tasks are easier for every system is not measured here. Compare scores only on the same tasks.
+# **What you see.** The choice rests on 0.07 ± 0.22 points, which holds zero: LoRA alone could be handed in as well, and so could the imitation (-0.15 ± 0.23). The three other ways of DPO are lower. DPO with own pairs loses 0.37 ± 0.29 points here, and only 0.07 ± 0.20 on the public tasks: two samples of tasks do not tell quite the same.
+#
+# The weights that were chosen get 2.93 ± 0.18 on the public tasks and 3.30 ± 0.28 on hidden ones. Nothing was chosen by the public ones, so the gap does not come from choosing. The difference of 0.37 has an interval of its own, ± 0.33 ($\sqrt{0.18^2 + 0.28^2}$), so it is a little more than the draw of the tasks mostly brings. In the five runs of the ledger, all on these same tasks, it is 0.00 to 0.37. Fixed or copied answers get 2.09 and 2.08, so for them the hidden tasks are not easier. Compare scores only on the same tasks.
 
 # %%
 def tokens_of(rows: Sequence[tuple[str, str]]) -> float:
