@@ -130,7 +130,7 @@ def final_board(folder: Path, secret: str, per_kind: int, out: Path, kept: Path,
 
 
 def live_board(folder: Path, secret: str, out: Path, kept: Path, date: str, per_day: int) -> dict[str, float]:
-    """Show on live tasks, which are others than the final ones, who is surely better than before; name -> score."""
+    """Show on live tasks, which are others than the final ones, who climbs (see `ladder`); name -> score."""
     tasks, log = hidden_tasks(f"live/{secret}", 10), out / "live.jsonl"
     history = [entry for entry in read_log(log) if entry["event"] == "live"]
     known = {(entry["name"], entry["key"]) for entry in history}

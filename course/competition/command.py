@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_hidden(action)
     action.add_argument("--out", type=Path, default=OUT, help="folder for the board and its log")
     action.add_argument("--kept", type=Path, default=OUT / "answers", help="folder of what has been decoded")
-    action.add_argument("--live", action="store_true", help="show on live tasks only who is surely better than before")
+    action.add_argument("--live", action="store_true", help="show on live tasks only a score that is clearly better")
     action.add_argument("--per-day", type=natural(1), default=2, help="live submissions of each name")
     action.set_defaults(act=board)
     action = actions.add_parser("blind", help="write answers of the best for people to grade")

@@ -1,8 +1,8 @@
-"""The live board shows a new score only where it is surely better than the one shown before.
+"""The live board shows a new score only where it is better than the one shown by a step and by a standard error.
 
 Blum and Hardt 2015, "The Ladder: A Reliable Leaderboard for Machine Learning Competitions", both variants at once:
-better by a step of 0.05, to which shown scores are rounded, and by a standard error of the paired difference. The
-second alone would let through a gain of one point on one task.
+a step of 0.05, to which shown scores are rounded, and a standard error of the paired difference. The second alone would
+let through a gain of one point on one task. Many lucky tries climb nevertheless (exercise 17.5), so they are counted.
 """
 
 from dataclasses import dataclass

@@ -3,13 +3,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/17_competition.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/17_competition.ipynb)
 #
-# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on the better one, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, in runs that differ in one thing each, and against a baseline that needs no DPO. Then comes the part that most entries leave out: how sure a rank is, and how far a board can be climbed without a better model.
+# In the last lesson of many courses the students compete: everybody tunes the same small model, answers the same open tasks, and is ranked. This lesson is a whole entry, from the rubric to the folder that is handed in. You write the grader of three kinds of task before you train anything, score two bases, train a LoRA that you wrote yourself on one of them, look at one setting of decoding, and run DPO carelessly and with care. The score goes down after the careless one; you look for the reason in the log-probabilities, in runs that differ in one thing each, and against a baseline that needs no DPO. At the end you measure how sure a rank is, and how far a board can be climbed without a better model.
 #
 # **cpu 0 s · 0 GB**
 #
 # **You will**
 #
-# 1. write out how open answers of three kinds are graded from 1 to 5 by program, equal to the competition's rubric, and measure what an answer gets that reads nothing;
+# 1. write out how open answers of three kinds are graded from 1 to 5 by program, equal to the competition's rubric, and measure what fixed or copied answers get;
 # 2. train an adapter with a LoRA of your own, save it, and get the same answers from `peft`;
 # 3. see what a copied repetition penalty does to the score, lower it by a careless DPO, and change pairs, steps and rate one at a time, beside an imitation that needs no rejected answers;
 # 4. train a judge on the choices of people with a bias, and measure what it has learned from them;
@@ -120,7 +120,7 @@ IN_16_BITS = settings["precision"] != "fp32"
 # %% [markdown]
 # `lesson.scaled` makes a number of steps or tasks smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 #
-# Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on. That is about what 100 tasks can find: section 8 computes 0.15 and 0.26 for two pairs of systems, and systems that differ in more answers need a little more. And every training below is **one run**; the course's ledger of claims repeats all of them with other seeds.
+# Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on. That is about what 100 tasks can find: section 8 computes 0.16, 0.27 and 0.37 points for three pairs of systems. And every training below is **one run**; the course's ledger of claims (a page of its site, and `data/claims.json`) repeats all of them with four other seeds.
 
 # %% [markdown] tags=["core"]
 # ## 1 · The rules, the tasks and the rubric
@@ -184,7 +184,7 @@ def points_sum(key: dict, sound: str, whole: str) -> int:
 POINTS = {"list": points_list, "extract": points_extract, "sum": points_sum}
 
 # %% [markdown]
-# **The deductions** are the same for all kinds: a point less for unnatural language, one for an answer that is much longer than it needs to be, and one for a false statement. A sentence is false if it contradicts what is known about a person, or says about somebody in the task what the task does not tell. A polite opening neither costs nor earns anything.
+# **The deductions** are the same for all kinds: a point less for unnatural language, one for a false statement, and one for an answer that is much longer than it needs to be. (The first two are in the guideline; the third is the course's own.) A sentence is false if it contradicts what is known about a person, or says about somebody in the task what the task does not tell. A polite opening neither costs nor earns anything.
 #
 # Three functions are the competition's own and are used here as they are: `known_words()` is the list of words that may occur, `false_sentences(task, text)` gives the sentences that are false, and `without(text, sentences)` takes sentences out of a text.
 
@@ -211,7 +211,7 @@ def my_grade(task: Task, answer: str) -> int:
     return max(1, points - unnatural(task, whole) - too_long - bool(false))
 
 # %% [markdown]
-# Compare with the competition's `grade` on all public tasks of the three kinds and on as many new ones, for answers that are right, wrong, cut off, doubled, polite, padded, or another task's. Where both give the same number for all of them, you know the rubric of these kinds.
+# Compare with the competition's `grade` on all public tasks of the three kinds and on as many new ones, for answers that are right, wrong, cut off, doubled, polite, padded, or another task's. Where both give the same number for all of them, your rubric gives what theirs gives on these answers. (Both use the same `known_words` and `false_sentences`, so these two are not tested.)
 
 # %%
 mine = [task for task in public_tasks() + hidden_tasks("a rehearsal", 10) if task.kind in POINTS]
@@ -229,7 +229,7 @@ print(f"{len(spread)} answers; how many of them got 1 to 5 points: {np.bincount(
 lesson.equal("the rubric written out is the competition's, on three kinds", differ)
 
 # %% [markdown]
-# **Can it be cheated?** A rubric that can be satisfied without reading the task will be. Try what a lazy student would try.
+# **Can it be cheated?** What does this rubric give without reading the task? Try what a lazy student would try.
 
 # %%
 def graded(tasks: Sequence[Task], answers: Sequence[str]) -> np.ndarray:
@@ -252,7 +252,7 @@ right = graded(tasks, [task.reference for task in tasks]).mean()
 print(f"{'the reference of the task':>42}: {right:.2f}")
 
 # %% [markdown]
-# None of them gets far, since each says the same to all tasks or copies blindly. A better cheat looks at the *kind*, which the first words tell, and has one fixed answer for it, or copies a line or the names. It reads nothing else. (Its fixed words, such as *Bad.*, were chosen with an eye on the public tasks, so it is tried on new ones as well.)
+# None of them gets far. A better cheat knows the *kind* of a task (here it is simply given), and has one fixed answer for it, or copies a line or the names. (Its fixed words, such as *Bad.*, were chosen with an eye on the public tasks, so it is tried on new ones as well.)
 
 # %%
 FIXED = {"mood": "Bad.", "compare": "No.", "unknown": "The text does not say."}
@@ -278,14 +278,14 @@ print(", ".join(f"{kind} {floor[kinds == kind].mean():.1f}" for kind in KINDS))
 lesson.report("score of an answer that is fixed or copied for each kind", floor.mean(), ".2f")
 
 # %% [markdown]
-# **What you see.** What a fixed or copied answer gets for each kind stands in the last line of the output: only what is above it shows that a model read the task. It is worth about two points, on new tasks as well, and on `evidence`, `unknown` and `story` about three. So a mean of 2 says nothing about reading. The row comes back under every table by kind below, as *reads nothing*. Before you trust a rubric of your own, make such a list for it.
+# **What you see.** Fixed or copied answers get 2.09 points, and 2.01 on new tasks; on `evidence`, `unknown` and `story` about three. So a mean of 2 does not show that a model has read the tasks. These answers come back as the last row of the tables below, *fixed or copied*. Before you trust a rubric of your own, try such answers on it.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Baselines
 #
 # **Question.** What is the score before any training?
 #
-# Three attempts cost no training: the base as it is, the base with two worked examples in front of the task, and the assistant as it is. Answers are decoded greedily, by the competition's own `answer_tasks`. `Decoding` holds the settings that are handed in.
+# Three attempts cost no training: the base as it is, the base with two worked examples of the task's own kind in front of it, and the assistant as it is. Answers are decoded greedily, by the competition's own `answer_tasks`. `Decoding` holds the settings that are handed in.
 #
 # **The choice of a base.** On a CPU both models are the course's own. With the profile `t4` or `large` the same cells take Qwen2.5-0.5B or -1.5B and the *Instruct* model of that size, each at the commit that is printed, so that everybody starts from the same weights. Another one goes in as `model_id = "owner/name@commit"`, for instance `Qwen/Qwen3-0.6B-Base@da87bfb608c14b7cf20ba1ce41287e8de496c0cd`; it is then base and assistant at once. A tokenizer without a chat format gets a plain one.
 
@@ -312,37 +312,42 @@ def answers_of(model: nn.Module, asked: Sequence[Task], decoding: Decoding | Non
         return answer_tasks(model, tokenizer, [task.input for task in asked], decoding or Decoding())
 
 
-examples = [task for task in make_tasks("worked examples", 1, held_out=False) if task.kind in ("fact", "sum")]
-worked = "\n\n".join(f"Question: {task.input}\nAnswer: {task.reference}" for task in examples)
-two_shots = Decoding(template=f"{worked}\n\nQuestion: {{input}}\nAnswer:", stop=("\n\n", "Question:"))
+# %%
+examples = make_tasks("worked examples", 2, held_out=False)  # two of each kind
+with_examples = np.zeros(len(tasks), dtype=int)
+for kind in KINDS:
+    worked = [f"Question: {task.input}\nAnswer: {task.reference}\n\n" for task in examples if task.kind == kind]
+    two_shots = Decoding(template="".join(worked) + "Question: {input}\nAnswer:", stop=("\n\n", "Question:"))
+    asked = [task for task in tasks if task.kind == kind]
+    with_examples[kinds == kind] = graded(asked, answers_of(base, asked, two_shots))
 results = {  # name -> grades of its answers to the public tasks
     "base": graded(tasks, answers_of(base, tasks)),
-    "base, two examples": graded(tasks, answers_of(base, tasks, two_shots)),
+    "base, two examples": with_examples,
     "assistant": graded(tasks, answers_of(assistant, tasks)),
 }
 del base  # not needed any more
 
 
 # %%
-def by_kind(grades: np.ndarray) -> list[str]:
+def by_kind(grades: np.ndarray, kinds: np.ndarray = kinds) -> list[str]:
     """Mean grade, of all tasks and of each kind."""
     return [f"{grades.mean():.2f}"] + [f"{grades[kinds == kind].mean():.1f}" for kind in KINDS]
 
 
 def show_kinds(names: Sequence[str]) -> None:
-    """A table of results by kind, above what an answer gets that reads nothing."""
-    table = {name: by_kind(results[name]) for name in names} | {"reads nothing": by_kind(floor)}
+    """A table of results by kind, above that of the fixed or copied answers."""
+    table = {name: by_kind(results[name]) for name in names} | {"fixed or copied": by_kind(floor)}
     show_table(table, ["all", *KINDS])
 
 
 show_kinds(list(results))
-gain = (results["assistant"] - results["base"]).mean()
-lesson.claim("the assistant is half a point ahead of the base before any training", gain, at_least=0.5, form=".2f")
+lead = (results["assistant"] - results["base"]).mean()
+lesson.report("the assistant's lead over the base, before any training here (points)", lead, ".2f")
 
 # %% [markdown]
-# **What you see.** The assistant knows some of the ten kinds from its own training, in other words, and gains points there. The table by kind is worth more than the mean. It says where points are to be had, and it is the first thing to look at after every change. In its mean the assistant is hardly ahead of what reads nothing. By kind it is well ahead in `fact`, `describe`, `sum` and `mood`, and behind in the six others.
+# **What you see.** The table by kind says more than the mean: look at it after every change. In its mean the assistant is 0.26 points ahead of fixed or copied answers (2.35 against 2.09). By kind it is ahead by 1.5 points or more in `fact`, `describe`, `sum` and `mood`, and behind in the six others. The base stays at 1.04, and at 1.26 with two examples.
 #
-# So the rest of the lesson tunes the assistant. What this choice rests on is the score *before* training. It is not measured here whether the base would catch up with the same training, nor what any other base is worth: whoever competes tries that on development tasks (section 3). And all numbers in the text are those of the course's own models; with a hub model you read your own.
+# The rest of the lesson tunes the assistant. This choice rests on the score *before* training. Whether the base would catch up with the same training is not measured here; whoever competes tries that on development tasks (section 3). All numbers in the text are those of the course's own models; with a hub model you read your own.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Training data
@@ -372,17 +377,17 @@ leaked = texts + [task.input for task in tasks[:7]]  # what a leak would look li
 reworded = texts + [re.sub(r"((?:\S+ ){5})", r"\1please ", task.input) for task in tasks[:7]]
 clean, planted = contained(tasks, texts), contained(tasks, leaked)
 print(f"{len(rows)} rows, {len(set(texts))} of them different; public tasks that stand in them: {clean}")
-print(f"with seven public tasks among the rows it finds {planted}; with a word put in here and there in the seven, "
+print(f"with seven public tasks among the rows it finds {planted}; with *please* after every fifth word of the seven, "
       f"{contained(tasks, reworded)}")  # fmt: skip
 lesson.equal("no public task stands in the training rows", clean)
 lesson.equal("the seven that were planted are found", abs(planted - clean - 7))
 
 # %% [markdown]
-# A search for equal words finds equal words, and a leak that was reworded passes it. That is why the ranking does not rest on this search, but on hidden tasks.
+# The search finds only word-for-word copies; a leak that was reworded passes. So the ranking does not rest on this search, but on hidden tasks.
 #
 # The rows hold each kind equally often. That is a choice, too: where points are lacking, more rows may help.
 #
-# Choices need tasks of their own. *Development* tasks are training tasks that are in no row: what this lesson compares from here on in order to choose, it compares on them; step sizes, numbers of steps and $\beta$ were set without them. To choose by the public tasks would use them up (section 9 shows how).
+# Choices need tasks of their own. *Development* tasks are training tasks that are in no row: what this lesson compares from here on in order to choose, it compares on them. (Rates, numbers of steps and $\beta$ were set without them.) Who chooses by the public tasks can no longer trust the score there (section 9).
 
 # %%
 taken = {row.input for row in rows}
@@ -463,10 +468,16 @@ show_kinds(["assistant", "assistant + LoRA"])
 gain = (results["assistant + LoRA"] - results["assistant"]).mean()
 lesson.claim("LoRA adds at least 0.3 points to the assistant", gain, at_least=0.3, form=".2f")
 lead = (results["assistant + LoRA"] - floor).mean()
-lesson.claim("the tuned model is half a point ahead of an answer that reads nothing", lead, at_least=0.5, form=".2f")
+lesson.claim("the tuned model is half a point ahead of fixed or copied answers", lead, at_least=0.5, form=".2f")
+
+# %%
+for kind in ("extract", "mood", "unknown"):
+    i = np.flatnonzero(kinds == kind)[results["assistant + LoRA"][kinds == kind].argmin()]  # the first of the worst
+    found = grade(tasks[i], own_answers[i])
+    print(f"{tasks[i].input}\n  answer: {own_answers[i]!r}\n  {found.points} of 5: {', '.join(found.reasons)}\n")
 
 # %% [markdown]
-# **Saved as `peft` saves it.** An adapter folder holds two files: the tensors under the names that `peft` gives them, and the settings. Write both by hand, let `peft` read them onto an untouched base, and compare all answers. This is the step in which submissions are lost: an adapter that was trained on one base and loaded on another, or that is merged twice, looks like a bad model.
+# **Saved as `peft` saves it.** An adapter folder holds two files: the tensors under the names that `peft` gives them, and the settings. Write both by hand, let `peft` read them onto an untouched base, and compare all answers. An adapter that is loaded on another base than it was trained on, or merged twice, looks like a bad model.
 
 # %%
 import peft
@@ -486,20 +497,25 @@ size = sum(tensor.numel() * 4 for tensor in tensors.values()) / 2**20
 del tuned
 policy = peft.PeftModel.from_pretrained(copy.deepcopy(assistant), FOLDER, is_trainable=True).eval()
 differ = sum(a != b for a, b in zip(answers_of(policy, tasks), own_answers, strict=True))
-print(f"{len(tensors)} tensors, {size:.2f} MiB; answers that peft gives differently: {differ} of {len(tasks)}")
+print(f"{len(tensors)} tensors, {size:.2f} MiB at rank {RANK}; the same at rank 64: {size * 64 / RANK:.2f} MiB")
+print(f"answers that peft gives differently: {differ} of {len(tasks)}")
 lesson.equal("the adapter that was written by hand gives the same answers in peft", differ)
 lesson.report("size of the adapter (MiB); 2 are allowed", size, ".2f")
 
 
 # %% [markdown]
-# **What you see.** Most of the gain is in `compare` and `story`, in which the assistant had nothing; `fact`, `describe` and `list` gain half a point or so. Two kinds lose: `mood` (4.0 to 2.8) and, by little, `sum` (3.3 to 3.1); each mean is over 10 tasks. `extract` stays at the lowest grade. And on `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of what reads nothing; on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that, the table by kind does not. `policy` is from here on the model that `peft` loaded.
+# **What you see.** The folder gives the same answers. In the table of kinds most of the gain is in `compare` and `story`, in which the assistant had nothing; `fact`, `describe` and `list` gain 0.5 or 0.6 points. Two kinds lose: `mood` (4.0 to 2.8) and `sum` (3.3 to 3.1); each mean is over 10 tasks. On `evidence`, `unknown`, `list` and `extract` the tuned model is not ahead of fixed or copied answers: on `unknown` one fixed sentence gets 3.2, and the model 1.8. The mean hides all that.
+#
+# The three answers below that table, each the first of the worst of its kind, show how points are lost. The one to `extract` begins in the right form with a wrong value, and then repeats a word. The one to `mood` quotes a word that is not in the review. The one to `unknown` names an animal that the text does not name.
+#
+# `policy` is from here on the model that `peft` loaded.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Decoding, and a penalty out of a template
 #
 # **Question.** A template that you were given sets `repetition_penalty=1.2`. What does it do to answers that should repeat the text?
 #
-# The penalty $\theta$ (Keskar et al. 2019) makes each token that stands in the prompt or in the answer so far less likely. It is applied to the logit, and a logit may be negative:
+# The penalty $\theta$ lowers the logit of each token that stands in the prompt or in the answer so far. (It is due to Keskar et al. 2019; here in the form of transformers, which multiplies negative logits and counts the prompt, too.)
 #
 # $$z'_v = \begin{cases} z_v / \theta & z_v > 0 \\ z_v\, \theta & z_v \le 0 \end{cases} \qquad \text{for all } v \text{ that have occurred}$$
 
@@ -518,32 +534,49 @@ changed = (penalised(logits, prompt, 1.2) != logits).sum().item()
 print(f"{prompt.unique().numel()} different tokens in the prompt, {changed} logits changed")
 lesson.equal("the penalty is transformers'", (penalised(logits, prompt, 1.2) - library).abs().max(), within=1e-5)
 
+
 # %% [markdown]
-# Try it on the development tasks.
+# **±.** Other tasks of the same kinds would have given another mean. The number after ± in this lesson is half of a 95 % interval for that, with the spread *within* the kinds, since each kind keeps its number of tasks. (Section 8 uses it.) It does not hold what another seed of the training would do.
 
 # %%
-DECODINGS = {
-    "greedy": Decoding(),
-    "penalty 1.1": Decoding(repetition_penalty=1.1),
-    "penalty 1.2": Decoding(repetition_penalty=1.2),
-}
+def deviation(values: np.ndarray, of: Sequence[Task]) -> float:
+    """Standard deviation of values (tasks,) within the kinds of the tasks."""
+    found = np.array([task.kind for task in of])
+    return np.mean([values[found == kind].var(ddof=1) for kind in KINDS]) ** 0.5
+
+
+def half_width(values: np.ndarray, of: Sequence[Task]) -> float:
+    """Half of the 95 % interval of the mean of values (tasks,), for other tasks of the same kinds."""
+    return 1.96 * deviation(values, of) / len(values) ** 0.5
+
+
+def plus_minus(values: np.ndarray, of: Sequence[Task]) -> str:
+    """The mean of values (tasks,) and half of its interval."""
+    return f"{values.mean():.2f} ± {half_width(values, of):.2f}"
+
+
+# %% [markdown]
+# Try the penalty on the development tasks.
+
+# %%
+DECODINGS = {"greedy": Decoding(), "penalty 1.2": Decoding(repetition_penalty=1.2)}
 decoded = {name: answers_of(policy, development, decoding) for name, decoding in DECODINGS.items()}
 dev_grades = {name: graded(development, answers) for name, answers in decoded.items()}
-table = {
-    name: [f"{grades.mean():.2f}"] + [f"{grades[dev_kinds == kind].mean():.1f}" for kind in KINDS]
-    for name, grades in dev_grades.items()
-}
-show_table(table, ["all", *KINDS])
+table = dev_grades | {"fixed or copied": graded(development, [unread(task) for task in development])}
+show_table({name: by_kind(grades, dev_kinds) for name, grades in table.items()}, ["all", *KINDS])
 worst = int((dev_grades["greedy"] - dev_grades["penalty 1.2"]).argmax())
 print(f"\n{development[worst].input}\n  greedy:      {decoded['greedy'][worst]!r}")
 print(f"  penalty 1.2: {decoded['penalty 1.2'][worst]!r}")
-loss = (dev_grades["greedy"] - dev_grades["penalty 1.2"]).mean()
-error = (dev_grades["greedy"] - dev_grades["penalty 1.2"]).std() / len(development) ** 0.5
-print(f"the penalty of 1.2 costs {loss:.2f} points, with a standard error of {error:.2f}")
-lesson.report("what a repetition penalty of 1.2 costs (points)", loss, ".2f")
+cost = dev_grades["greedy"] - dev_grades["penalty 1.2"]
+print(f"the penalty of 1.2 costs {plus_minus(cost, development)} points")
+lesson.report("what a repetition penalty of 1.2 costs (points)", cost.mean(), ".2f")
 
 # %% [markdown]
-# **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example a sentence of the usual form has to be said twice, of two people, and with the penalty the model says something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose. How much it costs in all depends on the run. This run is the dearest of five: with the four other seeds of the training the cost was between -0.17 and 0.32 points (the course's ledger of claims, a page of its site and `data/claims.json`), so it is no claim. The penalty is made for models that run in circles. The right setting depends on the model and on the task, so measure it and do not copy it.
+# **What you see.** Most of the loss is in `compare` (5.0 to 2.5) and `mood` (2.8 to 2.0). In the example, the worst of 60, a sentence of the usual form has to be said twice, of two people, and with the penalty the model says something else. But `evidence`, which must repeat a whole sentence of the text, loses nothing, so repetition alone does not predict the loss; `extract` is on the floor and cannot lose.
+#
+# The cost of 0.47 ± 0.17 points is the highest of five runs: with the four other seeds of the ledger it lies between -0.17 and 0.32, so it is no claim. Measure such a setting on your own model and tasks, and do not copy it.
+#
+# Compare with the public tasks: there the tuned model has 2.97 and not 3.38, and fixed or copied answers 2.09 and not 2.27. So these 60 tasks are easier for both. Use them to compare, not to foretell a score.
 
 # %% [markdown] tags=["core"]
 # ## 6 · DPO with care, and without
@@ -623,6 +656,11 @@ def set_adapter(state: dict[str, Tensor]) -> None:
 BETA, PAIRS_A_STEP = 0.1, 4
 
 
+def loss_of(h: Tensor) -> Tensor:
+    """DPO's loss of the growth h (2, pairs) of both answers; with (1, pairs), the chosen alone, that of imitation."""
+    return -F.logsigmoid(BETA * (h[0] - h[1])).mean() if len(h) == 2 else -h[0].mean()
+
+
 def tune(kind: str, rate: float, steps: int, rejects: bool = True) -> tuple[list[float], Tensor]:
     """DPO from `after_sft`, or without `rejects` imitation of the chosen; losses, and growth (2, pairs) at the end."""
     set_adapter(after_sft)
@@ -637,8 +675,7 @@ def tune(kind: str, rate: float, steps: int, rejects: bool = True) -> tuple[list
             part = drawn[start : start + settings["pairs"]]
             answers = both_sides([pairs[i] for i in part])[: (1 + rejects) * len(part)]
             h = answer_log_probs(answers).view(1 + rejects, -1) - reference[: 1 + rejects, part]
-            loss = -F.logsigmoid(BETA * (h[0] - h[1])).mean() if rejects else -h[0].mean()
-            loss = loss * (len(part) / PAIRS_A_STEP)
+            loss = loss_of(h) * (len(part) / PAIRS_A_STEP)
             loss.backward()
             losses[-1] += loss.item()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -648,14 +685,12 @@ def tune(kind: str, rate: float, steps: int, rejects: bool = True) -> tuple[list
     return losses, measured(both_sides(pairs)).view(2, -1) - reference
 
 # %% [markdown]
-# **The careless way** is also the shortest: borrowed pairs, the rate of fine-tuning because it is there, and 12 steps. Beside the loss and the score look at what a log seldom shows, the log-probabilities: of the chosen and the rejected answers of all pairs, and of answers that are in no pair. For the last take the policy's own greedy answers to the development tasks, from before DPO. (Three *nats* less, in units of the natural logarithm, mean a twentieth of the probability.)
+# **The careless way** is also the shortest: borrowed pairs, the rate of fine-tuning because it is there, and 12 steps. Beside the loss and the score look at log-probabilities: of the chosen and the rejected answers of all pairs, and of answers that are in no pair. For the last take the policy's own greedy answers to the development tasks, from before DPO. The log-probability of an answer is the sum over its tokens; printed is the median change over the answers. (Three *nats* less, in units of the natural logarithm, mean a twentieth of the probability.)
 
 # %%
-def plus_minus(grades: np.ndarray, of: Sequence[Task]) -> str:
-    """The mean of grades (tasks,), and its 95 % interval, tasks drawn within their kinds."""
-    found = np.array([task.kind for task in of])
-    variance = np.mean([grades[found == kind].var(ddof=1) for kind in KINDS])
-    return f"{grades.mean():.2f} ± {1.96 * (variance / len(grades)) ** 0.5:.2f}"
+def nats(value: float) -> str:
+    """A change of a log-probability, with its sign and one digit."""
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 in_no_pair = [(task.input, answer) for task, answer in zip(development, decoded["greedy"], strict=True)]
@@ -663,11 +698,13 @@ in_no_pair = in_no_pair[: lesson.scaled(40, 8)]
 known = measured(in_no_pair)
 before = results["assistant + LoRA"].mean()
 grown, adapters, replies, change = {}, {"LoRA": after_sft}, {"LoRA": own_answers}, {}
+tried = {"LoRA": ("own", 0.0, 0, True)}  # name -> pairs, rate, steps, with the rejected answers
 
 
 def try_way(name: str, pairs: str, rate: float, steps: int, rejects: bool = True) -> None:
     """Tune in this way, print what changes, and keep it."""
-    losses, growth = tune(pairs, rate, lesson.scaled(steps, 2), rejects)
+    tried[name] = pairs, rate, lesson.scaled(steps, 2), rejects
+    losses, growth = tune(*tried[name])
     grown[name] = dict(zip(("chosen", "rejected"), growth.median(1).values.tolist(), strict=True))
     grown[name]["in no pair"] = (measured(in_no_pair) - known).median().item()
     adapters[name] = {key: parameter.detach().clone() for key, parameter in trained.items()}
@@ -675,8 +712,8 @@ def try_way(name: str, pairs: str, rate: float, steps: int, rejects: bool = True
     results[name] = graded(tasks, replies[name])
     change[name] = results[name].mean() - before
     paired = plus_minus(results[name] - results["assistant + LoRA"], tasks)
-    print(f"{name}: loss {np.mean(losses[:3]):.2f} -> {np.mean(losses[-3:]):.2f}, score {paired}\n  nats: "
-          + ", ".join(f"{kind} {value:+.1f}" for kind, value in grown[name].items()))  # fmt: skip
+    print(f"{name}: loss {np.mean(losses[:3]):.2f} -> {np.mean(losses[-3:]):.2f}, change of the score {paired}\n"
+          "  nats: " + ", ".join(f"{kind} {nats(value)}" for kind, value in grown[name].items()))  # fmt: skip
 
 
 try_way("DPO, careless", "borrowed", settings["rate"], 12)
@@ -685,7 +722,7 @@ lesson.report("what careless DPO changes in the log-probability of answers in no
               grown["DPO, careless"]["in no pair"], "+.1f")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The log gives no alarm: the loss falls. But both answers sink, the rejected ones far more than the chosen ones. The loss rewards a higher chosen answer as much as a lower rejected one; as long as their difference grows, both may fall. The policy's own answers to other tasks, which no pair protects, sink too, and the score is a point lower (1.08). That is the worst of five runs: in the other four of the ledger it is 0.27 to 0.58 points.
+# **What you see.** The loss falls, so it gives no alarm. But both answers sink, the rejected ones by 25.5 nats and the chosen ones by 6.7. The loss rewards a higher chosen answer as much as a lower rejected one; as long as their difference grows, both may fall. The policy's own answers to other tasks, which are in no pair, sink by 5.7, and the score is 1.08 points lower. This run is the worst of five: in the other four of the ledger it is 0.27 to 0.58 points, and 2.3 to 3.6 nats.
 #
 # **Four other ways.** Each differs in one thing from the way that its last column names:
 #
@@ -697,7 +734,7 @@ lesson.report("what careless DPO changes in the log-probability of answers in no
 # | DPO, own pairs, longer | own | that of fine-tuning | 36 | the steps, from *own pairs* |
 # | DPO, careful | own | a tenth of it | 36 | the rate, from *longer* |
 #
-# Imitation is the *simple baseline*: train on the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose rate rises over three steps and then falls along a line to zero. The number after ± is half of a 95 % interval over tasks (section 8), for the same two models; it does not hold what another seed of the training would do.
+# Imitation is the *simple baseline*: train on the best own sample as in section 4, and leave the rejected one out. (Its loss is $-h_w$, which cannot be compared with the others.) All else is equal: the policy of section 4 at the start and as the reference model, $\beta = 0.1$, four pairs a step, and a fresh Adam, whose rate rises over three steps and then falls along a line to zero. (With more steps it falls more slowly, too.) Beside the change of the score stands ± as in section 5.
 
 # %%
 STEPS_OF_DPO = 12, 36
@@ -723,30 +760,31 @@ axes = figure.subplots()
 for offset, (kind, color) in enumerate(zip(grown["DPO, careful"], plots.COLORS, strict=False)):
     places = np.arange(len(grown)) + (offset - 1) * 0.27
     bars = axes.barh(places, [values[kind] for values in grown.values()], height=0.24, color=color, label=kind)
-    axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt=nats, padding=3, fontsize=8)
 axes.axvline(0, color=plots.INK, linewidth=1)
 axes.margins(x=0.1)
-axes.set_yticks(range(len(grown)), list(grown))
+axes.set_yticks(range(len(grown)), ["DPO, careless\n(borrowed pairs)", *WAYS])
 axes.invert_yaxis()
 axes.set(xlabel="change of the log-probability of an answer (nats, median)")
-axes.set_title("DPO at the large rate: other answers fall too")
+axes.set_title("Answers in no pair fall in the three DPO runs at the large rate")
 axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-alt = "Three bars for each of five ways. In the DPO runs the rejected answers fall furthest."
+numbers = "; ".join(f"{name} {nats(values['in no pair'])}" for name, values in grown.items())
+alt = f"Three bars for each of five ways. Answers in no pair, in nats: {numbers}."
 plots.show(figure, alt=alt)
 
 # %% [markdown]
 # **What you see.** Go through the rows by what changes.
 #
-# - *Without the rejected answers* (own pairs against imitation): the chosen answers become more probable instead of less, and the answers in no pair keep their probability. That the chosen answers rise is what the imitation is trained for, and no finding. The third bar is one: in this run the answers in no pair keep their probability without the rejected answers, and lose 2.2 nats with them. (The loss without them has another form, too, and it is one run.) The interval of the change of the score holds zero.
-# - *More steps* (own pairs against longer): at the rate of fine-tuning, three times the steps bring the loss near zero, and the score down by a point. Chosen answers and those in no pair lose more than 20 nats each. (36 steps draw each pair about four times, 12 steps about once.)
-# - *A tenth of the rate* (longer against careful): with the same pairs and as many steps the interval of the change of the score holds zero, and chosen answers and those in no pair stay where they were. The loss falls here too, to about half of where it began. So a falling loss of DPO need not cost more than these tasks can show.
-# - *The pairs* (careless against own pairs): in this run the borrowed ones cost more points, and answers sink with both. This is not so in every run, as you see next. (The bars of the first row are about the borrowed pairs, those of the others about the own ones; only the third bar is about the same texts in all rows.)
+# - *Without the rejected answers* (own pairs against imitation): the chosen answers rise instead of falling. The imitation is trained for that, so it is no finding. The third bar is one: in this run the answers in no pair keep their probability without the rejected answers (+0.0), and lose 2.2 nats with them. (The loss without them has another form, too, and it is one run.) The change of the score is 0.05 ± 0.16, which holds zero.
+# - *More steps* (own pairs against longer): at the rate of fine-tuning, three times the steps bring the loss to 0.06, and the score down by 1.05 points. Chosen answers and those in no pair lose more than 20 nats each. (36 steps draw each pair about four times, 12 steps about once.)
+# - *A tenth of the rate* (longer against careful): with the same pairs and as many steps the change of the score is -0.04 ± 0.11, and chosen answers and those in no pair stay where they were (+0.1). The loss falls here too, from 0.68 to 0.33. So a falling loss of DPO need not cost more than these tasks can show.
+# - *The pairs* (careless against own pairs): in this run the borrowed ones cost more points (1.08 against 0.07), and answers sink with both. In other runs it is otherwise, as you see next. (The bars of the first row are about the borrowed pairs, those of the others about the own ones; only the third bar is about the same texts in all rows.)
 #
-# **What follows, and what does not.** At the rate of fine-tuning more steps do more harm (0.41 to 0.98 points more, in all five runs of the ledger); at a tenth of it, as many steps do none that can be seen. The small rate also goes less far: its rejected answers lose 3.9 nats, those of the large rate 68.4. It is not measured whether ten times as many careful steps would end where the large rate does, nor how borrowed pairs do at the small one.
+# **What follows, and what does not.** At the rate of fine-tuning more steps do more harm (0.41 to 0.98 points more, in all five runs of the ledger); at a tenth of it, as many steps change the score by -0.15 to 0.08. The small rate also goes less far: its rejected answers lose 3.9 nats, those of the large rate 68.4. It is not measured whether ten times as many careful steps would end where the large rate does, nor how borrowed pairs do at the small one.
 #
-# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims holds the same numbers for four other seeds. In all five runs the longer one costs at least 0.8 points (up to 1.38), and the careful one changes the score by -0.15 to 0.08. The claim is about their difference, 0.69 to 1.38 points. The run shown here is an extreme one: of the five, careless DPO costs most in it, and own pairs least. The rest is not so sure. Careless DPO costs between 0.27 and 1.08 points, own pairs after 12 steps between 0.07 and 0.82, and which of the two costs more changes from run to run: nothing here says that the choice of pairs decides. And the imitation loses 0.37 points in one run, as much as DPO with own pairs does there (0.34): training at that rate can cost points without any DPO.
+# **What one run carries, and what other seeds add.** The interval holds the luck of the tasks, not that of the training, and one training seed says little about sizes. The course's ledger of claims holds the same numbers for four other seeds. In all five runs the longer one costs at least 0.84 points, and the claim, its distance from the careful one, is 0.69 to 1.38. The run shown here is an extreme one: of the five, careless DPO costs most in it, and own pairs least. Careless DPO costs between 0.27 and 1.08 points, own pairs after 12 steps between 0.07 and 0.82, and which of the two costs more changes from run to run: nothing here says that the choice of pairs decides. And the imitation loses 0.37 points in one run, as much as DPO with own pairs does there (0.34): training at that rate can cost points without any DPO.
 #
-# **Does DPO gain anything?** Not here. With care it changes the score little, for better or worse. The imitation needs no reference model and no rejected answer. In this run it ends beside careful DPO, in the four other runs of the ledger 0.08 to 0.22 points lower. But it ran at ten times the rate and for a third of the steps; with both equal it is not measured, so nothing here says which to try first. What DPO can gain with more pairs is shown in lesson 09. If DPO lowers your score, look at the log-probabilities, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one.
+# **Does DPO gain anything?** Not here: no way raises the score by more than 0.08 in any of the five runs. The imitation needs no reference model and no rejected answer. In this run it ends beside careful DPO, in the four other runs of the ledger 0.08 to 0.22 points lower. But it ran at ten times the rate and for a third of the steps; with both equal it is not measured, so nothing here says which to try first. What DPO can gain with more pairs is shown in lesson 09. If DPO lowers your score, look at the log-probabilities, of the chosen answers and of answers that are in no pair, and then lower the rate. Keep what you had before, and hand in the better one.
 
 # %% [markdown] tags=["further"]
 # ## 7 · A language model as judge
@@ -810,7 +848,7 @@ held_out, swapped = pairs[~for_training], pairs[~for_training][:, ::-1]
 print(f"{for_training.sum()} pairs to learn from, {len(held_out)} held out")
 
 # %% [markdown]
-# **Three measurements** on pairs that the judge has not seen. *Flips*: in how many pairs does the verdict change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality, so about half would be indifferent.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives. The $\kappa$ of the people themselves is what to compare with; a judge that averages out the noise of many people could pass it.
+# **Three measurements** on pairs that the judge has not seen. *Flips*: in how many pairs does the verdict change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality. How often the *rubric* finds the chattier one better in these pairs is printed as well.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives. The $\kappa$ of the people themselves is what to compare with; a judge that averages out the noise of many people could pass it.
 
 # %%
 def kappa(a: np.ndarray, b: np.ndarray) -> float:
@@ -832,6 +870,8 @@ for name, judge in judges.items():
     ceiling = kappa(choices[name][~for_training][untied], (gap > 0)[untied])
     print(f"{name:>6}: first wins {(one > 0).mean():.0%}, flips {flips[name]:.0%}, chooses the chattier one "
           f"{likes_chat[name]:.0%}, kappa with the rubric {agreement[name]:.2f}; people's {ceiling:.2f}")  # fmt: skip
+prefers = ((gap > 0) == (chat_gap > 0))[uneven & untied].mean()
+print(f"in these pairs the better answer by the rubric is the chattier one in {prefers:.0%}")
 lesson.equal("kappa is scikit-learn's", abs(agreement["fair"] - theirs), within=1e-9)
 lesson.report("how often the judge of biased people, and that of fair ones, chooses the chattier answer",
               f"{likes_chat['biased']:.0%}, {likes_chat['fair']:.0%}")  # fmt: skip
@@ -855,14 +895,16 @@ print(
 lesson.report("how often the biased judge chooses the chattier answer after length control", still_likes, ".0%")
 
 # %% [markdown]
-# **What you see.** The biased judge takes the idle sentence nearly always, and it likes the first place. The fair one takes the first place in 36 % and the chattier answer in 35 %: less than half of both, so it leans a little to the other side, and 23 % of its verdicts flip as well. But of quality it has learned next to nothing ($\kappa$ of 0.07), so it is a weak control: it says that the method alone does not bring the taste for idle sentences, and no more. The people themselves agree with the rubric at 0.54 and 0.77; both judges are far below. (All held-out pairs come from a few tasks, so a tenth or two of $\kappa$ mean nothing.) The idle sentence stands at the very end of the answer, where the judge's state is read; that alone may make it easy to see. Whether a larger model, or pairs from more tasks, would show quality, is not measured. Both orders take the place out, and after length control the chattier answer wins less than half of the pairs, but neither makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
+# **What you see.** The biased judge chooses the chattier answer in 95 % and the first place in 70 %. The fair one chooses them in 35 % and 36 %: it leans a little to the other side, and 23 % of its verdicts flip as well. (The rubric finds the chattier one better in 45 %.) Of quality both have learned next to nothing ($\kappa$ of 0.03 and 0.07), where the people themselves have 0.54 and 0.77. So the fair judge is a weak control: it says that the method alone does not bring a taste for idle sentences, and no more. All held-out pairs come from 30 tasks, so these $\kappa$ are rough. The idle sentence stands at the very end of the answer, where the judge's state is read; that alone may make it easy to see. Whether a larger model, or pairs from more tasks, would show quality, is not measured.
+#
+# Asking in both orders takes the place out. After length control the chattier answer wins 35 %, and $\kappa$ is 0.00: neither remedy makes the judge see what it does not see. Strong models agree with people far better (Zheng et al. 2023), but the questions stay the same: does the verdict depend on the places, what does it go up with, and how far does it agree with people beyond chance? Ask them before you let a judge rank.
 
 # %% [markdown] tags=["core"]
 # ## 8 · How sure is a rank?
 #
 # **Question.** Your score is a tenth of a point above your neighbour's. Are you better?
 #
-# The tasks are a sample: other tasks would have given other scores. The *bootstrap* imitates that. Draw as many tasks as there are, with repetition and within each kind, take the means, and do it two thousand times. All systems get the *same* drawn tasks. So what a task gives to both, because it is easy or hard, cancels in their difference: the comparison is *paired*.
+# The tasks are a sample: other tasks would have given other scores. For a mean, ± says how much. For a rank there is no such formula, but the *bootstrap* imitates other tasks: draw as many tasks as there are, with repetition and within each kind, take the means of all systems and their ranks, and do it two thousand times. All systems get the *same* drawn tasks. So what a task gives to both, since it is easy or hard, cancels in their difference: the comparison is *paired*.
 
 # %%
 systems = list(results)
@@ -881,25 +923,30 @@ def resampled_means(grades: np.ndarray, resamples: int = 2000) -> np.ndarray:
 
 
 means = resampled_means(grades)
-low, high = np.quantile(means, [0.025, 0.975], axis=0)
+halves = np.array([half_width(row, tasks) for row in grades])
 ranks = (means[:, None, :] > means[:, :, None]).sum(-1) + 1  # (resamples, systems)
 best, last = np.quantile(ranks, [0.025, 0.975], axis=0, method="nearest").astype(int)
 for i in np.argsort(-grades.mean(1), kind="stable"):
-    print(f"{systems[i]:>38}: {grades[i].mean():.2f} ({low[i]:.2f} to {high[i]:.2f}), rank {best[i]} to {last[i]}")
+    print(f"{systems[i]:>38}: {plus_minus(grades[i], tasks)}, rank {best[i]} to {last[i]}")
 
 # %% tags=["headline"]
 order = np.argsort(grades.mean(1), kind="stable")
 figure = Figure(figsize=(8, 4.4), layout="constrained")
 axes = figure.subplots()
 for place, i in enumerate(order):
-    axes.plot([low[i], high[i]], [place, place], color=plots.GREY, linewidth=2)
-    axes.plot(grades[i].mean(), place, "o", color=plots.COLORS[0])
+    mean, half = grades[i].mean(), halves[i]
+    axes.plot([mean - half, mean + half], [place, place], color=plots.GREY, linewidth=2)
+    axes.plot(mean, place, "o", color=plots.COLORS[0])
     label = f"rank {best[i]}" if best[i] == last[i] else f"rank {best[i]} to {last[i]}"
-    axes.annotate(label, (high[i], place), (8, 0), textcoords="offset points", va="center")
+    axes.annotate(label, (mean + half, place), (8, 0), textcoords="offset points", va="center")
 axes.set_yticks(range(len(order)), [systems[i] for i in order])
-axes.set(xlim=(0.9, 5), xlabel="score (mean of 1 to 5 points), with its 95 % interval")
-axes.set_title("A rank is a range")
-alt = "Nine systems by score, each with its interval and its ranks. Systems of close scores share ranks."
+axes.axvline(floor.mean(), color=plots.INK, linewidth=1, linestyle="--")
+axes.annotate("fixed or copied", (floor.mean(), 0), (5, 0), textcoords="offset points", va="center")
+right = (grades.mean(1) + halves).max() + 0.6  # room for the ranks
+axes.set(xlim=(0.9, right), xlabel="score (mean of 1 to 5 points), 95 % interval over tasks, one training run")
+axes.set_title("Close scores share a range of ranks")
+first, final = (f"{grades[i].mean():.2f} (rank {best[i]} to {last[i]})" for i in (order[-1], order[0]))
+alt = f"Nine systems, each with its interval, from {first} to {final}. A line at {floor.mean():.2f}: fixed or copied."
 plots.show(figure, alt=alt)
 
 
@@ -907,11 +954,6 @@ plots.show(figure, alt=alt)
 # **What pairing gains, and how many tasks one needs.** Take two systems that are close, LoRA before and after careful DPO. With $s$ the standard deviation of the differences $g_i - g'_i$, taken *within* the kinds since each kind keeps its number of tasks, the standard error of their mean is $s / \sqrt n$. Without pairing it would be $\sqrt{(s_1^2 + s_2^2) / n}$, with the deviations of the two systems, within the kinds as well. To find a true difference $d$ in eight of ten competitions, at a level of 5 %, you need $d \ge 2.8\, s / \sqrt n$ (2.8 is 1.96 + 0.84, two quantiles of the normal distribution). The control breaks the pairs: the tasks of one system change places within their kind.
 
 # %%
-def deviation(values: np.ndarray) -> float:
-    """Standard deviation of values (tasks,) within the kinds."""
-    return np.mean([values[kinds == kind].var() for kind in KINDS]) ** 0.5
-
-
 def shuffled(values: np.ndarray) -> np.ndarray:
     """The same values (tasks,), those of each kind in a new order."""
     moved = values.copy()
@@ -923,26 +965,30 @@ def shuffled(values: np.ndarray) -> np.ndarray:
 one, two = results["assistant + LoRA"], results["DPO, careful"]
 generator = np.random.default_rng(seed)
 root = len(tasks) ** 0.5
-paired, apart = deviation(one - two) / root, np.hypot(deviation(one), deviation(two)) / root
-broken = np.mean([deviation(one - shuffled(two)) for _ in range(200)]) / root
+paired = deviation(one - two, tasks) / root
+apart = np.hypot(deviation(one, tasks), deviation(two, tasks)) / root
+broken = np.mean([deviation(one - shuffled(two), tasks) for _ in range(200)]) / root
 print(f"standard error of the difference: paired {paired:.3f}, without pairing {apart:.3f}, pairs broken {broken:.3f}")
-for name, gaps in {"careful DPO": one - two, "fine-tuning": one - results["assistant"]}.items():
-    found = ", ".join(f"{2.8 * deviation(gaps) / n**0.5:.2f} with {n} tasks" for n in (100, 300, 1000))
-    print(f"smallest difference that is found, before and after {name}: {found}")
+for name in ("DPO, careful", "assistant", "DPO, own pairs, longer"):
+    spread = deviation(one - results[name], tasks)
+    found = ", ".join(f"{2.8 * spread / n**0.5:.2f} with {n} tasks" for n in (100, 300, 1000))
+    print(f"smallest difference that is found, LoRA and {name}: {found}")
 saving = 1 - paired / apart if apart > 0 else float("nan")
 control = 1 - broken / apart if apart > 0 else 0.0
 lesson.claim("pairing makes the standard error of a close comparison a quarter smaller", saving, at_least=0.25,
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Systems that are far apart keep their rank in at least 95 of 100 draws. LoRA, careful DPO and the imitation do not: their ranks overlap, and the intervals of their paired differences from LoRA (section 6) all hold zero. (In this run DPO with own pairs, 12 steps, stands among them, too.) In this run the two that DPO has spoilt lie below the assistant that nobody tuned; over the five runs of the ledger that is so of the longer one always, of the careless one twice. The difference that your tasks can find is printed above: the more two systems differ in what they answer, the larger it must be. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. There is a second kind of chance that this interval does not hold: another seed of the training gives another model. For that you need several runs, as in the ledger of this course.
+# **What you see.** The assistant and the base, with and without examples, have a rank of their own. The imitation, LoRA, careful DPO and DPO with own pairs share the first four ranks: in section 6 the changes from LoRA are 0.05 ± 0.16, -0.04 ± 0.11 and -0.07 ± 0.20, and all hold zero. The two others of DPO, careless and longer, lie below the assistant, and below the line of fixed or copied answers (2.09), which their intervals just reach. In the ledger the longer one lies below the assistant in all five runs, the careless one in two.
+#
+# The difference that 100 tasks find is 0.16 points for LoRA and careful DPO, and 0.37 for LoRA and the longer DPO: the more the grades of two systems differ from task to task, the larger it is. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. Another seed of the training gives another model, which none of these intervals holds. For that you need several runs, as in the ledger of this course.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Climbing a board without a better model
 #
 # **Question.** The board shows your score after each submission. What if you simply submit often?
 #
-# Take the tasks of section 6, and the four samples that one and the same policy drew for each. One half of the tasks is *on the board*, the other is *hidden*. Make submissions that choose among the samples by chance. None is better than another, in truth. Two ways to climb:
+# Take the tasks of section 6, and the four samples that one and the same policy drew for each. One half of the tasks is *on the board*, the other is *hidden*. Make submissions that choose among the samples by chance. On average none is better than another. Two ways to climb:
 #
 # 1. **Choose the best** of 30 such submissions.
 # 2. **Boost** (Blum and Hardt 2015): submit 200 of them, keep those that the board puts above the mean, and answer each task with what most of those say.
@@ -991,25 +1037,28 @@ lesson.report("what the best of 30 equals gains on the board", gain["best of 30"
 lesson.report("what the best of 30 equals gains on hidden tasks", gain["best of 30"][1], "+.2f")
 
 # %% [markdown]
-# **What you see.** Both ways show a gain on the board. The best of many equals is only lucky, and on hidden tasks its luck is gone. (That is arithmetic: the largest of 30 draws lies about two standard deviations above their mean.) Boosting learns the board's tasks one by one, through nothing but shown means; on hidden tasks it gains no more than with a board that says nothing. This is why the ranking is on tasks that nobody has seen. That weights are asked for stops a vote over answers, not the choice of the best of many. And a board that shows a new score only if it is better by more than a standard error helps less than one would think (exercise 17.5).
+# **What you see.** Both ways show a gain on the board. The best of many equals is only lucky, and on hidden tasks its luck is gone. (That is arithmetic: the largest of 30 draws lies about two standard deviations above their mean.) Boosting learns the board's tasks one by one, through nothing but shown means; on hidden tasks it gains no more than with a board that says nothing. This is why the ranking is on tasks that nobody has seen. That weights are asked for stops a vote over answers, not the choice of the best of many. How much it helps if a board shows a new score only where it is better by more than a standard error, you measure in exercise 17.5.
 
 # %% [markdown] tags=["core"]
 # ## 10 · Hand in
 #
 # **Question.** What has to be in the folder, and what does the competition do with it?
 #
-# A folder holds the adapter, `decode.json`, `recipe.json`, the training rows, the answers to the public tasks and a report. Nothing in it is code, so nothing of yours is run: the competition loads the weights and decodes by itself. First decide what to hand in: careful DPO or none, by the development tasks. Beside each score stands half of its 95 % interval.
+# A folder holds the adapter, `decode.json`, `recipe.json`, the training rows, the answers to the public tasks and a report. Nothing in it is code, so nothing of yours is run: the competition loads the weights and decodes by itself. First decide what to hand in, by the development tasks: the LoRA alone, or one of the five that were tuned from it.
 
 # %%
-set_adapter(adapters["DPO, careful"])
-careful_answers = answers_of(policy, development)
-careful_grades = graded(development, careful_answers)
-by_development = {"LoRA": dev_grades["greedy"].mean(), "DPO, careful": careful_grades.mean()}
-chosen = max(by_development, key=by_development.get)
-difference = careful_grades - dev_grades["greedy"]
+on_development = {"LoRA": dev_grades["greedy"]}
+for name in list(adapters)[1:]:
+    set_adapter(adapters[name])
+    on_development[name] = graded(development, answers_of(policy, development))
+for name, found in on_development.items():
+    ahead = plus_minus(found - on_development["LoRA"], development)
+    print(f"{name:>26}: {found.mean():.2f} on development tasks, {ahead} against LoRA")
+chosen = max(on_development, key=lambda name: on_development[name].mean())
 set_adapter(adapters[chosen])
-print("on development tasks:", ", ".join(f"{name} {mean:.2f}" for name, mean in by_development.items()), "->", chosen)
-print(f"careful DPO minus LoRA there: {plus_minus(difference, development)}")
+print("chosen:", chosen)
+
+# %%
 public = public_tasks()
 answers = replies[chosen] if len(tasks) == len(public) else answers_of(policy, public)
 hidden = hidden_tasks("a secret that you do not know", lesson.scaled(5, 2))
@@ -1018,31 +1067,41 @@ public_score = public_grades.mean()
 scores = f"{plus_minus(public_grades, public)}, {plus_minus(hidden_grades, hidden)}"
 lesson.report("score of what is handed in, public and hidden tasks", scores)
 print(f"score on {len(public)} public and on {len(hidden)} hidden tasks: {scores}")
+copied = [plus_minus(graded(of, [unread(task) for task in of]), of) for of in (public, hidden)]
+print(f"fixed or copied answers on the same tasks: {', '.join(copied)}")
 
 # %% [markdown]
-# **What you see.** The choice rests on 0.07 points with an interval of ± 0.22: it is inside the noise, and either could be handed in. The same weights get 2.93 on the public tasks and 3.30 on hidden ones. Nothing was chosen by the public ones, so this is no luck of a choice. The difference of 0.37 has an interval of its own, ± 0.33 ($\sqrt{0.18^2 + 0.28^2}$): it is a little more than the draw of the tasks mostly brings. Whether these 50 tasks are easier for every system is not measured here. Compare scores only on the same tasks.
+# **What you see.** The choice rests on 0.07 ± 0.22 points, which holds zero: LoRA alone could be handed in as well, and so could the imitation (-0.15 ± 0.23). The three other ways of DPO are lower. DPO with own pairs loses 0.37 ± 0.29 points here, and only 0.07 ± 0.20 on the public tasks: two samples of tasks do not tell quite the same.
+#
+# The weights that were chosen get 2.93 ± 0.18 on the public tasks and 3.30 ± 0.28 on hidden ones. Nothing was chosen by the public ones, so the gap does not come from choosing. The difference of 0.37 has an interval of its own, ± 0.33 ($\sqrt{0.18^2 + 0.28^2}$), so it is a little more than the draw of the tasks mostly brings. In the five runs of the ledger, all on these same tasks, it is 0.00 to 0.37. Fixed or copied answers get 2.09 and 2.08, so for them the hidden tasks are not easier. Compare scores only on the same tasks.
 
 # %%
-dpo_steps = lesson.scaled(STEPS_OF_DPO[1], 2)
-with_dpo = chosen == "DPO, careful"
-sft_length, dpo_length = (  # mean tokens of a row; a pair has two
-    np.mean([len(encode_chat(tokenizer, *row)["input_ids"]) for row in some])
-    for some in ([(row.input, row.reference) for row in rows], [(pair[0], text) for pair in own for text in pair[1:]])
-)
-trained_tokens = STEPS * BATCH_SIZE * sft_length + 2 * dpo_steps * PAIRS_A_STEP * dpo_length * with_dpo
+def tokens_of(rows: Sequence[tuple[str, str]]) -> float:
+    """Mean number of tokens of (instruction, answer)."""
+    return np.mean([len(encode_chat(tokenizer, *row)["input_ids"]) for row in rows])
+
+
+kind, rate, steps, rejects = tried[chosen]  # of what came after the LoRA; no steps where nothing did
+second = pairs_of[kind] if steps else []
+trained_tokens = STEPS * BATCH_SIZE * tokens_of([(row.input, row.reference) for row in rows])
+shown_answers = both_sides(pairs_of[kind])[: (1 + rejects) * len(pairs_of[kind])]
+trained_tokens += steps * PAIRS_A_STEP * (1 + rejects) * tokens_of(shown_answers)
 known_base = machine.assistant_id in MODEL_FOLDERS
 recipe = Recipe(
     base=machine.assistant_id, base_sha256=base_sha256(machine.assistant_id) if known_base else "",
     steps=STEPS, batch_size=BATCH_SIZE, learning_rate=settings["rate"], seed=seed,
     trained_tokens=round(trained_tokens), mixture={kind: 1 / len(KINDS) for kind in KINDS},
-    dpo={"beta": BETA, "learning_rate": settings["careful_rate"], "steps": dpo_steps} if with_dpo else None,
+    dpo={"beta": BETA, "learning_rate": rate, "steps": steps} if steps and rejects else None,
 )  # fmt: skip
 train_rows = [{"instruction": row.input, "answer": row.reference} for row in rows]
-train_rows += [{"instruction": prompt, "chosen": won, "rejected": lost} for prompt, won, lost in own] * with_dpo
+if rejects:
+    train_rows += [{"instruction": prompt, "chosen": won, "rejected": lost} for prompt, won, lost in second]
+else:  # imitation: the chosen answers are rows as the others
+    train_rows += [{"instruction": prompt, "answer": won} for prompt, won, _ in second]
 report = f"""# Report
 Base {recipe.base}, LoRA of rank {RANK}, {STEPS} steps, {recipe.trained_tokens} tokens.
-Chosen on development tasks: {chosen}.
-Public score {public_score:.2f}. What failed: DPO at the rate of fine-tuning.
+Then, chosen on development tasks: {chosen} (pairs {kind}, rate {rate}, {steps} steps, rejected answers {rejects}).
+Public score {public_score:.2f}. What failed: {min(on_development, key=lambda name: on_development[name].mean())}.
 torch {torch.__version__}, peft {peft.__version__}
 """
 
@@ -1085,12 +1144,12 @@ else:
     print("This model is none of the two bases, so the commands are not run.")
 
 # %% [markdown]
-# **What you see.** `check` refuses the leaky folder and names the task; in the forged one it finds nothing wrong. `score` believes what is written in a folder, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, and of the forged ones only a few do, as printed. The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
+# **What you see.** `check` refuses the leaky folder and names the task; in the forged one it finds nothing wrong. `score` believes what is written in a folder, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, and of the forged ones 11 of 100 do. (The interval of `score` comes from the bootstrap, and with ten tasks of a kind that is a little narrower than ±.) The instructor does the same for everybody, and then with tasks that did not exist when you handed in.
 
 # %% [markdown]
 # ## 11 · Exercises
 #
-# From easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A sixth one has no check: it is the competition itself. You know where points are to be had (the table by kind), what is allowed (600 thousand trained tokens, 3,000 rows, rank 64), and how sure a gain has to be before you believe it.
+# From easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A sixth one has no check: it is the competition itself. You know where points are to be had (the table by kind), what is allowed (600 thousand trained tokens, 3,000 rows, rank 64, and 2 MiB, which section 4 shows to be the narrower limit of the two), and how sure a gain has to be before you believe it.
 
 # %% tags=["exercise"]
 # Exercise 17.1, easy: read a submission file, whatever its line breaks.
@@ -1220,6 +1279,9 @@ def check_difference_interval(difference_interval):
     low, high = difference_interval(hard + noise, hard, labels)
     expect_close("its width for differences of deviation 1", float(high - low), 3.92 * noise.std() / 20, 0.02)
     expect_close("its middle", float(high + low) / 2, noise.mean(), 0.02)
+    rare = np.where(np.arange(40) == 0, 4.0, 0.0)  # one task of 40 differs: in some draws it does not occur
+    low, high = difference_interval(hard[:40] + rare, hard[:40], labels[:40])
+    expect_close("its lower end for one task that differs by 4", float(low), 0.0, 1e-6)
 
 
 check("17.3", check_difference_interval, difference_interval)
@@ -1267,9 +1329,10 @@ def check_most_alike(most_alike):
     people.append([old if new == "same" else new for old, new in zip(people[1], touched, strict=True)])  # a copy
     people += [[generator.choice("ab") for _ in range(60)] for _ in range(2)]  # two who are always wrong
     people += [["right"] * 58 + end for end in (["x", "y"], ["y", "x"], ["right"] * 2)]  # and three good ones
+    people.append(people[5][:6] + ["d"] + ["right"] * 53)  # and one with few mistakes, most of them another's as well
     points = np.array([[5 if word == "right" else 2 for word in words] for words in people])
-    expect_equal("a copied one among ten", tuple(map(int, most_alike(people, points))), (1, 4))
-    order = [4, 7, 8, 0, 9, 1, 3, 5, 6]
+    expect_equal("a copied one among eleven", tuple(map(int, most_alike(people, points))), (1, 4))
+    order = [4, 7, 8, 0, 9, 1, 3, 5, 6, 10]
     shuffled = [people[i] for i in order]
     expect_equal("in another order", tuple(map(int, most_alike(shuffled, points[order]))), (0, 5))
 
@@ -1346,10 +1409,10 @@ check("17.5", check_ladder, ladder, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# The Ladder hardly slows a climber who only tries his luck: with enough tries some submission is lucky by more than a standard error, and what it shows is then not much nearer to the truth than what a board that shows everything does. This is why the ranking itself is done on tasks that nobody could try.
+# On 50 tasks and after 200 tries the check prints 0.50 points too much for the Ladder, and 0.58 for a plain board: with so many tries some submission is lucky by more than a standard error. So the ranking itself is done on tasks that nobody could try.
 #
 # ```python
-# PREDICTION = 0.3
+# PREDICTION = 0.5
 #
 #
 # def ladder(points: np.ndarray, step: float = 0.05) -> list[float]:
@@ -1403,11 +1466,11 @@ check("17.5", check_ladder, ladder, PREDICTION)
 # - A. They are equally good
 # - B. The one with the higher score is better for sure
 # - C. One of them has cheated
-# - D. Not much: the interval of their paired difference decides, and it is narrower
+# - D. Not much: the interval of their paired difference decides
 #
 # <details><summary>Answer</summary>
 #
-# D. Both intervals hold the luck of the tasks, which the two share. It cancels in the difference.
+# D. Both systems met the same easy and hard tasks, and that part cancels in the difference. (Section 8 prints how much smaller the standard error gets, for two systems that are close.)
 #
 # </details>
 
@@ -1421,7 +1484,7 @@ check("17.5", check_ladder, ladder, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# A. On average: the best of many is partly lucky, and luck does not come along. (In section 10 the hidden score is the higher one. Nothing was chosen there by the public tasks, and the hidden ones are another sample.) Choose on development tasks that you can make anew.
+# A. On average: the best of many is partly lucky, and on new tasks the lucky part is gone. (In section 10 the hidden score is the higher one. Nothing was chosen there by the public tasks, and the hidden ones are another sample.) Choose on development tasks that you can make anew.
 #
 # </details>
 
@@ -1442,7 +1505,7 @@ check("17.5", check_ladder, ladder, PREDICTION)
 # %% [markdown]
 # ## What we saw
 #
-# All numbers of this table were measured above, in this run.
+# All numbers of this table were measured above, in this run. Those without *holds* are one run, and several of them lie at the end of what five seeds give (sections 5 and 6).
 
 # %%
 lesson.summary()
@@ -1455,8 +1518,8 @@ lesson.summary()
 # | here | with an open model of 1 to 13 billion parameters |
 # |---|---|
 # | a program grades | people grade, or a strong model with the task, a reference and the rubric in its prompt; ask it in both orders, and check it against people |
-# | the rate of fine-tuning was too much for 36 steps of DPO | the same: DPO is usually run at a tenth of the rate or less, for one epoch |
-# | 100 tasks | the 100 of ELYZA-tasks-100 (`elyza/ELYZA-tasks-100` on the hub, CC BY-SA 4.0): as few, so the intervals are as wide |
+# | the rate of fine-tuning was too much for 36 steps of DPO | DPO is usually run at a tenth of the rate or less, for one to three epochs |
+# | 100 tasks | the 100 of ELYZA-tasks-100 (`elyza/ELYZA-tasks-100` on the hub, CC BY-SA 4.0): as few; how wide the intervals are depends on how the grades spread, too |
 # | `peft` reads an adapter | pin the revision of the base, and load the adapter on a fresh copy before you hand it in |
 #
 # With the profile `t4` or `large`, or with a `model_id`, the cells above have tuned an open model on the same tasks. A Japanese base such as `llm-jp/llm-jp-3-1.8b` is given as `model_id`, with its commit; if its tokenizer has no chat template, section 2 sets one. The cell below asks the tuned model the first tasks of ELYZA-tasks-100, where the hub can be reached, and writes the answers in the format of such competitions.

@@ -55,6 +55,11 @@ WRONG = {
         (".sum(1)", ".mean(1)"),
         ("[0.025, 0.975]", "[0.05, 0.95]"),
         ("/ len(one)", "/ len(one) ** 0.5"),
+        (
+            "np.quantile(total / len(one), [0.025, 0.975])",
+            "np.mean(one - two) + np.std(total / len(one)) * np.array([-1.96, 1.96])",
+        ),
+        ("return low, high", "twice = 2 * (one - two).mean()\n    return twice - high, twice - low"),
     ],
     "17.4": [
         ("(texts[i] == texts[j])[both].mean()", "(texts[i] == texts[j]).mean()"),
@@ -62,6 +67,10 @@ WRONG = {
         (" if both.any() else 0.0", " if both.any() else 1.0"),
         ("(grades[i] < 5) & (grades[j] < 5)", "(grades[i] < 5) | (grades[j] < 5)"),
         ("(grades[i] < 5) & (grades[j] < 5)", "grades[i] < 5"),
+        (
+            "(texts[i] == texts[j])[both].mean()",
+            "(texts[i] == texts[j])[both].sum() / min((grades[i] < 5).sum(), (grades[j] < 5).sum())",
+        ),
     ],
     "17.5": [
         ("max(step, error)", "step"),
@@ -71,7 +80,7 @@ WRONG = {
         ("(row - kept).std()", "(row - kept).std(ddof=1)"),
         ("(row - kept).std()", "row.std()"),
         ("kept = row\n", "kept = row\n        else:\n            kept = kept\n        kept = row\n"),
-        ("PREDICTION = 0.3", "PREDICTION = None"),
+        ("PREDICTION = 0.5", "PREDICTION = None"),
     ],
 }  # fmt: skip
 
