@@ -3,13 +3,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/08_rlhf.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/08_rlhf.ipynb)
 #
-# Supervised fine-tuning copies what demonstrators wrote, their carelessness included. It is often easier to say which of two answers is better than to write a good one. Reinforcement learning from human feedback (RLHF) uses that: people compare answers, a reward model learns their preferences, and the language model is trained to be preferred. In this lesson you write all of it: the reward model, REINFORCE, RLOO, GRPO and PPO. The annotators are programs, so you know the true reward, and can see what a project never sees: whether the policy gets better, or only the number that you optimise.
+# Supervised fine-tuning learns from what demonstrators wrote, their carelessness included. It is often easier to say which of two answers is better than to write a good one. Reinforcement learning from human feedback (RLHF) uses that: people compare answers, a reward model learns their preferences, and the language model is trained to be preferred. In this lesson you write all of it: the reward model, REINFORCE, RLOO, GRPO and PPO. The annotators are programs, so you know the true reward, and can see what a project never sees: whether the policy gets better, or only the number that you optimise.
 #
 # **cpu 0 s · 0 GB**
 #
 # **You will**
 #
-# 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the truth and against a rule of form;
+# 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the truth, beside a rule of form and the policy's own likelihood;
 # 2. derive the policy gradient and its baseline, and build RLOO, GRPO and PPO on it;
 # 3. set all policies one exam, with three simpler rivals;
 # 4. optimise a reward model of 100 pairs hard, with and without a price for KL, and see on five seeds where the truth falls;
@@ -341,7 +341,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by the programs that play people. Equal answers are dropped. The first half is there because the policy makes slips that these do not make; only these pairs show them.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by the programs that play people. Equal answers are dropped. The first half is there because the policy makes slips that those programs do not make; only its own samples show them.
 
 # %%
 NOISE = 0.5
@@ -560,7 +560,11 @@ lesson.claim("the reward model puts a clean answer above all four with a flaw of
              all_four["reward model"], at_least=0.8, control=all_four["before training"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** On these held-out pairs the two judges cannot be told apart (89 and 87 % on clear pairs, 78 and 77 % with the annotator). With the seeds 1 to 4 of the ledger the rule is 3 to 6 points above the reward model on clear pairs. So that agreement alone does not show that the reward model knows more than a few lines of Python. The bars ask what it knows besides. For the rule a pair with a cut-off idle sentence is a tie, which counts half: whoever wrote the rule thought of whole sentences. The reward model has met such answers among the policy's samples, and in this run puts the clean answer above each of them. Whether it learned that from the policy's samples was not tested; a reward model from the other half of the pairs would tell. The claim asks for all four flaws of form at once, question by question: a judge that only prefers the shorter answer gets none of the questions right, since the polite answer and the sentence are longer. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of. The last bars: nothing says that the reward model prefers the true name (40 %, 26 to 55), and with two of the five seeds it prefers the false one. For the rule every such pair is a tie, and its interval means nothing. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** On these held-out pairs the three judges cannot be told apart: 89, 89 and 87 % on clear pairs, 78, 79 and 77 % with the annotator. With the seeds 1 to 4 of the ledger the rule is 4 to 8 points above the reward model on clear pairs, the likelihood from 8 below to 5 above. So agreement alone does not show that 508 comparisons have taught more than the policy, or a few lines of Python, knew before.
+#
+# The table asks kind by kind. In this run the reward model sees each flaw of form in every pair, and the answer without an end as well (with seed 3 of the ledger in 80 %). It puts the clean answer above all of the first four for 100 % of the questions, before its training for 25 %. The likelihood does so for 80 %, without a single comparison. (On five seeds: 92 to 100 % and 68 to 90 %.) The rule of form has 50 % by a tie: a cut-off sentence is none of those that it knows, and a tie counts half. Who prefers the shorter answer gets none, since the polite answer and the sentence are the longer ones. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of.
+#
+# The row of names is the other way round. The likelihood prefers the true name in all 40 pairs. The reward model, which began as the same policy, does so in 48 % (33 to 63): chance, with a mean margin of 0.01 where the other rows have 0.98 to 4.03. On the five seeds of the ledger it has 48 to 55 %, and the likelihood 98 to 100 %. (To reject a random false name is easier than to write the answer: of the policy's sentences 72 % are right.) A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -1065,7 +1069,7 @@ print("right, of the answers that are not two words: " + ", ".join(shares))
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
 #
-# **Question.** A reward model is sound, from few pairs. What happens if you optimise it hard, and what does a price for KL change?
+# **Question.** A reward model of few pairs agrees with the truth on most held-out pairs. What happens if you optimise it hard, and what does a price for KL change?
 #
 # Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the price, the number of pairs and the number of iterations are chosen so that a policy is likely to give answers unlike those that the reward model learned from.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one ($\beta = 0.2$ on $k_3$, as in `grpo_loss`), at equal iterations; runs with the same number have the same questions.
 
@@ -1174,11 +1178,17 @@ plots.show(figure, "Two panels over the KL to the SFT policy, one point a run, o
                    "reward model's score, and that of the true reward, with and without a price of KL.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. Each seed has a reward model of its own, with its own unit: compare points of one shape only, not the heights of the clusters. The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.`, and the reward model scores that above the answers of the SFT policy. The true reward takes off the point for manners, and the two for a sentence that is no longer exact. So one spoilt word costs 3 points, also where the fact is right. How far the facts themselves fell is not in the table; the true reward here is strict about the form, as its rule says. And the reward model scores the wrecks no higher than the sound answers of other runs of the same seed (+0.90 to +0.95 against +0.86 to +0.94 with seed 4): the wrecks gained nothing by it, and the left panel cannot tell the two apart. That is reward hacking. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
+# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. Each seed has a reward model of its own, with its own unit: compare points of one shape only, not the heights of the clusters.
+#
+# The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.` The true reward takes off the point for manners, and the two for a sentence that is no longer exact. So one spoilt word costs 3 points, also where the fact is right.
+#
+# The facts did not fall. The column *right* looks for the right sentence, whatever stands around it. In these five runs it is 64 to 81 %, and 22, 28 and 59 % for their SFT policies; in all 30 runs it is higher than before. What fell is the form, and the true reward is strict about that, as its rule says. A scorer that forgives `Weasure.` would tell another story.
+#
+# The reward model scores these five above the SFT policy's answers, but no higher than the sound answers of other runs of the same seed (+0.90 to +0.95 against +0.86 to +0.94 with seed 4). So the spoilt opening gained nothing by it, and the left panel cannot tell the two apart. That it takes such answers for good is reward hacking, here of a small kind. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
 #
 # What the figure does not show: the runs of one seed share an SFT policy and a reward model, so these are five cases, not 15, and in three of them runs went astray. And a price holds a policy back: of the 15 pairs of runs with the same seed and number, the one with a price has the lower KL in 14, and the higher true reward in 12 (one is equal, two are lower). With the seeds 0 to 2 the runs without a price that moved about as little end within 0.4 of those with one. With seed 3 the one such run gained 0.57, and the three with a price 0.74 to 0.94; with seed 4 there is none. So stopping at a KL may do as well as paying for it, or not; this lesson has not tried that.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, one may hope, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) In this run the small reward model agrees with the truth exactly as often as the large one (89 %, 81 to 94): agreement on answers like those of the SFT policy does not tell how a model judges answers that this policy never gave.
+# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, one may hope, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) In this run the small reward model agrees with the truth as often as the large one (90 and 89 % of the clear pairs): agreement on answers like those of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
