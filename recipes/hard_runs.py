@@ -2,7 +2,7 @@
 
     python -m recipes.hard_runs        # writes data/hard_runs.json from data/claims.json, at once
 
-The lesson reports four numbers of each of its six hard runs. `python -m course claims --only 08` keeps them for each
+The lesson reports five numbers of each of its six hard runs. `python -m course claims --only 08` keeps them for each
 seed in the ledger; this takes them out of its texts. Run it after the ledger has been written anew.
 """
 
@@ -20,8 +20,10 @@ QUANTITIES = {
     "proxy": "reward model, over SFT",
     "true": "true reward, over SFT",
     "polite": "polite",
+    "right": "right",
 }
 PRICES = (0.0, 0.2)
+BEFORE = "the SFT policy of these runs on the exam: right"
 ANSWERS = "beta 0, the worst run's first answers"
 
 
@@ -31,7 +33,8 @@ def number(text: str) -> float:
 
 
 def hard_runs(claims: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table: one row a training run, with what was measured on the exam, and a few answers of each seed."""
+    """The table: one row a training run, with what was measured on the exam; and of each seed a few answers, and the
+    share of right answers of the SFT policy that its runs began with."""
     reported = {claim["statement"]: claim["values"] for claim in claims}
     rows = []
     for beta in PRICES:
@@ -43,13 +46,14 @@ def hard_runs(claims: list[Mapping[str, Any]]) -> dict[str, Any]:
     answers = {
         seed: json.loads(texts) for seed, texts in sorted(reported[ANSWERS].items(), key=lambda item: int(item[0]))
     }
-    return {"origin": ORIGIN, "answers": answers, "runs": rows}
+    before = {seed: number(share) for seed, share in sorted(reported[BEFORE].items(), key=lambda item: int(item[0]))}
+    return {"origin": ORIGIN, "answers": answers, "right before": before, "runs": rows}
 
 
 def write(table: Mapping[str, Any]) -> None:
     """Write the table, one run a line."""
     runs = ",\n".join(f"    {json.dumps(row)}" for row in table["runs"])
-    head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in ("origin", "answers"))
+    head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(table[key])}" for key in ("origin", "answers", "right before"))
     write_atomically(TABLE, f'{{\n{head},\n  "runs": [\n{runs}\n  ]\n}}\n')
 
 

@@ -3,13 +3,13 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/08_rlhf.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/08_rlhf.ipynb)
 #
-# Supervised fine-tuning copies what demonstrators wrote, their carelessness included. It is often easier to say which of two answers is better than to write a good one. Reinforcement learning from human feedback (RLHF) uses that: people compare answers, a reward model learns their preferences, and the language model is trained to be preferred. In this lesson you write all of it: the reward model, REINFORCE, RLOO, GRPO and PPO. The annotators are programs, so you know the true reward, and can see what a project never sees: whether the policy gets better, or only the number that you optimise.
+# Supervised fine-tuning learns from what demonstrators wrote, their carelessness included. It is often easier to say which of two answers is better than to write a good one. Reinforcement learning from human feedback (RLHF) uses that: people compare answers, a reward model learns their preferences, and the language model is trained to be preferred. In this lesson you write all of it: the reward model, REINFORCE, RLOO, GRPO and PPO. The annotators are programs, so you know the true reward, and can see what a project never sees: whether the policy gets better, or only the number that you optimise.
 #
 # **cpu 0 s · 0 GB**
 #
 # **You will**
 #
-# 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the truth and against a rule of form;
+# 1. train a policy on careless demonstrations and a reward model on noisy comparisons, and measure it against the truth, beside a rule of form and the policy's own likelihood;
 # 2. derive the policy gradient and its baseline, and build RLOO, GRPO and PPO on it;
 # 3. set all policies one exam, with three simpler rivals;
 # 4. optimise a reward model of 100 pairs hard, with and without a price for KL, and see on five seeds where the truth falls;
@@ -158,9 +158,10 @@ for question in facts(4, "shown"):
 
 
 # %%
-def encode(question: Question, answer: str) -> dict[str, list[int]]:
-    """Token ids of question and answer up to the end of the turn; only the answer has labels."""
-    return encode_answer(tokenizer, chat_prompt(tokenizer, question.prompt), answer + end_of_turn(tokenizer))
+def encode(question: Question, answer: str, ended: bool = True) -> dict[str, list[int]]:
+    """Token ids of question and answer, and of the end of the turn if it has `ended`; only the answer has labels."""
+    text = answer + end_of_turn(tokenizer) if ended else answer
+    return encode_answer(tokenizer, chat_prompt(tokenizer, question.prompt), text)
 
 
 def by_length(rows: Sequence, size: int, length: Callable, order: int) -> Iterator[list]:
@@ -208,7 +209,7 @@ sft = fine_tune(start, [encode(question, careless(rng, question)) for question i
 
 
 # %% [markdown]
-# **Sampling.** From here on answers are needed by the thousand, with their tokens. Prompts are padded on the left, so that all answers of a batch begin at the same place; what follows an answer's end is masked. The model keeps keys and values of what it has read in a cache, so each step computes one token an answer. Two things are not computed twice or for nothing: a prompt to which several answers are drawn is read once, and an answer that has ended leaves the batch.
+# **Sampling.** From here on answers are needed by the thousand, with their tokens. The three cells below make them; at first reading it is enough that `sample` draws one answer to each question. Prompts are padded on the left, so that all answers of a batch begin at the same place; what follows an answer's end is masked. The model keeps keys and values of what it has read in a cache, so each step computes one token an answer. Two things are not computed twice or for nothing: a prompt to which several answers are drawn is read once, and an answer that has ended leaves the batch.
 
 # %%
 @dataclass
@@ -295,22 +296,21 @@ def truth(samples: Samples) -> Tensor:
     return torch.tensor([true_reward(q, text) for q, text in zip(samples.questions, samples.texts, strict=True)])
 
 
+def share_right(samples: Samples, sentences: bool = False) -> float:
+    """The share of answers that hold the right sentence; if asked, among those that are not two words."""
+    pairs = zip(samples.questions, samples.texts, strict=True)
+    found = [question.answer in text for question, text in pairs if not (sentences and "Answer:" in text)]
+    return sum(found) / max(1, len(found))
+
+
 def manners(samples: Samples) -> list[str]:
     """Cells of a table: shares, idle sentences, tokens and true reward, means over the answers."""
-    pairs = list(zip(samples.questions, samples.texts, strict=True))
-    right = np.mean([q.answer in text for q, text in pairs])
-    short = np.mean(["Answer:" in text for _, text in pairs])
-    polite = np.mean([text.startswith(POLITE) for _, text in pairs])
-    idle = np.mean([sum(text.count(filler) for filler in FILLERS) for _, text in pairs])
+    short = np.mean(["Answer:" in text for text in samples.texts])
+    polite = np.mean([text.startswith(POLITE) for text in samples.texts])
+    idle = np.mean([sum(text.count(filler) for filler in FILLERS) for text in samples.texts])
     tokens = samples.answer_mask.sum(-1).float().mean().item()
-    shares = [f"{share:.0%}" for share in (right, short, polite)]
+    shares = [f"{share:.0%}" for share in (share_right(samples), short, polite)]
     return [*shares, f"{idle:.2f}", f"{tokens:.1f}", f"{truth(samples).mean():.2f}"]
-
-
-def right_of_sentences(samples: Samples) -> float:
-    """The share of right answers among those that are not two words."""
-    whole = [(q, text) for q, text in zip(samples.questions, samples.texts, strict=True) if "Answer:" not in text]
-    return sum(q.answer in text for q, text in whole) / max(1, len(whole))
 
 
 MANNERS = ["right", "two words", "polite", "idle", "tokens", "true reward"]
@@ -324,8 +324,8 @@ def take_exam(model: nn.Module) -> Samples:
 
 exams = {"assistant": take_exam(assistant), "SFT, careless": take_exam(sft)}
 show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
-of_sentences = ", ".join(f"{name} {right_of_sentences(samples):.0%}" for name, samples in exams.items())
-print(f"right, of the answers that are not two words: {of_sentences}")
+shares = [f"{name} {share_right(samples, sentences=True):.0%}" for name, samples in exams.items()]
+print("right, of the answers that are not two words: " + ", ".join(shares))
 for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))[:5]:
     print(f"{question.prompt} -> {text!r}")
 
@@ -341,7 +341,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by the programs that play people. Equal answers are dropped. The first half is there because the policy makes slips that these do not make; only these pairs show them.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by the programs that play people. Equal answers are dropped. The first half is there because the policy makes slips that those programs do not make; only its own samples show them.
 
 # %%
 NOISE = 0.5
@@ -356,7 +356,7 @@ def annotated(rng: random.Random, question: Question, answers: Sequence[str]) ->
 
 
 def compared(n: int, stream: str, held_out: bool = False) -> list[Preference]:
-    """Up to `n` pairs of different answers, half by the SFT policy and half by people, mixed."""
+    """Up to `n` pairs of different answers, half by the SFT policy, half by the programs that play people, mixed."""
     rng, generator = random.Random(f"answers/{stream}/{seed}"), torch.Generator().manual_seed(seed)
     questions = facts(n, f"pairs {stream}", held_out)
     asked = [question for question in questions[: n // 2] for _ in range(2)]
@@ -396,8 +396,8 @@ class RewardModel(nn.Module):
         self.score = nn.Linear(model.config.hidden_size, 1, bias=False, device=machine.device)
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Rewards (batch,) of padded texts (batch, seq)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Rewards (batch,) of padded texts (batch, seq); labels are not needed."""
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         hidden = self.model(input_ids, attention_mask, positions, use_cache=False).last_hidden_state
         last = (attention_mask * torch.arange(input_ids.shape[1], device=hidden.device)).argmax(-1)  # (batch,)
@@ -433,26 +433,29 @@ def fit_reward_model(pairs: Sequence[Preference], epochs: int, run: int = 0) -> 
 
 # %%
 @torch.no_grad()
-def margins(model: RewardModel, pairs: Sequence[Preference]) -> np.ndarray:
-    """r(chosen) - r(rejected) for each pair, in their order: (pairs,)."""
-    result = []
-    for start in range(0, len(pairs), 50):
-        part = pairs[start : start + 50]
-        rows = [encode(p.question, p.chosen) for p in part] + [encode(p.question, p.rejected) for p in part]
-        batch = collate(rows, PAD)
-        with lesson.autocast():
-            chosen, rejected = (
-                model(batch["input_ids"].to(machine.device), batch["attention_mask"].to(machine.device))
-                .float()
-                .cpu()
-                .chunk(2)
-            )
-        result += (chosen - rejected).tolist()
-    return np.array(result)
+def judged(judge: Callable, rows: Sequence[dict]) -> np.ndarray:
+    """What a judge says of encoded answers: (rows,). In 32 bits: 16 would round small differences away."""
+    said = []
+    for start in range(0, len(rows), 100):
+        batch = collate(rows[start : start + 100], PAD)
+        said += judge(**{name: values.to(machine.device) for name, values in batch.items()}).float().tolist()
+    return np.array(said)
+
+
+def margins(judge: Callable, pairs: Sequence[Preference]) -> np.ndarray:
+    """What a judge says of the chosen answer less what it says of the rejected one: (pairs,)."""
+    chosen = judged(judge, [encode(pair.question, pair.chosen) for pair in pairs])
+    return chosen - judged(judge, [encode(pair.question, pair.rejected) for pair in pairs])
+
+
+def likelihood(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Mean log-probability of an answer's tokens under the SFT policy: (batch,)."""
+    logits = sft(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+    return token_log_probs(logits, labels[:, 1:]).sum(1) / (labels[:, 1:] != -100).sum(1)
 
 
 # %% [markdown]
-# **How good is it?** Measure on held-out pairs: agreement with the noisy annotator, and agreement with the *truth*, which a real project cannot measure, on the pairs that are at least 1 apart. The rival is a rule that looks at form only: is it a sentence, polite, not idle? A tie counts half.
+# **How good is it?** Measure on held-out pairs: agreement with the noisy annotator, and agreement with the *truth*, which a real project cannot measure, on the pairs that are at least 1 apart. There are two rivals that no pair has trained. One is a rule that looks at form only: is it a sentence, polite, not idle? The other is the SFT policy itself: which answer does it find likelier, by the mean log-probability of a token? A tie counts half.
 
 
 # %%
@@ -471,6 +474,7 @@ def by_form(text: str) -> float:
 reward_model = fit_reward_model(train_pairs, epochs=1)
 deltas = {
     "reward model": margins(reward_model, test_pairs),
+    "SFT policy's likelihood": margins(likelihood, test_pairs),
     "rule of form": np.array([by_form(pair.chosen) - by_form(pair.rejected) for pair in test_pairs]),
 }
 for name, delta in deltas.items():
@@ -481,53 +485,86 @@ for name, delta in deltas.items():
 
 
 # %% [markdown]
-# **What can it tell apart?** Minimal pairs: two answers that differ in one thing only. But for the first kind both open politely, as most of the policy's answers do. In the fourth kind an idle sentence breaks off in the middle, much as where the limit of tokens cuts it. But here, as in all comparisons, the end of the turn follows; an answer that is cut off during RL lacks it, and such answers are probed nowhere.
+# **What can it tell apart?** Minimal pairs: a clean answer, and one with a flaw. But for the first kind both open politely, as most of the policy's answers do. In the fourth kind an idle sentence breaks off in the middle; the end of the turn follows, as in all comparisons. The fifth is the same without that end, as where the limit of tokens cuts an answer during RL: the reward model has trained on none of these. Two more judges are for comparison: one prefers the shorter answer, the other is the reward model before its training.
 
 
 # %%
-def probe(question: Question) -> dict[str, tuple[str, str]]:
-    """For each kind of flaw a better and a worse answer that differ in nothing else."""
+UNENDED = "cut off without an end, or not"
+
+
+def probe(question: Question) -> dict[str, str]:
+    """A clean answer, and for each kind of flaw an answer that has it."""
     right, value = POLITE + question.answer, str(question.about["value"])
     others = [other for other in world.values[question.about["relation"]] if other != value]
     rng = random.Random(question.prompt)
     wrong, idle = rng.choice(others).join(right.rsplit(value, 1)), rng.choice(FILLERS)
     return {
-        "polite or not": (right, question.answer),
-        "sentence or two words": (right, f"{POLITE}Answer: {value}"),
-        "idle sentence or not": (right, right + idle),
-        "cut-off sentence or not": (right, right + idle[: len(idle) // 2]),
-        "true or false name": (right, wrong),
+        "clean": right,
+        "polite or not": question.answer,
+        "sentence or two words": f"{POLITE}Answer: {value}",
+        "idle sentence or not": right + idle,
+        "cut-off sentence or not": right + idle[: len(idle) // 2],
+        UNENDED: right + idle[: len(idle) // 2],
+        "true or false name": wrong,
     }
 
 
-ordered, told = {}, {}
-for kind in probe(exam[0]):
-    pairs = [Preference(q, *probe(q)[kind], 1.0, 0.0) for q in exam[:40]]
-    ruled = np.sign([by_form(pair.chosen) - by_form(pair.rejected) for pair in pairs])
-    shorter = np.array([len(pair.chosen) < len(pair.rejected) for pair in pairs])
-    ordered[kind] = {
-        "reward model": margins(reward_model, pairs) > 0,
-        "rule of form": (1 + ruled) / 2,
-        "shorter": shorter,
-    }
-    told[kind] = {name: score(float(right.sum()), len(right)) for name, right in ordered[kind].items()}
-    lesson.report(f"reward model tells apart: {kind}", str(told[kind]["reward model"]))
+probes = [(question, probe(question)) for question in exam[:40]]
+kinds = [kind for kind in probes[0][1] if kind != "clean"]
+
+
+def found_by(judge: Callable) -> dict[str, np.ndarray]:
+    """For each kind of flaw what a judge says of the clean answers less what it says of the others: (questions,)."""
+    rows = {kind: [encode(q, texts[kind], kind != UNENDED) for q, texts in probes] for kind in ("clean", *kinds)}
+    said = {kind: judged(judge, of_kind) for kind, of_kind in rows.items()}
+    return {kind: said["clean"] - said[kind] for kind in kinds}
+
 
 # %%
-bars = {kind: {name: of[name] for name in ("reward model", "rule of form")} for kind, of in told.items()}
-alt = "Minimal pairs ordered rightly by reward model and rule of form, for five kinds of flaw, with intervals."
-figure = plots.bars_with_intervals(bars, title="Five flaws: which does each judge see?", alt=alt,
+torch.manual_seed(seed)  # as at the start of the training
+by_judge = {
+    "reward model": found_by(reward_model),
+    "likelihood": found_by(likelihood),
+    "rule of form": {k: np.array([by_form(texts["clean"]) - by_form(texts[k]) for _, texts in probes]) for k in kinds},
+    "shorter": {k: np.array([len(texts[k]) - len(texts["clean"]) for _, texts in probes]) for k in kinds},
+    "before training": found_by(RewardModel(sft).eval()),
+}
+ordered = {name: {k: (1 + np.sign(gap)) / 2 for k, gap in gaps.items()} for name, gaps in by_judge.items()}  # ties: 0.5
+table = {k: [f"{of[k].mean():.0%}" for of in ordered.values()] for k in kinds}
+all_four = {name: np.prod([of[k] for k in kinds[:4]], 0).mean() for name, of in ordered.items()}
+table["the first four at once"] = [f"{share:.0%}" for share in all_four.values()]
+for k in kinds:
+    table[k].append(f"{by_judge['reward model'][k].mean():+.2f}")
+    lesson.report(f"reward model tells apart: {k}", str(score(float(ordered["reward model"][k].sum()), len(probes))))
+table["the first four at once"].append("")
+show_table(table, [*ordered, "margin of the reward model"])
+answers = exams["SFT, careless"]
+cut = sum(int(row[count == 1][-1]) != END for row, count in zip(answers.ids, answers.mask, strict=True))
+print(f"answers of the SFT policy on the exam that the limit of {LIMIT} tokens cuts: {cut} of {len(exam)}")
+
+# %%
+shown = {
+    k: {name: score(float(ordered[name][k].sum()), len(probes)) for name in ("reward model", "likelihood")}
+    for k in kinds
+}
+alt = "Minimal pairs ordered rightly by the reward model and the SFT policy's likelihood, six kinds of flaw, intervals."
+figure = plots.bars_with_intervals(shown, title="Six flaws: which does each judge see?", alt=alt,
                                    xlabel="minimal pairs ordered rightly", references={"chance": 0.5})  # fmt: skip
 figure.axes[0].legend(loc="upper left", bbox_to_anchor=(1.16, 1))
 plots.show(figure)
-of_form = [kind for kind in ordered if kind != "true or false name"]
-all_four = {name: np.prod([ordered[kind][name] for kind in of_form], 0).mean() for name in ordered[of_form[0]]}
-print("all four flaws of form: " + ", ".join(f"{name} {share:.0%}" for name, share in all_four.items()))
+lesson.report("the SFT policy's likelihood puts a clean answer above all four with a flaw of form",
+              f"{all_four['likelihood']:.0%}")  # fmt: skip
+lesson.report("the SFT policy's likelihood tells apart: true or false name",
+              str(shown["true or false name"]["likelihood"]))  # fmt: skip
 lesson.claim("the reward model puts a clean answer above all four with a flaw of form, the cut-off sentence included",
-             all_four["reward model"], at_least=0.8, control=all_four["rule of form"], form=".0%")  # fmt: skip
+             all_four["reward model"], at_least=0.8, control=all_four["before training"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** On these held-out pairs the two judges cannot be told apart (89 and 87 % on clear pairs, 78 and 77 % with the annotator). With the seeds 1 to 4 of the ledger the rule is 3 to 6 points above the reward model on clear pairs. So that agreement alone does not show that the reward model knows more than a few lines of Python. The bars ask what it knows besides. For the rule a pair with a cut-off idle sentence is a tie, which counts half: whoever wrote the rule thought of whole sentences. The reward model has met such answers among the policy's samples, and in this run puts the clean answer above each of them. Whether it learned that from the policy's samples was not tested; a reward model from the other half of the pairs would tell. The claim asks for all four flaws of form at once, question by question: a judge that only prefers the shorter answer gets none of the questions right, since the polite answer and the sentence are longer. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of. The last bars: nothing says that the reward model prefers the true name (40 %, 26 to 55), and with two of the five seeds it prefers the false one. For the rule every such pair is a tie, and its interval means nothing. A policy cannot be rewarded for what its reward model does not see.
+# **What you see.** On these held-out pairs the three judges cannot be told apart: 89, 89 and 87 % on clear pairs, 78, 79 and 77 % with the annotator. With the seeds 1 to 4 of the ledger the rule is 4 to 8 points above the reward model on clear pairs, the likelihood from 8 below to 5 above. So agreement alone does not show that 508 comparisons have taught more than the policy, or a few lines of Python, knew before.
+#
+# The table asks kind by kind. In this run the reward model sees each flaw of form in every pair, and the answer without an end as well (with seed 3 of the ledger in 80 %). It puts the clean answer above all of the first four for 100 % of the questions, before its training for 25 %. The likelihood does so for 80 %, without a single comparison. (On five seeds: 92 to 100 % and 68 to 90 %.) The rule of form has 50 % by a tie: a cut-off sentence is none of those that it knows, and a tie counts half. Who prefers the shorter answer gets none, since the polite answer and the sentence are the longer ones. You may add a line to the rule now that you know the slip; a reward model is for slips that you have not thought of.
+#
+# The row of names is the other way round. The likelihood prefers the true name in all 40 pairs. The reward model, which began as the same policy, does so in 48 % (33 to 63): chance, with a mean margin of 0.01 where the other rows have 0.98 to 4.03. On the five seeds of the ledger it has 48 to 55 %, and the likelihood 98 to 100 %. (To reject a random false name is easier than to write the answer: of the policy's sentences 72 % are right.) A policy cannot be rewarded for what its reward model does not see.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The policy gradient: REINFORCE
@@ -564,7 +601,7 @@ def mean_and_spread(baseline: float) -> tuple[Tensor, float]:
 
 baselines = np.linspace(-2, 6, 33)
 off = max((mean_and_spread(b)[0] - exact).abs().max().item() for b in baselines)
-lesson.equal("with any baseline the mean of the estimate is the gradient", off, within=1e-12)
+lesson.equal("with each of 33 baselines the mean of the estimate is the gradient", off, within=1e-12)
 for name, b in {"no baseline": 0.0, "mean reward": (pi * reward).sum().item(), "rewards raised by 10": -10.0}.items():
     print(f"{name:>21}: standard deviation of one sample's gradient {mean_and_spread(b)[1]:5.2f}")
 
@@ -677,29 +714,16 @@ def policy_gradient(loss_of: Callable, scorer: Scorer, run: int = 0, rate: float
 judge = partial(proxy, reward_model)
 reinforced = policy_gradient(reinforce, judge)
 
-
 # %%
-def two_panels(sets: dict[str, Sequence[Run]], title: str) -> Figure:
-    """Reward model and true reward over the iterations: means of each set of runs, and bands from lowest to highest."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, column, label in zip(
-        figure.subplots(1, 2), ("proxy", "true"), ("reward model", "true reward"), strict=True
-    ):
-        for (name, runs), color, style in zip(sets.items(), plots.COLORS, ("o-", "s--"), strict=False):
-            values = np.array([training.column(column) for training in runs])  # (runs, iterations)
-            axes.plot(values.mean(0), style, color=color, label=f"{name}, mean and range")
-            axes.fill_between(
-                range(values.shape[1]), values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0
-            )
-        axes.set(xlabel="iteration", ylabel=f"{label} ({'its own unit' if column == 'proxy' else 'points'})")
-    if len(sets) > 1:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
-    return figure
-
-
-plots.show(two_panels({"REINFORCE": [reinforced]}, "REINFORCE: what the reward model says, and what is true"),
-           "Two panels over the iterations of REINFORCE: the reward model's score, and the true reward.")  # fmt: skip
+figure = Figure(figsize=(9, 3.6), layout="constrained")
+panels = {"proxy": "reward model (its own unit)", "true": "true reward (points)"}
+for axes, (column, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    axes.plot(reinforced.column(column), "o-", color=plots.COLORS[0])
+    axes.set(xlabel="iteration", ylabel=label)
+figure.suptitle("REINFORCE: what the reward model says, and what is true", x=0.01, ha="left", weight="bold")
+ends = [f"{reinforced.column(column)[0]:.1f} to {reinforced.column(column)[-1]:.1f}" for column in panels]
+plots.show(figure, "Two panels over the iterations of REINFORCE: the reward model's score, which goes from "
+                   f"{ends[0]}, and the true reward, from {ends[1]}; both jump.")  # fmt: skip
 
 # %% [markdown]
 # **What you see.** Both lines jump, since each point is the mean of 32 answers to four new questions; in this run both end above their start. A project sees the left panel only. The two scales are not the same, because a reward model has an arbitrary unit: compare directions, not heights.
@@ -809,26 +833,40 @@ def grpo(policy: nn.Module, samples: Samples, scores: Tensor, beta: float = 0.0)
 
 
 # %% [markdown]
-# **Do they need a run each?** With one update a batch both losses have the gradient of advantage times log-probability. Three things differ: a constant factor (Adam and the clipped gradient hide it), the division by the group's standard deviation, and how long answers are weighed. Take the batch from above: how far apart are the directions in which the two would go?
+# **Do they need a run each?** With one update a batch both losses have the gradient of advantage times log-probability. Three things differ: a constant factor (Adam and the clipped gradient hide it), the division by the group's standard deviation, and how long answers are weighed. Take the answers from above as two batches of four questions: how far apart are the directions in which the two would go on one batch, and how far apart are those of one method on two batches?
 
 # %%
 RUNS = 3  # training seeds
-ways = [flat_gradient(loss_of(twin, samples, scores)) for loss_of in (rloo, grpo)]
-alike = F.cosine_similarity(*ways, dim=0).item()
-print(f"cosine of the gradients of RLOO and GRPO on the batch above: {alike:.2f}")
-lesson.report("cosine of the gradients of RLOO and GRPO on one batch", alike, ".2f")
+halves = torch.arange(len(asked)).chunk(2)  # two batches of four questions, as in training
+ways = {
+    name: [flat_gradient(loss_of(twin, samples.rows(rows), scores[rows])) for rows in halves]
+    for name, loss_of in (("RLOO", rloo), ("GRPO", grpo))
+}
+alike = {
+    "RLOO and GRPO on the same batch": [
+        F.cosine_similarity(*two, dim=0).item() for two in zip(*ways.values(), strict=True)
+    ],
+    "one method on two batches": [F.cosine_similarity(*two, dim=0).item() for two in ways.values()],
+}
+for name, (first, second) in alike.items():
+    print(f"cosine of two gradients, {name}: {first:.2f} and {second:.2f}")
+    lesson.report(f"cosine of two gradients, {name}, mean of two", (first + second) / 2, ".2f")
+
+# %%
 grpo_runs = [policy_gradient(grpo, judge, run) for run in range(RUNS)]
 exams["REINFORCE"] = take_exam(reinforced.policy)
 exams |= {f"GRPO, run {run + 1}": take_exam(training.policy) for run, training in enumerate(grpo_runs)}
 show_table({name: manners(samples) for name, samples in exams.items()}, MANNERS)
-of_sentences = ", ".join(f"{name} {right_of_sentences(samples):.0%}" for name, samples in exams.items())
-print(f"right, of the answers that are not two words: {of_sentences}")
+shares = [f"{name} {share_right(samples, sentences=True):.0%}" for name, samples in exams.items()]
+print("right, of the answers that are not two words: " + ", ".join(shares))
 gains = [(truth(exams[f"GRPO, run {run + 1}"]) - truth(exams["SFT, careless"])).mean().item() for run in range(RUNS)]
 print("true reward, GRPO minus SFT on the same questions: " + ", ".join(f"{gain:+.2f}" for gain in gains))
 lesson.report("GRPO minus SFT, true reward, mean of three runs", np.mean(gains), "+.2f")
 
 # %% [markdown]
-# **What you see.** In this run all four beat the SFT policy, and the columns tell how: hardly an answer of two words or with an idle sentence is left. An answer is right only as a sentence, so *right* has risen too. But of the answers that are not two words 72 % are right before training, and 68 to 74 % after: the gain is one of form. (With seed 4 of the ledger REINFORCE ended below its SFT policy, at 1.25 against 1.70.) REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. RLOO has no run of its own. A cosine of 0.74 is an angle of about 42 degrees between its first gradient and GRPO's (0.74 to 0.92 on five seeds). How far apart two batches of one method are was not measured. All saw the same number of answers.
+# **What you see.** In this run all four beat the SFT policy, and the columns tell how: hardly an answer of two words or with an idle sentence is left. An answer is right only as a sentence, so *right* has risen too. But of the answers that are not two words 72 % are right before training, and 68 to 74 % after: the gain is one of form. (With seed 4 of the ledger REINFORCE ended below its SFT policy, at 1.25 against 1.70.) REINFORCE has one run, GRPO has three: do not rank them by a difference smaller than the spread of the three. All saw the same number of answers.
+#
+# RLOO has no run of its own. On one batch its gradient and GRPO's have a cosine of 0.64 and 0.94; one method on two batches has 0.22 and 0.12. So two batches differ more than the two methods do, here and on all five seeds of the ledger (means of 0.75 to 0.92 against -0.15 to 0.69).
 
 # %% [markdown] tags=["core"]
 # ## 5 · PPO: use a batch more than once
@@ -1016,16 +1054,22 @@ for name, samples in exams.items():
     rows[name] = [*shares, reward, f"{gain.mean():+.2f}", f"{error:.2f}", f"{wins:.0%}"]
     lesson.report(f"true reward on the exam: {name}", truth(samples).mean().item(), ".2f")
 show_table(rows, [*MANNERS[:4], MANNERS[-1], "over SFT", "std. error", "wins"])
-of_sentences = ", ".join(f"{name} {right_of_sentences(samples):.0%}" for name, samples in exams.items())
-print(f"right, of the answers that are not two words: {of_sentences}")
+shares = [f"{name} {share_right(samples, sentences=True):.0%}" for name, samples in exams.items()]
+print("right, of the answers that are not two words: " + ", ".join(shares))
 
 # %% [markdown]
-# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31), also the one that had only GRPO's questions. On the five seeds of the ledger the row with new questions always does so, the one with GRPO's questions with four of five. How sure 2.52 against 2.31 is in this run, the table does not say: its errors are those of the distance to SFT. And they know more names: of the answers that are not two words, 78 and 84 % are right, against 72 % of the SFT policy's (one run each; 78 alone is within the noise). A judge of form cannot pay for that. Put the polite opening before the assistant's answers by a line of Python, and you have 2.75: who knows the rule needs no training for it. Keep both in mind where people can write the answer, or the rule, that you want. Each row of careful demonstrations is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences are meant for tasks where judging is easier than writing; this is not one. Best of 4 leaves the policy as it is, and pays with four samples at each use; it draws other random numbers than the rest, so its error is larger. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do. GRPO with the rule of form as its reward (2.28) ends within the spread of the three runs with the reward model: what the reward model sees beyond the rule, such as cut-off sentences, has gained nothing here that one run can show. With seed 2 of the ledger the rule ends half a point below (1.35 against 1.80 to 1.87): one seed is one case here as well.
+# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31). On the five seeds of the ledger the row with new questions always does so, the one with GRPO's questions with four of five. How sure 2.52 against 2.31 is in this run, the table does not say: its errors are those of the distance to SFT. Of the answers that are not two words 78 and 84 % are right, against 72 % of the SFT policy's (one run each; 78 alone is within the noise). Each of the two rows is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences are meant for tasks where judging is easier than writing; this is not one.
+#
+# Put the polite opening before the assistant's answers by a line of Python, and you have 2.75: who knows the rule needs no training for it.
+#
+# Best of 4 leaves the policy as it is, and pays with four samples at each use. It draws other random numbers than the rest; its error, 0.18, is the largest. The standard error is that of the questions, the same ones for all rows, so the differences are paired. It says nothing about another training seed; the three rows of GRPO do.
+#
+# GRPO with the rule of form as its reward (2.28) ends within the spread of the three runs with the reward model: one run shows no gain from what the reward model sees beyond the rule. With seed 2 of the ledger the rule ends half a point below (1.35 against 1.80 to 1.87): one seed is one case here as well.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Over-optimisation
 #
-# **Question.** A reward model is sound, from few pairs. What happens if you optimise it hard, and what does a price for KL change?
+# **Question.** A reward model of few pairs agrees with the truth on most held-out pairs. What happens if you optimise it hard, and what does a price for KL change?
 #
 # Gao et al. (2022) found that the true reward rises first and falls later, while the proxy goes on rising. Where a policy finds answers that the reward model takes for good and people do not, one speaks of **reward hacking**. Try to bring that about with a second reward model, from the first 100 pairs, and a rate that is twice as high. **The rate, the price, the number of pairs and the number of iterations are chosen so that a policy is likely to give answers unlike those that the reward model learned from.** They are no forecast of when that happens in a project. Three training runs without a price of KL, three with one ($\beta = 0.2$ on $k_3$, as in `grpo_loss`), at equal iterations; runs with the same number have the same questions.
 
@@ -1041,13 +1085,6 @@ pressed = {
     for beta in PRICES
 }
 
-# %%
-names = {beta: f"beta {beta:g}" for beta in PRICES}
-title = f"{ITERATIONS} hard iterations: what the reward model says, and what is true"
-plots.show(two_panels({names[beta]: runs for beta, runs in pressed.items()}, title),
-           "Two panels over the iterations, reward model and true reward, with and without a price of KL: means of "
-           "three runs, with bands from the lowest to the highest.")  # fmt: skip
-
 
 # %%
 @torch.no_grad()
@@ -1057,8 +1094,8 @@ def moved_by(policy: nn.Module, samples: Samples) -> float:
     return (log_probs_of(policy, some) - log_probs_of(sft, some)).sum(1).mean().item()
 
 
+names, before = {beta: f"beta {beta:g}" for beta in PRICES}, exams["SFT, careless"]
 finals, rows, ours = {}, {}, []
-before = exams["SFT, careless"]
 for beta, runs in pressed.items():
     for run, training in enumerate(runs):
         name, taken = f"{names[beta]}, run {run + 1}", take_exam(training.policy)
@@ -1066,17 +1103,20 @@ for beta, runs in pressed.items():
         polite = np.mean([text.startswith(POLITE) for text in taken.texts])
         finals[name] = (training.policy, taken)
         ours.append({"seed": seed, "beta": beta, "run": run + 1, "kl": moved_by(*finals[name]),
-                     "proxy": gains[0].item(), "true": gains[1].item(), "polite": float(polite)})  # fmt: skip
+                     "proxy": gains[0].item(), "true": gains[1].item(), "polite": float(polite),
+                     "right": share_right(taken)})  # fmt: skip
         rows[name] = [*manners(taken), f"{ours[-1]['proxy']:+.2f}", f"{ours[-1]['kl']:.1f}"]
 show_table({"SFT, careless": [*manners(before), "+0.00", "0.0"]} | rows, [*MANNERS, "proxy gained", "KL (nats)"])
 
 # %%
 QUANTITIES = {"kl": ("KL, nats an answer", ".1f"), "proxy": ("reward model, over SFT", "+.2f"),
-              "true": ("true reward, over SFT", "+.2f"), "polite": ("polite", ".0%")}  # fmt: skip
+              "true": ("true reward, over SFT", "+.2f"), "polite": ("polite", ".0%"),
+              "right": ("right", ".0%")}  # fmt: skip
 for beta in PRICES:
     for key, (what, form) in QUANTITIES.items():
         three = " / ".join(f"{row[key]:{form}}" for row in ours if row["beta"] == beta)
         lesson.report(f"{names[beta]}, three runs on the exam: {what}", three)
+lesson.report("the SFT policy of these runs on the exam: right", f"{share_right(before):.0%}")
 worst = min((row for row in ours if row["beta"] == 0), key=lambda row: row["true"])
 texts = finals[f"{names[0.0]}, run {worst['run']}"][1].texts[:4]
 print(f"answers of run {worst['run']}, the worst of those without a price:")
@@ -1085,7 +1125,7 @@ for question, text in zip(exam, texts, strict=False):
 lesson.report("beta 0, the worst run's first answers", json.dumps(texts))
 
 # %% [markdown]
-# **What you see.** The left panel is all that a project sees. The right panel judges the same answers by the truth; a band is the range of three runs, and a point the mean of few new questions. So read the exam. *Proxy gained* is the small reward model's score on it, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are all well-formed, and three of the four answer another question: in that run *right* has gone from 56 % to 59 % only. The last of them, a horse for a dish, the SFT policy gave as well. The runs with a price have moved nearly as far as those without, by 32 answers each.
+# **What you see.** *Proxy gained* is the small reward model's score on it, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are all well-formed, and three of the four answer another question; in that run *right* has gone from 56 % to 59 %. The last of them, a horse for a dish, the SFT policy gave as well. By 32 answers each, the runs with a price have moved nearly as far as those without (1.0 to 1.5 nats against 1.1 to 1.6).
 #
 # **One seed is one case.** All six runs share an SFT policy and a reward model. The same cells were therefore run with the seeds 0 to 4. Their numbers are in `data/hard_runs.json`, which `recipes/hard_runs.py` takes from the course's ledger; the next cell prints them with yours, and the figure shows all runs.
 
@@ -1102,6 +1142,8 @@ for at in sorted({row["seed"] for row in every}):
             " / ".join(f"{row[key]:{form}}" for row in three) for key, (_, form) in QUANTITIES.items()
         ]
 show_table(rows, [what for what, _ in QUANTITIES.values()])
+rights = {int(at): share for at, share in kept["right before"].items()} | {seed: share_right(before)}
+print("right before, SFT policy: " + ", ".join(f"seed {at} {share:.0%}" for at, share in sorted(rights.items())))
 fooled = {beta: [row["proxy"] > 0 > row["true"] for row in every if row["beta"] == beta] for beta in PRICES}
 for at, said in kept["answers"].items():
     if int(at) != seed:
@@ -1136,11 +1178,17 @@ plots.show(figure, "Two panels over the KL to the SFT policy, one point a run, o
                    "reward model's score, and that of the true reward, with and without a price of KL.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. Each seed has a reward model of its own, with its own unit: compare points of one shape only, not the heights of the clusters. The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.`, and the reward model scores that above the answers of the SFT policy. The true reward takes off the point for manners, and the two for a sentence that is no longer exact. So one spoilt word costs 3 points, also where the fact is right. How far the facts themselves fell is not in the table; the true reward here is strict about the form, as its rule says. And the reward model scores the wrecks no higher than the sound answers of other runs of the same seed (+0.90 to +0.95 against +0.86 to +0.94 with seed 4): the wrecks gained nothing by it, and the left panel cannot tell the two apart. That is reward hacking. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
+# **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. Each seed has a reward model of its own, with its own unit: compare points of one shape only, not the heights of the clusters.
+#
+# The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.` The true reward takes off the point for manners, and the two for a sentence that is no longer exact. So one spoilt word costs 3 points, also where the fact is right.
+#
+# The facts did not fall. The column *right* looks for the right sentence, whatever stands around it. In these five runs it is 64 to 81 %, and 22, 28 and 59 % for their SFT policies; in all 30 runs it is higher than before. What fell is the form, and the true reward is strict about that, as its rule says. A scorer that forgives `Weasure.` would tell another story.
+#
+# The reward model scores these five above the SFT policy's answers, but no higher than the sound answers of other runs of the same seed (+0.90 to +0.95 against +0.86 to +0.94 with seed 4). So the spoilt opening gained nothing by it, and the left panel cannot tell the two apart. That it takes such answers for good is reward hacking, here of a small kind. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
 #
 # What the figure does not show: the runs of one seed share an SFT policy and a reward model, so these are five cases, not 15, and in three of them runs went astray. And a price holds a policy back: of the 15 pairs of runs with the same seed and number, the one with a price has the lower KL in 14, and the higher true reward in 12 (one is equal, two are lower). With the seeds 0 to 2 the runs without a price that moved about as little end within 0.4 of those with one. With seed 3 the one such run gained 0.57, and the three with a price 0.74 to 0.94; with seed 4 there is none. So stopping at a KL may do as well as paying for it, or not; this lesson has not tried that.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, one may hope, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) In this run the small reward model agrees with the truth exactly as often as the large one (89 %, 81 to 94): agreement on answers like those of the SFT policy does not tell how a model judges answers that this policy never gave.
+# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, one may hope, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) In this run the small reward model agrees with the truth as often as the large one (90 and 89 % of the clear pairs): agreement on answers like those of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
@@ -1268,7 +1316,7 @@ lesson.equal("the loss is that of trl.RewardTrainer, within 0.0001", difference,
 
 
 # %% [markdown]
-# **The library.** Let `trl` sample, score and compute: its trainers return the tokens, the advantages and the loss. Compute advantages and loss from the same tokens and rewards with your functions. The policy is one trained by GRPO; the log-probabilities at sampling time are moved a third of the way to those of the SFT policy, so that the ratios differ from 1. The lines below count what is clipped: in this run none of RLOO's ratios, and one of GRPO's. So the equality covers the formulas near 1, and hardly the clip; that is checked in section 5.
+# **The library.** Let `trl` sample, score and compute: its trainers return the tokens, the advantages and the loss. Compute advantages and loss from the same tokens and rewards with your functions. The policy is one trained by GRPO; to the log-probabilities at sampling time noise is added (normal, standard deviation 0.2 a token), so that the ratios differ from 1 and some are clipped. The lines below print the share that is; without any, the cell stops.
 
 # %%
 FEW, heard = 4, []
@@ -1302,7 +1350,8 @@ for name, trainer in trainers.items():
         ids, mask = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1), batch["completion_mask"]
         whole = Samples([], ids, torch.cat([batch["prompt_mask"], mask], 1), batch["prompt_ids"].shape[1])
         log_probs, ref = (log_probs_of(policy, whole, exact=True) for policy in (model, sft))
-        old = log_probs + (ref - log_probs) / 3
+        noise = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(seed))
+        old = log_probs + 0.2 * noise.to(log_probs)
         scores = torch.tensor(heard, device=ids.device)
         if name == "RLOO":
             advantages = rloo_advantages(scores, FEW)
@@ -1316,7 +1365,9 @@ for name, trainer in trainers.items():
     change = (log_probs - old) * mask  # RLOO's ratio is that of the whole answer, GRPO's of a token
     change = change.sum(1, keepdim=True) if name == "RLOO" else change
     clipped = int(((change.exp() - 1) * advantages[:, None].sign() > 0.2).sum())
-    print(f"{name}: clipped {clipped} of {len(ids) if name == 'RLOO' else int(mask.sum())} ratios")
+    ratios = len(ids) if name == "RLOO" else int(mask.sum())
+    print(f"{name}: clipped {clipped} of {ratios} ratios, {clipped / ratios:.0%}")
+    assert clipped, f"{name}: nothing is clipped, so the equality would not test the clip"
     off = (own - theirs).abs().item() / max(1.0, abs(theirs.item()))
     differences[name] = max((advantages - batch["advantages"]).abs().max().item(), off)
     print(f"{name}: loss {own:.5f} and {theirs:.5f}; largest difference, advantages and loss: {differences[name]:.1e}")
@@ -1327,7 +1378,7 @@ lesson.equal("advantages and losses are those of trl, within 0.0001", max(differ
 # %% [markdown]
 # ## 10 · Exercises
 #
-# Five, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
+# Five, from easy to open; the minutes add up to the 75 of the header. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it, which answers at once. A hint and the solution are folded away under the check.
 #
 # **Exercise 8.1** (easy, 5 minutes). Llama 2's reward model knows by *how much* an answer is better: the loss becomes $-\log\sigma(r_c - r_r - m)$ with a margin $m$ for each pair. Many also pull the mean of each pair's rewards towards zero, which fixes the arbitrary constant: add $c\,(r_c + r_r)^2$, averaged over the pairs.
 
@@ -1428,7 +1479,7 @@ check("8.2", check_penalise, penalise_unfinished)
 # </details>
 
 # %% [markdown]
-# **Exercise 8.3** (medium, 15 minutes). *Three ways to average.* Given losses of tokens, compute the mean of GRPO (over each answer's tokens, then over answers), of DAPO (over all tokens that count), and of Dr. GRPO (sum over tokens that count, divided by the number of answers times the longest length allowed).
+# **Exercise 8.3** (medium, 10 minutes). *Three ways to average.* DAPO and Dr. GRPO are relatives of GRPO; what they are for stands under "In practice". Given losses of tokens, compute the mean of GRPO (over each answer's tokens, then over answers), of DAPO (over all tokens that count), and of Dr. GRPO (sum over tokens that count, divided by the number of answers times the longest length allowed).
 
 # %% tags=["exercise"]
 # Exercise 8.3, medium: three ways to average.
@@ -1534,7 +1585,7 @@ check("8.4", check_best_of, best_of_exact)
 # </details>
 
 # %% [markdown]
-# **Exercise 8.5** (open, 15 minutes). *Predict, then measure.* The reward is paid by the word: add `rate` points for each counted token to what the reward model says. Write down first how long the answers on the exam will be after a GRPO run of the usual number of iterations, at 0.3 points a token, and what their true reward will be.
+# **Exercise 8.5** (open, 30 minutes). *Predict, then measure.* The reward is paid by the word: add `rate` points for each counted token to what the reward model says. Write down first how long the answers on the exam will be after a GRPO run of the usual number of iterations, at 0.3 points a token, and what their true reward will be.
 
 # %% tags=["exercise"]
 # Exercise 8.5, open: predict, then measure. What does GRPO do if each token is paid for?
@@ -1561,7 +1612,8 @@ def check_paid(paid_by_the_word, prediction):
     expect_close("at a rate of 0", paid_by_the_word(lambda samples: given, 0.0)(made_up), given)
     paid_for = take_exam(policy_gradient(grpo, paid_by_the_word(judge, 0.3)).policy)
     print(f"you predicted {prediction[0]:.0f} tokens and a true reward of {prediction[1]:.2f}")
-    for name, samples in {"SFT policy": exams["SFT, careless"], "paid by the word": paid_for}.items():
+    shown = {"SFT policy": exams["SFT, careless"], "GRPO, not paid": exams["GRPO, run 1"], "paid by the word": paid_for}
+    for name, samples in shown.items():
         tokens = samples.answer_mask.sum(1).float().mean()
         print(f"{name}, exam: {tokens:.0f} tokens and {truth(samples).mean():.2f}")
 
@@ -1578,7 +1630,9 @@ check("8.5", check_paid, paid_by_the_word, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Count the answer's tokens and not those of the question. An idle sentence has about ten tokens, which earn 3 points at 0.3 each. If the reward model takes off less than that for one, longer answers pay. The check prints how far one short run has gone: compare it with the SFT policy, on the same questions.
+# Count the answer's tokens and not those of the question. An idle sentence has about ten tokens, which earn 3 points at 0.3 each. That is more than the reward model takes off for one (its margin in the table of section 2), so longer answers pay.
+#
+# What came out: with seed 0 the answers grow from 19 to 31 tokens, nearly the limit of 32, and the true reward falls from 1.77 to 0.95. The same run without pay ends at 15 tokens and 2.31. With each of the seeds 1 to 4, too, the paid answers are longer than the unpaid ones (17 to 32 against 15 to 18 tokens), and their true reward is lower, by 0.07 to 1.67. Below the SFT policy it is with the seeds 0 and 4 only.
 #
 # ```python
 # PREDICTION = (30, 0.5)
@@ -1607,7 +1661,7 @@ check("8.5", check_paid, paid_by_the_word, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# B. Any baseline that does not depend on the answer leaves the mean alone, as the printed identity says. A is what the curve shows to differ, and with it D.
+# B. A baseline that does not depend on the answer leaves the mean alone: derived for any, computed for the 33 of the figure. A is what the curve shows to differ, and with it D.
 #
 # </details>
 

@@ -88,7 +88,7 @@ def test_the_check_of_pay_by_the_word_finds_prompts_padding_and_changed_rewards(
     taken = names["Samples"]([], ids, ids, 2)  # two answers of three tokens
     names |= {"policy_gradient": lambda loss, scorer: SimpleNamespace(policy=None), "grpo": None, "judge": None}
     names |= {"take_exam": lambda policy: taken, "truth": lambda samples: torch.tensor([0.5, 0.5]), "LIMIT": 32}
-    names["exams"] = {"SFT, careless": taken}
+    names["exams"] = {"SFT, careless": taken, "GRPO, run 1": taken}
     source = EXERCISES["8.5"].solution
     wrong = [
         planted(source, "samples.answer_mask", "samples.mask"),  # pays for the question
