@@ -979,7 +979,7 @@ lesson.claim("pairing makes the standard error of a close comparison a quarter s
              control=control, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The assistant and the base, with and without examples, have a rank of their own. The imitation, LoRA, careful DPO and DPO with own pairs share the first four ranks: in section 6 the changes from LoRA are 0.05 ± 0.16, -0.04 ± 0.11 and -0.07 ± 0.20, and all hold zero. The two others of DPO, careless and longer, lie below the assistant, and below the line of fixed or copied answers (2.09), which their intervals just reach. In the ledger the longer one lies below the assistant in all five runs, the careless one in two.
+# **What you see.** The assistant, the base, and the base with examples each have a rank of their own. The imitation, LoRA, careful DPO and DPO with own pairs share the first four ranks: in section 6 the changes from LoRA are 0.05 ± 0.16, -0.04 ± 0.11 and -0.07 ± 0.20, and all hold zero. The two others of DPO, careless and longer, lie below the assistant, and below the line of fixed or copied answers (2.09), which their intervals just reach. In the ledger the longer one lies below the assistant in all five runs, the careless one in two.
 #
 # The difference that 100 tasks find is 0.16 points for LoRA and careful DPO, and 0.37 for LoRA and the longer DPO: the more the grades of two systems differ from task to task, the larger it is. So an instructor does better to mark groups than places, and to rank on more tasks than are public. A student does well to compare his own versions in pairs, on the same tasks, before he believes in a tenth of a point. Another seed of the training gives another model, which none of these intervals holds. For that you need several runs, as in the ledger of this course.
 
@@ -1071,7 +1071,7 @@ copied = [plus_minus(graded(of, [unread(task) for task in of]), of) for of in (p
 print(f"fixed or copied answers on the same tasks: {', '.join(copied)}")
 
 # %% [markdown]
-# **What you see.** The choice rests on 0.07 ± 0.22 points, which holds zero: LoRA alone could be handed in as well, and so could the imitation (-0.15 ± 0.23). The three other ways of DPO are lower. DPO with own pairs loses 0.37 ± 0.29 points here, and only 0.07 ± 0.20 on the public tasks: two samples of tasks do not tell quite the same.
+# **What you see.** The choice rests on 0.07 ± 0.22 points, which holds zero: LoRA alone could be handed in as well, and so could the imitation (-0.15 ± 0.23). The three other ways of DPO are lower, with intervals below zero. DPO with own pairs loses 0.37 ± 0.29 points here, and only 0.07 ± 0.20 on the public tasks: two samples of tasks do not tell quite the same.
 #
 # The weights that were chosen get 2.93 ± 0.18 on the public tasks and 3.30 ± 0.28 on hidden ones. Nothing was chosen by the public ones, so the gap does not come from choosing. The difference of 0.37 has an interval of its own, ± 0.33 ($\sqrt{0.18^2 + 0.28^2}$), so it is a little more than the draw of the tasks mostly brings. In the five runs of the ledger, all on these same tasks, it is 0.00 to 0.37. Fixed or copied answers get 2.09 and 2.08, so for them the hidden tasks are not easier. Compare scores only on the same tasks.
 
