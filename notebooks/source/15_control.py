@@ -1978,6 +1978,7 @@ def demonstrated_pages(visits: int, generator: random.Random) -> list[dict]:
     return rows
 
 
+smooth = recovering = None  # a GPU needs the room
 clerk = tune(assistant, demonstrated_pages(lesson.scaled(450, 16), random.Random(f"pages/{seed}")))
 
 # %% [markdown]
