@@ -1125,7 +1125,7 @@ for question, text in zip(exam, texts, strict=False):
 lesson.report("beta 0, the worst run's first answers", json.dumps(texts))
 
 # %% [markdown]
-# **What you see.** *Proxy gained* is the small reward model's score on it, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are all well-formed, and three of the four answer another question; in that run *right* has gone from 56 % to 59 %. The last of them, a horse for a dish, the SFT policy gave as well. By 32 answers each, the runs with a price have moved nearly as far as those without (1.0 to 1.5 nats against 1.1 to 1.6).
+# **What you see.** *Proxy gained* is the small reward model's score on the exam, over that of the SFT policy. *KL* is estimated with $k_1$: $\log \pi_\theta - \log \pi_\text{ref}$, summed over the policy's own answers. In this run no policy went astray: all six have a higher true reward than the SFT policy. The answers printed last are all well-formed, and three of the four answer another question; in that run *right* has gone from 56 % to 59 %. The last of them, a horse for a dish, the SFT policy gave as well. By 32 answers each, the runs with a price have moved nearly as far as those without (1.0 to 1.5 nats against 1.1 to 1.6).
 #
 # **One seed is one case.** All six runs share an SFT policy and a reward model. The same cells were therefore run with the seeds 0 to 4. Their numbers are in `data/hard_runs.json`, which `recipes/hard_runs.py` takes from the course's ledger; the next cell prints them with yours, and the figure shows all runs.
 
