@@ -436,8 +436,8 @@ def fit_reward_model(pairs: Sequence[Preference], epochs: int, run: int = 0) -> 
 def judged(judge: Callable, rows: Sequence[dict]) -> np.ndarray:
     """What a judge says of encoded answers: (rows,). In 32 bits: 16 would round small differences away."""
     said = []
-    for start in range(0, len(rows), 100):
-        batch = collate(rows[start : start + 100], PAD)
+    for start in range(0, len(rows), 16):  # a likelihood needs the logits of all tokens
+        batch = collate(rows[start : start + 16], PAD)
         said += judge(**{name: values.to(machine.device) for name, values in batch.items()}).float().tolist()
     return np.array(said)
 
@@ -1154,7 +1154,8 @@ for beta, found in fooled.items():
 # %% tags=["headline"]
 marks = dict(zip(sorted({row["seed"] for row in every}), "os^Dv*", strict=False))
 figure = Figure(figsize=(9, 3.8), layout="constrained")
-for axes, key, unit in zip(figure.subplots(1, 2), ("proxy", "true"), ("unit of its seed", "points"), strict=True):
+both = figure.subplots(1, 2, sharex=True)
+for axes, key, unit in zip(both, ("proxy", "true"), ("unit of its seed", "points"), strict=True):
     for row in every:
         color = plots.COLORS[PRICES.index(row["beta"])]
         axes.scatter(row["kl"], row[key], s=45, marker=marks[row["seed"]], edgecolor=color, linewidth=1.2,
