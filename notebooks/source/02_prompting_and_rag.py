@@ -388,7 +388,7 @@ for name in list(WAYS)[:1] + list(WAYS)[2:6]:
     lesson.report(f"eight labels, written {name}", str(way_scores[name]))
 
 # %% [markdown]
-# Now the order. Four words, each shown three times: twelve examples in random order. One of the three examples of the asked word gets a wrong label, as real examples often have; the majority is still two to one. The wrong one stands first, second or last among the three. All else is the same: the same games, and the same ten orders of the twelve examples.
+# Now the order. Four words, each shown three times: twelve examples in random order. One of the three examples of the asked word gets a wrong label; the majority is still two to one. The wrong one stands first, second or last among the three. All else is the same: the same games, and the same ten orders of the twelve examples.
 
 # %%
 def in_order(order: list[int], pairs, asked_pair, wrong: str, turn: int | None) -> list[tuple[str, str]]:
@@ -571,7 +571,7 @@ for name, texts in {"samples": sampled[wrong][:3], "orders": by_order[6 * wrong 
     print(name, *(repr(text.strip()) for text in texts), sep="\n   ")
 
 # %% [markdown]
-# `vote` decides by the most frequent answer. To estimate the accuracy at each $k$ with less luck, votes of $k$ are drawn many times from the pool of one problem. (Of two samples that differ the first is taken, so $k = 2$ is as good as $k = 1$. At the size of the pool all draws hold the same answers; only ties are decided differently.) The cost counts what is read and written; a prompt that several samples share is read once.
+# `vote` decides by the most frequent answer. To estimate the accuracy at each $k$ with less luck, votes of $k$ are drawn many times from the pool of one problem. (Of two samples that differ the first is taken, so $k = 2$ is about as good as $k = 1$. At the size of the pool all draws hold the same answers; only ties are decided differently.) The cost counts what is read and written; a prompt that several samples share is read once.
 
 # %%
 def vote(answers: list[str]) -> str:
@@ -641,8 +641,8 @@ for name, values in shares.items():
 # **What you see.**
 #
 # - **Samples of one prompt.** Their vote climbs from below one greedy solution to about its share, for several times as many tokens. With six samples it differs from greedy by no more than chance would explain.
-# - **Orders.** A vote over six of them gains over one greedy solution in each copy. One solution alone gains little or nothing from another order: in the first row of the table the two columns are close together. And an order is a prompt of its own that is read, so compare for equal tokens: four orders cost a little less than six samples, and in this run more of their votes are right.
-# - **Without temperature.** Three greedy solutions that begin with three different numbers are ahead of three sampled orders, as printed. (The sampled ones need not begin with three different numbers, so this is not quite equal.) Temperature alone gained nothing, as the first line says. Whether the other additions help, or only the other prompt, is not separated: many of the mistakes are miscopied numbers, as counted above.
+# - **Orders.** A vote over six of them gains over one greedy solution in each copy. One solution alone gains little or nothing from another order: in the first row of the table the two columns are close together. And an order is a prompt of its own that is read, so compare for equal tokens: four orders cost a little less than six samples, and in this run more of their votes are right (on one of the four other seeds in the ledger the interval holds 0).
+# - **Without temperature.** In this run a vote over three greedy solutions, which begin with three different numbers, is ahead of one over three sampled orders. (These need not begin with three different numbers, so it is not quite equal; on two of the four other seeds the interval holds 0.) Temperature alone gained nothing, as the first line says. Whether the other additions help, or only the other prompt, is not separated: many of the mistakes are miscopied numbers, as counted above.
 #
 # The intervals are over problems; the bands in the figure reach from the worst to the best copy. Three copies are few for a statement on other noise. When you read that self-consistency helps, ask what one greedy answer scored, how many tokens each side had, and how different the solutions are.
 
@@ -659,7 +659,7 @@ for name, values in shares.items():
 # - a **value** for each: the log-probability of that result when the model is asked in another format, `Sum: 12 + 7`, `Answer:`. A result that is probable in both formats is trusted more. Only numbers of at most three digits are asked about;
 # - a **search**: keep the best $b$ partial solutions after every step (breadth-first, a beam).
 #
-# Note what the program adds: it says which addition is next. With $m = b = 1$ there is no search, only this, decoded greedily or sampled. And there is a judge that costs nothing: take the result that was proposed most often. Tokens are counted as above: a shared beginning is read once.
+# Note what the program adds: it says which addition is next. With $m = b = 1$ there is no search, only this, decoded greedily or sampled. And there is a judge that needs no second prompt: take the result that was proposed most often. Tokens are counted as above: a shared beginning is read once.
 
 
 # %%
@@ -802,8 +802,8 @@ lesson.claim("on four numbers, being told each next addition gains at least 50 p
 # %% [markdown]
 # **What you see.**
 #
-# - **No search.** The first row is one greedy result for each addition, and the program writes the numbers. It is well above one greedy solution. The lines below the table say where: it solves nearly all problems in which the greedy solution copies a number wrongly, few or none of the other wrong ones, and keeps the right ones. So in this run its gain is the miscopying, a mistake that the program cannot make.
-# - **The search.** The last four lines are differences on the same problems; each changes one thing. A sampled step is no better than a greedy one. A judge over four samples does no better than greedy steps or than counting the proposals, and two partial solutions no better than one, as far as 64 problems and three copies show. Counting (the short line in the figure) needs no second format and fewer tokens.
+# - **No search.** The first row is one greedy result for each addition, and the program writes the numbers. It is well above one greedy solution. The lines below the table say where: it solves nearly all problems in which the greedy solution copies a number wrongly, few or none of the other wrong ones, and keeps the right ones. So in this run all of its gain is on problems with a miscopied number, and that is a mistake the program cannot make.
+# - **The search.** The last four lines are differences on the same problems. A sampled step is no better than a greedy one. A judge over four samples does no better than greedy steps or than counting the proposals, and two partial solutions no better than one, as far as 64 problems and three copies show. Counting (the short line in the figure) needs no second format and fewer tokens.
 # - **Four numbers.** Here the mistake is another one: the whole solutions leave a number out, as counted above; training never had more than three. Again the program cannot make this mistake, and where all sums are right nothing is left for a search to gain.
 #
 # Compare the tree with the vote over samples alone, and the tree wins; but so does the first row, which searches nothing. Separate what the decomposition gives from what the search gives, and count the tokens of both.
@@ -815,7 +815,7 @@ lesson.claim("on four numbers, being told each next addition gains at least 50 p
 #
 # $$p(a \mid q) = p_\theta\big(a \mid c_1 \dots c_k, q\big), \qquad c_1 \dots c_k = \text{the top } k \text{ of a ranking of all chunks for } q$$
 #
-# (Lewis et al. sum over single passages; today one puts them side by side.)
+# (Lewis et al. sum over single passages; here they stand side by side in one prompt.)
 #
 # The library below has a page on each of the 1,000 people, pages on 750 people who do *not* occur in pretraining, stories, and a guest book whose entries name a writer but tell nothing about them.
 
@@ -957,7 +957,7 @@ for chunk in top(bm25.scores(queries[-1]), 5):
     print(f"  {bm25.scores(queries[-1])[chunk]:5.2f}  {chunks[chunk]}")
 
 # %% [markdown]
-# The rare name pulls the chunks about the right person to the top. The question's other words help less: the page may say the same in other words, and other pages share the common ones.
+# Here the rare name pulls the chunks about the right person to the top. The question's other words help less: the page may say the same in other words, and other pages share the common ones.
 
 # %% [markdown] tags=["further"]
 # ## Beside section 8 · What size should a chunk have?
@@ -1091,11 +1091,11 @@ lesson.equal("recall, MRR and nDCG are those of scikit-learn", difference, withi
 #
 # **Question.** BM25 does not know that "lives" and "has a house" belong together. Can that be learnt?
 #
-# A dense retriever (Karpukhin et al. 2020) maps question and chunk to vectors and ranks by their product. (Ours have length 1 and share one encoder; theirs do neither.) It is trained on pairs: a question $q_i$ and a chunk $c_i$ that answers it. The other chunks of the batch serve as wrong ones, which costs next to nothing (*in-batch negatives*; van den Oord et al. 2018). A few of them answer the question too; exercise 2.2 leaves those out:
+# A dense retriever (Karpukhin et al. 2020) maps question and chunk to vectors and ranks by their product. (Ours have length 1 and share one encoder; theirs do neither.) It is trained on pairs: a question $q_i$ and a chunk $c_i$ that answers it. The other chunks of the batch serve as wrong ones, which costs next to nothing (*in-batch negatives*; van den Oord et al. 2018). Some of them answer the question too; exercise 2.2 leaves those out:
 #
 # $$\mathcal{L} = -\frac1B \sum_{i=1}^{B} \ln \frac{\exp(q_i \cdot c_i / \tau)}{\sum_{j=1}^{B} \exp(q_i \cdot c_j / \tau)}$$
 #
-# A very small encoder will do: one vector and one weight for each token, shared by questions and chunks. The weights say which tokens count, and the text's vector is the weighted mean.
+# Ours is very small: one vector and one weight for each token, shared by questions and chunks. The weights say which tokens count, and the text's vector is the weighted mean.
 
 # %%
 class Encoder(nn.Module):
@@ -1214,7 +1214,7 @@ for chunk in rankings["dense"][-1][:5]:
 #
 # **Question.** You have two rankings of the same chunks. How do you join them, and is it worth it?
 #
-# Their scores have nothing in common, but ranks have. **Reciprocal rank fusion** (Cormack et al. 2009) needs no training and no scaling:
+# Their scores are on different scales, but both give ranks. **Reciprocal rank fusion** (Cormack et al. 2009) needs no training and no scaling:
 #
 # $$s(c) = \sum_{\text{rankings } r} \frac{1}{60 + \text{rank}_r(c)}$$
 #
@@ -1349,7 +1349,7 @@ for said, of in {"a shared word": np.array(alike), "no shared word": ~np.array(a
 # - **BM25** has nearly everything among its first five, but less often in the first place. It finds the person; in the example of section 8 two chunks of that person tie, and only one tells what was asked.
 # - **The encoder** puts the right fact first more often, and loses some questions from its first five. The last two lines split the questions. Where the statement shares no word with the question beside the name (and "live" is not "lives" here), the encoder is ahead of BM25. Where it shares one, the interval holds 0. The untrained encoder is behind both. So training has taught it which sentences belong to which question. It learned from statements in the same forms as the library's; BM25 has learned nothing. The three trainings differ from each other by much less than they do from the untrained encoder or from BM25 in MRR.
 # - **Fusion** does not beat both of its parents here: it has BM25's recall at 5, and its recall at 1 and MRR are below those of the encoder alone.
-# - **The filter** is above both parents on all four measures and costs next to nothing. It works because each of these questions holds a name. Where questions hold none, it cannot.
+# - **The filter** is above both parents on all four measures, and asks the language model nothing. It needs the name that each of these questions holds.
 # - **The reranker** repairs the first places of the fusion, for six short answers of the language model on each question. Marks by chance instead lower the MRR: that is its control. Compare it with the filter measure by measure, recall at 5 too. Reranking the filter's own list changes too little for these questions to decide.
 #
 # The last row of the first table is a perfect ranking. A question with more than one fitting chunk cannot have all of them in the first place, so recall at 1 has a ceiling.
@@ -1595,7 +1595,6 @@ lesson.claim("an outdated fact costs at least 20 points of what was known by hea
 #
 # "Outdated" is our word, and the run itself cannot tell which side is old. If the library is newer than the model, the same behaviour is what you want.
 #
-#
 # **Citations.** Can you notice it? Let each answer cite a passage, and check whether the passage supports the answer. A program that checks this does not know the truth, nor how Shima phrases facts. So it looks at the text alone: a passage *supports* an answer if one of its sentences holds both the name that was asked about and the answer. Cite the first such passage; without one, call the answer unsupported. First test the checker itself.
 
 # %%
@@ -1675,7 +1674,14 @@ for version in LIBRARIES:
     lesson.report(f"supported and right, supported and wrong: {version}", " and ".join(table[version][:2]))
 
 # %% [markdown]
-# **What you see.** The checker needs neither the truth nor the forms of sentences. It rejects nearly all answers that belong to another question, so it can fail. But it does not look at what was asked: some other fact of the same person, of all that the passages tell, passes in all or nearly all cases. (Many facts are tried here, and one answer in the row above.) It is of use only where answers are of the kind that was asked; the last column of the table says how often they are here, and elsewhere you would have to check. With the complete library most answers are supported and right. With the outdated one many answers are supported and *wrong*: the passage says so, and the passage is old. With the fact deleted no answer can be supported and right, since the sentences that would support it are those that were deleted. Some answers, from memory, are right without any support. The simplest citation, always the first passage, supports most of the answers too, as printed above. So support is a check of the answer against its source. It tells you whether the library says it, which is why a system that answers from documents should make it. It does not tell you whether it is true: that check is the library's.
+# **What you see.**
+#
+# - **The checker** needs neither the truth nor the forms of sentences. It rejects nearly all answers that belong to another question, so it can fail. But it does not look at what was asked: some other fact of the same person, of all that the passages tell, passes in all or nearly all cases. (Many facts are tried here, and one answer in the row above.) So it is of use only where answers are of the kind that was asked; the last column of the table says how often they are here. The simplest citation, always the first passage, supports most answers too.
+# - **Complete library:** most answers are supported and right.
+# - **Outdated:** most answers are supported and *wrong*. The passage says so, and the passage is old.
+# - **Fact missing:** no answer can be supported and right, since the sentences that would support it are those that were deleted. Some are right without any support.
+#
+# Support is a check of the answer against its source. It tells you whether the library says it, which is why a system that answers from documents should make it. It does not tell you whether it is true: that check is the library's.
 
 # %% [markdown]
 # ## 15 · Exercises
