@@ -133,6 +133,7 @@ def test_the_check_of_the_new_ways_finds_other_prompts_endings_and_a_missing_pre
         planted(solution, "ways.values()", "NEW_WAYS.values()"),  # not the ways that are given
         planted(solution, "text.strip() == label", "text == label"),
         planted(solution, "text.strip() == label", "True"),
+        planted(solution, "text.strip() == label", "label in text"),  # a lenient scorer
         planted(solution, "    return shares", "    return shares[:1]"),
     ]
     prove_check(replace(EXERCISES["2.5"], solution=solution), names, wrong)
