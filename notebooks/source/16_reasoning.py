@@ -1198,7 +1198,7 @@ learners["more of the known"] = fine_tune(policy, shown_routes, UPDATES, share=0
 
 
 # %%
-def grpo(rounds: int, questions: int, updates: int) -> tuple[nn.Module, list[float]]:
+def grpo(rounds: int, questions: int, updates: int = 6) -> tuple[nn.Module, list[float]]:
     """Train a copy of the policy with the checker's reward; also the share of right samples in each round."""
     learner, log = copy.deepcopy(policy).float().requires_grad_(True), []
     queue = random.Random(f"grpo/{seed}").sample(practice, len(practice))
@@ -1224,8 +1224,7 @@ def grpo(rounds: int, questions: int, updates: int) -> tuple[nn.Module, list[flo
     return learner.to(settings["at_rest"]).requires_grad_(False), log
 
 
-A_ROUND = 6  # updates with the samples of one round
-learners["GRPO"], rewards_log = grpo(lesson.scaled(UPDATES // A_ROUND), max(1, len(practice) // 6), A_ROUND)
+learners["GRPO"], rewards_log = grpo(rounds=lesson.scaled(UPDATES // 6), questions=max(1, len(practice) // 6))
 print("right in training: " + " ".join(f"{value:.0%}" for value in rewards_log))
 
 # %% [markdown]
