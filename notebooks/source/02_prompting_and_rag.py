@@ -208,7 +208,7 @@ def show_bars(scores: dict[str, dict[str, Score]], title: str, xlabel: str, alt:
     plots.show(figure)
 
 
-title = "Where the model adds a word, only the lenient scorer finds the answer"
+title = "Where the model adds a word, strict scoring fails"
 alt = "Right answers for each way of asking, by both scorers: they differ after an instruction and a bare question."
 show_bars(frames, title, "right answers", alt)
 for name in ("format of the documents", "instruction", "chat format"):
