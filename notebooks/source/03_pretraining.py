@@ -334,7 +334,7 @@ lesson.claim(
 
 
 # %% [markdown]
-# **What you see.** Each merge costs one more row of $d$ weights, and the line of Shima bends: the first 496 merges take a token from XX to YY bytes, the other 1,280 from there to 3.11. In this run the tokenizer of Shima makes tokens of 3.11 bytes on Shima and of 1.48 on Python source; the tokenizer of Python source makes them 1.78 and 2.76 bytes long. Each makes longer tokens on the kind of text that it was trained on, so the same bytes of the other kind cost more tokens.
+# **What you see.** Each merge costs one more row of $d$ weights, and the line of Shima bends: the first 496 merges (to 768 tokens) take a token from 1.00 to 2.52 bytes, the other 1,280 from there to 3.11. In this run the tokenizer of Shima makes tokens of 3.11 bytes on Shima and of 1.48 on Python source; the tokenizer of Python source makes them 1.78 and 2.76 bytes long. Each makes longer tokens on the kind of text that it was trained on, so the same bytes of the other kind cost more tokens.
 
 # %% [markdown] tags=["core"]
 # ## 2 · The model
@@ -722,7 +722,7 @@ alt += f"gives the town {looked['town']:.2f}."
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The same head, on the same passages: asked for the instrument it looks at the instrument, asked for the town at the town, and hardly at the other. So it follows the question, and not one fixed place or one kind of word. (In all passages the instrument stands first: a head with one fixed place for each question would pass too. Passages with the town first would tell them apart.) What a head looks at is not yet what the model uses; lesson 13 tests that by taking heads out.
+# **What you see.** The same head, on the same passages: asked for the instrument it gives 0.91 of its weight to the instrument, asked for the town 0.89 to the town, and 0.01 and 0.02 to the other. So it follows the question, and not one fixed place or one kind of word. (In all passages the instrument stands first: a head with one fixed place for each question would pass too. Passages with the town first would tell them apart.) What a head looks at is not yet what the model uses; lesson 13 tests that by taking heads out.
 
 # %% [markdown] tags=["core"]
 # ## 3 · The training loop
@@ -1043,7 +1043,13 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** Before training the text is noise. Afterwards, in this run, there are words, lines of sums, and pairs that end in a colour: a part of the form is learned. It does not hold: the story breaks off after one made-up word and becomes a sum, though stories have the lowest loss. A low mean loss on given text does not yet mean that the model goes on well with its own. The content is not learned: $12 + 72 + 93 + 35$ is 212 and not 165, and `drum` was white before and becomes green. The average loss mixes the five curves. In the second half (the last column) the loss on stories falls by about 40 %, on descriptions and mappings by about a third, on repeats by 17 % and on sums by 13 %. A part of the fall on stories may be memory of people and phrases that the training text has too. On sums the digits tell more: the terms are drawn at random, so no model can bring their loss to zero, and 2.31 nats are what guessing among ten digits costs. An answer follows from its terms, so the 1.99 nats that are left there are something that this model has not learned. So ask for the loss of the text that you care about.
+# **What you see.** Before training the text is noise. Afterwards, in this run, there are words, lines of sums, and pairs that end in a colour: a part of the form is learned. It does not hold: the story breaks off after one made-up word and becomes a sum, and the steps of that sum begin with 96 + 11 and not with its own terms 43 + 46. Stories have the lowest loss nevertheless: a low mean loss on given text does not yet mean that the model goes on well with its own. The content is not learned: $12 + 72 + 93 + 35$ is 212 and not 165, and `drum` was white before and becomes green. (Each is a single sample.)
+#
+# **Which text first?** At step 20 sums have gained 1.71 nats on the unigram, mappings 0.75, stories 0.51, descriptions 0.43 and repeats 0.28: sums come first. From step 100 on it turns: stories gain 0.61 nats, sums 0.16. One average loss would hide this.
+#
+# **Against tables of counts.** On every kind the model ends at least 32 % below the bigram. The trigram is the harder comparison: on descriptions the model is level with it (1.43 and 1.42 nats), on mappings 0.07 below it, on stories 0.13, on sums 0.31, on repeats 1.56. Longer tables were not tried.
+#
+# **How far can a loss fall?** The terms of a sum are drawn at random, so no model can bring their loss to zero. Here they cost 2.31 nats, a guess among ten digits costs 2.30. Steps and answers follow from the terms, so the 2.16 and 1.99 nats that are left there are something that this model has not learned. Falls in per cent of different kinds are therefore no fair race. Ask for the loss of the text that you care about.
 
 # %% [markdown] tags=["further"]
 # ## 5 · Mixed precision
@@ -1282,14 +1288,18 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs: 4.80 against 4.92 nats at the end. So the comparison says how fast the objectives start, and not which is better. The control, a causal model with as few targets, is behind the causal one too (2.84 against 1.41). That is 42 % of the masked model's distance at the end. (The shares at the first evaluations are large because the distance itself is small there; on two other seeds the first one exceeds 100 %.) It shows what few targets do to a causal model; whether they do as much to a masked one is not tested. What else differs: the masked model sees both sides, and the order of its neighbours it may have to find out from the positions. The encoder and decoder learn from half of the tokens and have one matrix set more, for the cross-attention. All are single runs of a small model on descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
+# **What you see.** In these few steps the masked model learns little more than the unigram, which knows only how often each token occurs: 4.80 against 4.92 nats at the end. So the comparison says how fast the objectives start, and not which is better.
+#
+# The control, a causal model with as few targets, is behind the full one too: 2.84 against 1.41 nats at the end. That is 42 % of the masked model's distance at the end, and 77 % at step 36. (At step 12 no model is below the unigram, so a share would mean nothing there.) It shows what few targets do to a causal model; whether they do as much to a masked one is not tested.
+#
+# More than that differs. The masked model sees both sides, but it is not told the order by a causal mask and may have to learn it from RoPE. The sequence-to-sequence model has one layer to read and one to write, where a token of the causal model passes through two; its cross-attention gets no positions; it learns from half of the tokens, and has four matrices and a norm more. All are single runs of a small model, tested on 320 tokens of descriptions: they say nothing about the end of a long training. What decides in practice is also what a model is for: a masked model does not write from left to right, and models that only read, for search or classification, are often trained this way.
 
 # %% [markdown] tags=["core"]
 # ## 7 · When abilities appear
 #
 # **Question.** A loss falls. Do the abilities of a model grow in the same way?
 #
-# While shima-4m was trained, its build stopped every 250 steps and asked the model 100 held-out questions for each ability (so a share near 50 % is known to about 10 points). The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* is here of the simplest kind: words stand in the prompt with their labels, and the model repeats the label of one. The pairs are new, the format is not: it is one of the kinds of document in the training text. A guess among all eight labels is right once in eight, among the four that are shown at least once in four.
+# While shima-4m was trained, its build stopped every 250 steps and asked the model 100 held-out questions for each ability (so a share near 50 % is known to about 10 points). The record comes with the model: one training run, the same on every seed, so its numbers are reports and not claims. *Reading* means that the answer stands in a passage about strangers. Only the wording of the questions about facts is new, the facts stand in the training text. *In-context learning* is here of the simplest kind: four words stand twice in the prompt, each with its colour, and the model repeats the colour of one. The pairs are new, the format is not: such *mappings* are one of the kinds of document in the training text. A guess among the eight colours is right once in eight, among those that are shown at least once in four. The control asks for a colour with no pair shown.
 
 # %%
 record = json.loads((MODEL_FOLDERS["shima-4m"] / "training_curve.json").read_text())
@@ -1341,7 +1351,9 @@ print(f"tokens of the {len(labels)} labels: {list(map(len, labels))}", end="; ")
 print(f"mappings are {mappings:.0%} of our documents")
 
 # %% [markdown]
-# **What you see.** In-context learning goes from below 20 % to above 80 % between two evaluations. Reading takes 2 million tokens for the same way, sums with steps 5, frequent facts 10; rare facts are not at 80 % after 41 million. The next cell looks at the loss where in-context learning jumps. It takes the interval with the largest rise, and the three before and the two after it: the evaluations set the borders, not we. In each interval a straight line is fitted to the training loss, one value for each 0.1 million tokens.
+# **What you see.** In-context learning goes from below 20 % to above 80 % between two evaluations; without a pair shown, the same question stays between 5 and 18 %. For the same way reading takes 2 million tokens, sums with steps 5, frequent facts 10, though these are the first at 20 %. Rare facts are not at 80 % after 41 million. Sums without written steps never pass 15 %.
+#
+# The next cell looks at the loss where in-context learning jumps. It takes the interval with the largest rise, the three before it and the two after it: the borders are the evaluations, so they were not chosen to fit. In each interval a straight line is fitted to the training loss, one value for each 0.1 million tokens.
 
 # %%
 in_context = shares["in-context learning"]
@@ -1386,7 +1398,11 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** In the grey interval in-context learning goes from 11 % to 97 %. There the loss falls by 0.103 nats per million tokens, in the interval before by 0.071; the standard errors are 0.013 and 0.017. In the interval after it the loss falls by 0.028. So the loss bends a little where the ability jumps by 86 points, and who sees only the loss would hardly guess what happened. (The standard errors take the points as independent. All this is one run.) One possible reason why so little shows is that only a part of the text needs the new ability. Section 4 shows a way that may show more: measure the loss of that kind of document alone. Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). Where the answer is one token, that reason falls away, but another of the same paper remains: right or wrong is a threshold, and the probability of the right label may have risen more smoothly. It was not recorded. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
+# **What you see.** In the grey interval in-context learning goes from 11 % to 97 %. There the loss falls by 0.103 nats per million tokens, by 0.071 in the interval before and by 0.028 in the one after. Of the six intervals it is the only one in which the loss falls faster than in the one before it. The difference to before (0.032) is 1.5 standard errors, the one to after (0.075) is 4.9. So the loss shows a small bend, the ability a jump of 86 points. (The errors take the points as independent, and all this is one run. Reading rises in the same interval, from 2 to 50 %, so the bend need not belong to in-context learning.)
+#
+# Mappings are only 14 % of the documents, which may be why the bend is small. Section 4 shows how to find out: measure the loss of that kind alone. The record does not have it.
+#
+# Where an answer has several tokens it counts only if all are right, which makes a rise look steeper (Schaeffer et al. 2023; lesson 04). The eight labels are one token each, so that reason falls away here. Another of the same paper remains: right or wrong is a threshold, and the probability of the right label may have risen more smoothly. It was not recorded. Lesson 13 looks for the attention heads that do it (Olsson et al. 2022).
 
 # %% [markdown] tags=["core"]
 # ## 8 · What pretraining saves
@@ -1399,14 +1415,17 @@ lesson.report(
 #
 # $$p(\text{sort} \mid x) = \text{softmax}\big(W u(x)\big), \qquad W \in \mathbb{R}^{2 \times d}$$
 #
-# *Fine-tuned*: all weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), from the pretrained weights. *From scratch*: the same from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand: pretrained weights get a low one, which leaves in place what they know. Simple ways stand beside them:
+# *Fine-tuned*: all weights are trained on the labels (Howard & Ruder 2018; Radford et al. 2018), from the pretrained weights. *From scratch*: the same from fresh weights of the same shape. The words of the test are never among the labelled ones. Each has one learning rate that was set beforehand, a lower one for pretrained weights. Simple ways stand beside them:
 #
 # - *nearest centre*: a word is the mean of the pretrained input embeddings of its tokens, frozen. Each sort's centre is the mean over its labelled words, and a new word gets the sort of the nearer centre. Nothing is trained. With fresh embeddings (*fresh centre*) it is a control.
 # - *linear probe*: a logistic regression on the same frozen embeddings.
-# - *probe of final vector*: the same regression on the frozen $u(x)$, the vector that fine-tuning reads too.
+# - *final vector, end*: the same regression on the frozen $u(x)$, the vector that fine-tuning reads too.
+# - *final vector, word*: the same regression on the frozen final vector of the word's last token, before `Sort` is read.
 # - *letters*: a logistic regression on groups of one to three letters. It knows nothing of pretraining.
-# - *asked*, without a label: which of the two sorts is the model more likely to write after the prompt?
-# - *two sentences*, without a label: is the word more probable after "For dinner Kodera wants" or after "Kodera plays the"? Sentences of this kind stand in the text of pretraining.
+# - *asked*, without a label: which of the two sorts is the model more likely to write after the prompt? *Corrected*: each probability is first divided by what the same prompt gives with no word in it (the mean over nothing, `N/A` and `[MASK]` in its place; Zhao et al. 2021).
+# - *two sentences*, without a label: is the word more probable after "For dinner Kodera wants" or after "Kodera plays the"? Sentences of this kind stand in the text of pretraining; somebody who knows it chose them.
+#
+# Ways without a label are scored on all 48 words, the others on the 32 words that are never labelled.
 
 # %%
 SORTS = {"dish": world.values["dish"], "instrument": world.values["instrument"]}
@@ -1641,11 +1660,17 @@ alt += f"with 4 labels nearest centre is at {frozen}, fine-tuned at {tuned}."
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** The lines are the lowest and the highest of five draws of labels. From scratch, with the same few steps, the model is right about half of the time, as is one answer for all words; letters are at 56 and 55 %, on other seeds with 16 labels at up to 66 %, and fresh embeddings at 47 and 48 %: the spelling says little about the sort, fresh vectors nothing. On the frozen embeddings four labels are enough: nearest centre and linear probe are both at 98 %, and the method hardly matters. On the final vector the same probe is at 69 %, 29 points lower. Two things changed there, the layer and the place that is read, the colon after `Sort` and not the word; they are not separated here. Fine-tuning reads that vector too, and trains all weights besides. In this run it is no better for it: 66 % with four labels against 69 % for the frozen probe, and 77 % against 89 % with sixteen, with one learning rate and few steps. (The final vector is made to predict the next token after the prompt, a format that the model never read.)
+# **What you see.** A line goes from the lowest to the highest of five draws of labels. One test word is 3 %, so 97 % is one error.
 #
-# And the model knows both sorts before the first label. *Asked* in a format that it never read, it calls all 48 words a dish. Given two sentences of the kind that it did read, it tells all dishes from all instruments.
+# *Without pretraining.* From scratch the model is at 50 and 49 %, like one answer for all words. Letters are at 56 and 55 %, on other seeds with 16 labels at up to 66 %, and fresh embeddings at 47 and 48 %: the spelling says little about the sort, fresh vectors nothing.
 #
-# So what did pretraining save here? Labels for something that the model had learned already; a label only has to point at it. Always try the ways without training and without labels first. A high score there says that the task is not new to the model; a low one says nothing: *asked* is at 50 %, *two sentences* at 100 %. How many labels is pretraining worth? More than the 16 that we have: with 16 labels, letters and training from scratch stay far below the frozen embeddings with 4. All the words stood in the text of pretraining, with sentences that tell their use; this lesson does not measure words that it never read.
+# *Frozen weights.* On the input embeddings four labels are enough for 98 %, with nearest centre as with a linear probe. On the final vector the same probe is at 83 % at the word and at 69 % at the end of the prompt: 15 points go with the layer, 14 more with the place that is read. With sixteen labels it is at 100, 96 and 89 %. (At the end the model has to predict the next token of a format that it never read.)
+#
+# *Fine-tuned.* It reads the vector at the end too, and trains all weights besides. In this run that does not help: 66 % with four labels against 69 % for the frozen probe, and 77 against 89 % with sixteen.
+#
+# *Without labels.* *Asked* in a format that it never read, the model calls all 48 words a dish. Corrected for the answer that the format gives without a word, it is right in 65 %, and still calls 35 of 48 a dish. Given two sentences of the kind that it did read, it tells all dishes from all instruments.
+#
+# So what did pretraining save here? Labels for something that the model had learned already. Always try the ways without training and without labels first. A high score there says that the task is not new to the model; a low one says nothing: *asked* is at 50 %, *two sentences* at 100 %. How many labels is pretraining worth? More than the 16 that we have: with 16 labels, letters and these few steps from scratch are at 55 and 49 %, the frozen embeddings with 4 at 98 %. All the words stood in the text of pretraining, with sentences that tell their use; this lesson does not measure words that it never read.
 
 # %% [markdown]
 # ## 9 · Exercises
@@ -2018,7 +2043,7 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# C. Its pairs of bytes were rare in the training text, so few merges apply. Section 1 saw the same: the tokenizer of Shima made tokens of 3.11 bytes on Shima and of 1.48 on Python source.
+# C. Its pairs of bytes were rare in the training text, so few merges apply. Section 1 saw something similar: the tokenizer of Shima made tokens of 3.11 bytes on Shima and of 1.48 on Python source.
 #
 # </details>
 
@@ -2037,16 +2062,16 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **3. In the figure "Sums start lowest, stories end lowest", what would a single curve, the average of the five, have hidden?**
+# **3. In the figure "Sums start lowest, stories end lowest" the crosses mark the loss of the bigram. What does it show for step 20?**
 #
-# - A. That the loss on repeats rises towards the end.
-# - B. That sums have the lowest loss at the first evaluation and stories at the last.
-# - C. That mappings and descriptions end far apart.
-# - D. That sums fall more than stories in the second half.
+# - A. The model has passed the bigram on sums, since their loss is the lowest.
+# - B. The model has passed the bigram on repeats, whose cross is the highest.
+# - C. On every kind the bigram is still ahead.
+# - D. Mappings and descriptions have the same loss.
 #
 # <details><summary>Answer</summary>
 #
-# B. At the first evaluation sums are at 2.33 nats and stories at 4.69, at the end sums at 1.10 and stories at 0.93. A: repeats fall from 3.11 to 2.57 in the second half. C: 1.44 and 1.43. D: 13 % against about 40 %.
+# C. At step 20 sums are at 2.33 nats and their bigram at 1.70, the other kinds at 4.26 to 5.02 and their bigrams at 2.39 to 3.78. A: sums are the lowest for the unigram already, at 4.04, so a low loss is not yet something learned. B: 5.02 against 3.78. D: 4.26 and 4.97; they meet later.
 #
 # </details>
 
@@ -2089,7 +2114,7 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Nobody writes the model and the loop again for each run. With `transformers` the profile's model is loaded, and trained further on new text, in a few lines. This is *continued pretraining*: the same objective, other text. Here the text is Shima's medicine, which shima-4m has never read (and no hub model either). Watch the loss on the new text, and on text of the old kind.
+# You need not write the model and the loop again for each run. With `transformers` the profile's model is loaded, and trained further on new text, in a few lines. This is *continued pretraining*: the same objective, other text. Here the text is Shima's medicine, which shima-4m has never read (and no hub model either). Watch the loss on the new text, and on text of the old kind.
 
 # %%
 from datasets import Dataset
@@ -2139,7 +2164,7 @@ chance = math.log(len(tokenizer))
 print(f"guessing all tokens alike would cost {chance:.2f} nats")
 
 # %% [markdown]
-# Before, the model is worse on the new text than guessing all tokens alike (9.19 against 7.34 nats): it gives the right tokens less than an even share. Afterwards the new text costs 2.33 nats, and the old text has suffered, from 0.87 to 2.04. New text and a high learning rate came together here. Lesson 14 measures forgetting and its remedy, to mix old text in.
+# Before, the model is worse on the new text than guessing all tokens alike (9.19 against 7.34 nats): on (geometric) average it gives the right token less than an even share. Afterwards the new text costs 2.33 nats, and the old text has suffered, from 0.87 to 2.04. New text and a high learning rate came together here. Lesson 14 measures forgetting and its remedy, to mix old text in.
 #
 # **What is different at scale**
 #
