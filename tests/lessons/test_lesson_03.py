@@ -23,13 +23,12 @@ def definitions(source: str) -> str:
 def lesson() -> dict:
     """The names that the exercises use, made by the lesson's own cells, with a small tokenizer."""
     names: dict = {"profile": "cpu", "model_id": "", "seed": 0, "budget": 0.1, "display": lambda *_, **__: None}
-    small = planted(CELLS["run-bpe"], "1500, 2048", "300, 600")
+    small = planted(CELLS["train-bpe"], "1500, 2048", "300, 600")
     for source in (
         CELLS["imports"],
         CELLS["settings"],
         CELLS["pre-tokenize"],
         CELLS["merge-pair"],
-        CELLS["train-bpe"],
         small,
         "sizes = [len(SPECIAL_TOKENS) + 256]\n" + definitions(CELLS["encode"]) + "\nencode = make_encoder(merges)",
         definitions(CELLS["attend"]),
@@ -82,6 +81,7 @@ def test_the_check_of_wsd_finds_schedules_that_are_off_by_a_step_or_end_elsewher
 def test_the_check_of_bert_mask_finds_wrong_shares_tokens_and_fates_and_changed_rows(lesson):
     exercise = EXERCISES["3.4"]
     source = exercise.solution
+    one_row = "torch.rand((1, rows.shape[1]), generator=generator).expand(rows.shape)"
     wrong = [
         planted(source, " & (rows >= NUM_SPECIAL)", ""),
         planted(source, "fate < 0.8", "fate < 1"),
@@ -99,6 +99,8 @@ def test_the_check_of_bert_mask_finds_wrong_shares_tokens_and_fates_and_changed_
             "fate = torch.rand(rows.shape, generator=generator)",
             "fate = torch.rand((len(rows), 1), generator=generator).expand(rows.shape)",
         ),
+        planted(source, "torch.rand(rows.shape, generator=generator) < 0.15", one_row + " < 0.15"),
+        planted(source, "fate = torch.rand(rows.shape, generator=generator)", "fate = " + one_row),
         planted(source, "    chosen =", "    generator = torch.Generator().manual_seed(0)\n    chosen ="),
     ]
     prove_check(exercise, lesson, wrong)
@@ -111,6 +113,7 @@ def test_the_check_of_document_mask_finds_masks_that_leak_or_cut_too_early(lesso
         planted(exercise.solution, " & (places[:, None] >= places)", ""),
         planted(exercise.solution, "ends.cumsum(0) - ends", "ends.cumsum(0)"),
         planted(exercise.solution, "number[:, None] == number)", "number[:, None] >= number)"),
+        planted(exercise.solution, "row == end_of_text", "row == 0"),
     ]
     prove_check(exercise, lesson, wrong)
 
