@@ -781,7 +781,7 @@ for name in MAKE:
     lines[f"{name} + row"] = (read[name][-1:], [mean[f"{name} + row"]])
 ends = ", ".join(f"{name} {value:.2f}" for name, value in mean.items())
 figure = plots.curve(
-    {f"{name}, {mean[name]:.2f} at the end": line for name, line in lines.items()},
+    {f"{name} {mean[name]:.2f}": line for name, line in lines.items()},
     title="After one pass, each model needs fewer bits with the row",
     xlabel="tokens read in training (hollow: in the middle of a schedule)",
     ylabel="bits per byte of test text",
@@ -1010,7 +1010,7 @@ for name in tqdm(RECALL, desc="recall"):
 # %%
 recall_lines = {name: (BOXES, *band(runs)) for name, runs in recall.items()}
 figure = plots.curve(
-    {f"{name}, {line[1][-1]:.0%} at the end": line for name, line in recall_lines.items()},
+    {f"{name} {line[1][-1]:.0%}": line for name, line in recall_lines.items()},
     title="At equal steps only the transformer is right with 16 boxes",
     xlabel="boxes in the row",
     ylabel="share of right answers",
@@ -1405,7 +1405,7 @@ by_length = {"n-gram": [without], **by_length, "n-gram + row": [with_row_by_leng
 context_lines = {name: (LENGTHS, *band(runs)) for name, runs in by_length.items()}
 middle = {name: line[1] for name, line in context_lines.items()}
 figure = plots.curve(
-    {f"{name}, {line[1][-1]:.2f} at the end": line for name, line in context_lines.items()},
+    {f"{name} {line[1][-1]:.2f}": line for name, line in context_lines.items()},
     title="From 16 to 96 tokens of context, n-gram + row falls by far the most",
     xlabel="tokens of context that the model may see",
     ylabel="bits per byte of the next token",
