@@ -831,7 +831,7 @@ lesson.claim(
 )
 networks_best = min(mean["LSTM"], mean["transformer"])
 lesson.claim(
-    "with it, the n-gram model is ahead of the better network without it by at least 0.03 bits per byte "
+    "with the row look-up the n-gram model is ahead of the better network without it by at least 0.03 bits per byte "
     "(control: the n-gram model without it)",
     networks_best - mean["n-gram + row"],
     at_least=0.03,
@@ -1072,7 +1072,7 @@ lesson.report(
 #
 # The n-gram model sees five tokens. With two boxes that is the whole row, and it is right; with 8 and 16 it is near a guess. (The row look-up of section 7 would be no help: the question never stood earlier in its row.)
 #
-# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up, too: for a name, a number, a definition, an instruction at the top of a prompt. Neither network of section 7 gains from what stands more than 16 tokens back (section 11 measures it). Later lessons put into the prompt what has to be looked up: examples and passages (lesson 02), the steps of a calculation (02 and 16).
+# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up, too: for a name, a number, a definition, an instruction at the top of a prompt. The networks of section 7 gain next to nothing from what stands more than 16 tokens back (section 11 measures it). Later lessons put into the prompt what has to be looked up: examples and passages (lesson 02), the steps of a calculation (02 and 16).
 
 # %% [markdown] tags=["core"]
 # ## 9 · From probabilities to text
