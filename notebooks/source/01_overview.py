@@ -525,6 +525,9 @@ lesson.equal("our LSTM step is nn.LSTM's, after 50 steps", max(differences).item
 # There is no loop over time: all positions of a text are trained side by side, and a token 100 places back is one step away, as the last one is. The price is that the work of looking back grows with the square of the length. (Where a token stands enters through $q$ and $k$.) Lesson 03 writes every line of it; here the library's `LlamaForCausalLM` does, with a tiny configuration.
 
 # %%
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
 class LSTM(nn.Module):
     """Token ids (batch, seq) -> logits (batch, seq, vocab), or of the last so many places; one matrix in and out."""
 
@@ -536,9 +539,6 @@ class LSTM(nn.Module):
 
     def forward(self, input_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
         return self.lstm(self.embed_tokens(input_ids))[0][:, -logits_to_keep:] @ self.embed_tokens.weight.T
-
-# %%
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class Transformer(nn.Module):

@@ -26,7 +26,7 @@ def lesson() -> dict:
     for cell in [*cells, "kneser-ney-code", "kneser-ney-probability", "recall-rows"]:
         exec(CELLS[cell], names)
     exec("ngram = kneser_ney(rows.flatten().tolist(), 4)", names)
-    for cell in ("lstm-network", "transformer-network", "no-peeking", "training-step", "train"):
+    for cell in ("networks", "no-peeking", "training-step", "train"):
         exec(CELLS[cell], names)
     names["clock"] = time.process_time
     exec('networks = {name: [new_network(name, 0)] for name in ("LSTM", "transformer")}', names)
