@@ -11,8 +11,8 @@
 #
 # 1. compute perplexity in three ways that agree, and see why bits per byte is the fairer unit;
 # 2. write an interpolated Kneser-Ney model whose probabilities sum to one, and an LSTM step that equals `nn.LSTM`;
-# 3. race counts, LSTM and transformer over the same tokens, and the two networks over the same seconds as well, with three training seeds; find that counts which also look into the row before them keep up;
-# 4. give both networks a task of looking things up, with more to keep or a longer way back, and see them part;
+# 3. race counts, LSTM and transformer over the same tokens, and the two networks over the same computing time as well, with three training seeds; then let all three look things up in the row before them, and compare again;
+# 4. give both networks a task of looking things up, with more boxes or a longer way back, and see them part;
 # 5. write temperature, top-k, top-p, min-p and repetition penalty, each equal to the one in `transformers`, and measure what they do to a text;
 # 6. get a map of the methods of the course: what each changes, what it costs and when to use it.
 #
@@ -232,11 +232,11 @@ lesson.equal(
 
 # %%
 def report(nats: float, num_tokens: int, num_bytes: int) -> list[str]:
-    """A row of the table: surprise of a text in nats -> perplexity, tokens per byte, bits per byte."""
+    """A row of the table: surprise of a text in nats -> perplexity, tokens per byte, bytes, bits per byte."""
     perplexity = math.exp(nats / num_tokens)
     bits = evaluation.bits_per_byte(perplexity, num_tokens, num_bytes)
     assert abs(bits - nats / math.log(2) / num_bytes) < 1e-9
-    return [f"{perplexity:,.2f}", f"{num_tokens / num_bytes:.2f}", f"{bits:.3f}"]
+    return [f"{perplexity:,.2f}", f"{num_tokens / num_bytes:.2f}", f"{num_bytes:,}", f"{bits:.3f}"]
 
 
 base_name, base_targets = machine.model_id.split("/")[-1], base_test[:, 1:]
@@ -251,11 +251,11 @@ table = {
     "frequencies only, our tokens": report(unigram_nats, *ours),
     base_name: report(-log_probabilities.sum().item(), *count),
 }
-show_table(table, ["perplexity", "tokens/byte", "bits/byte"])
+show_table(table, ["perplexity", "tokens/byte", "bytes", "bits/byte"])
 base_bits = float(table[base_name][-1])
 
 # %% [markdown]
-# **What you see.** The two models that know nothing have very different perplexities, and the one with the larger perplexity needs fewer bits. From here on all models of the race share one tokenizer, so both units rank them alike. When a model with other tokens joins, only bits per byte count.
+# **What you see.** The two models that know nothing have very different perplexities, and the one with the larger perplexity needs fewer bits. From here on all models of the race share one tokenizer, so both units rank them alike. When a model with other tokens joins, only bits per byte count. (All begin at the same place of the held-out text; the column of bytes says how far each goes.)
 
 # %% [markdown] tags=["core"]
 # ## 3 · First generation: counting
@@ -409,7 +409,7 @@ print(f"this text's Francisco is {bpe.decode(list(word))!r}: {share[word]:.2%} o
 print(f"but it follows only {bottom.counts[word]} different tokens, and gets {after[word]:.2%} without a context")
 
 # %% [markdown]
-# **How long a context, and how much memory?** Try lengths up to 8. Two longer ones were counted beforehand, since they take long; the cell lists what came out. Memory is counted as a real implementation packs such tables (Heafield 2011), not as Python's larger dictionaries: two bytes for the token, four for its probability, and in all tables but the longest four for the weight of the shorter context and four for the place of its followers.
+# **How long a context, and how much memory?** Try lengths up to 8. Two longer ones were counted beforehand, since they take long; the cell lists what came out. Memory is counted in the manner of a real implementation (Heafield 2011), which packs such tables, and not as Python's larger dictionaries: two bytes for the token, four for its probability, and in all tables but the longest four for the weight of the shorter context and four for the place of its followers.
 
 # %%
 def packed_bytes(tables: list[Table]) -> int:
@@ -456,27 +456,30 @@ lesson.claim(
 )
 print(f"counted on shuffled text: {without_order[0] - without_order[1]:.2f}")
 print(f"n = {best_order} against n = 1: {sweep[1] - sweep[best_order]:.2f} nats")
+more = sweep[3] - sweep[best_order]  # nats a token
+print(f"n = {best_order} against n = 3: {more:.2f} nats, or {more / math.log(2) * ours[0] / ours[1]:.2f} bits per byte")
 alt = "Perplexity of validation text over the length of the n-grams. "
 figure = plots.curve(
-    {"n-gram": (ORDERS[1:], [math.exp(sweep[order]) for order in ORDERS[1:]])},
+    {"n-gram": (ORDERS, [math.exp(sweep[order]) for order in ORDERS])},
     title="Perplexity falls more from n = 2 to 3 than from 3 to 8",
     xlabel="length of the n-grams (tokens)",
     ylabel="perplexity of validation text",
-    alt=alt + ", ".join(f"n = {order}: {math.exp(sweep[order]):.2f}" for order in ORDERS[1:]),
+    alt=alt + ", ".join(f"n = {order}: {math.exp(sweep[order]):.2f}" for order in ORDERS),
+    log_y=True,
 )
-figure.axes[0].set_xticks(ORDERS[1:])
+figure.axes[0].set_xticks(ORDERS)
 plots.show(figure)
 lesson.report("n-gram model: best length, packed MB", f"{best_order}, {packed_bytes(ngram) / 1e6:.1f}")
 
 # %% [markdown]
-# **What you see.** Two tokens of context take off nearly as many nats as the best length does: compare the first line of the output with the last. From there on the table grows fast with every further token, and the surprise falls more slowly: from $n = 3$ to $n = 8$ it is 0.15 nats. For $n = 12$ and $n = 16$ it is the same. Twelve gain one percent over eight and need more than twice the memory, so eight run in the race. No length that was tried does harm: where a long context was not seen, the formula falls back on a shorter one. A table also cannot know that two contexts are alike. What it counted after one name says nothing about the next name.
+# **What you see.** The first two tokens of context take 3.28 nats off the surprise of a token, the next five only 0.15 more, while the table grows from 0.3 to 9.2 MB. In the race even that counts: it is about 0.10 bits per byte. Twelve lower the perplexity by one percent against eight and need more than twice the memory, and sixteen lower it no further, so eight run in the race. No length that was tried does harm: where a long context was not seen, the formula falls back on a shorter one. A table also cannot know that two contexts are alike. What it counted after one name is of no help after another, unless a shorter context covers both.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Second generation: a state of fixed size
 #
 # **Question.** How can a model use everything before, when it cannot store every context?
 #
-# A recurrent network reads one token after the other and keeps a *state*, a vector that it updates at every step. Tokens are vectors too, so that similar ones can be treated alike. The **LSTM** (Hochreiter & Schmidhuber 1997) keeps two vectors, a cell $c$ and an output $s$. Three gates between 0 and 1 decide what to forget, what to write and what to show ($\odot$ multiplies element by element):
+# A recurrent network reads one token after the other and keeps a *state*, a vector that it updates at every step. Tokens are vectors too, so that similar ones can be treated alike (Bengio et al. 2003). The **LSTM** (Hochreiter & Schmidhuber 1997; its forget gate: Gers et al. 2000) keeps two vectors, a cell $c$ and an output $s$. Three gates between 0 and 1 decide what to forget, what to write and what to show ($\odot$ multiplies element by element):
 #
 # $$\begin{aligned}
 # i, f, o &= \sigma(W_{i,f,o}\, x_t + U_{i,f,o}\, s_{t-1} + b_{i,f,o}) & g &= \tanh(W_g x_t + U_g s_{t-1} + b_g) \\
@@ -519,9 +522,12 @@ lesson.equal("our LSTM step is nn.LSTM's, after 50 steps", max(differences).item
 #
 # $$a_t = \sum_{j \le t} \frac{e^{q_t \cdot k_j / \sqrt{d}}}{\sum_{i \le t} e^{q_t \cdot k_i / \sqrt{d}}} \; v_j$$
 #
-# There is no loop over time: all positions of a text are trained side by side, and a token 100 places back is as close as the last one. The price is that the work grows with the square of the length. Lesson 03 writes every line of it; here the library's `LlamaForCausalLM` does, with a tiny configuration.
+# There is no loop over time: all positions of a text are trained side by side, and a token 100 places back is one step away, as the last one is. The price is that the work of looking back grows with the square of the length. (Where a token stands enters through $q$ and $k$.) Lesson 03 writes every line of it; here the library's `LlamaForCausalLM` does, with a tiny configuration.
 
 # %%
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
 class LSTM(nn.Module):
     """Token ids (batch, seq) -> logits (batch, seq, vocab), or of the last so many places; one matrix in and out."""
 
@@ -533,9 +539,6 @@ class LSTM(nn.Module):
 
     def forward(self, input_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
         return self.lstm(self.embed_tokens(input_ids))[0][:, -logits_to_keep:] @ self.embed_tokens.weight.T
-
-# %%
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class Transformer(nn.Module):
@@ -584,11 +587,11 @@ for name in MAKE:
 # %% [markdown] tags=["core"]
 # ## 7 · The race
 #
-# **Question.** One text, one tokenizer, the same tokens: who predicts unseen text best? And of the two networks, which one after the same seconds?
+# **Question.** One text, one tokenizer, the same tokens: who predicts unseen text best? And of the two networks, which one after the same computing time?
 #
-# **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. On the cpu profile both networks have nearly equally many parameters, one percent apart, as section 6 printed. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would be unfair, since a falling rate usually lowers the loss.
+# **The rules.** Every model reads each token of the training text once. The n-gram model counts, with the length that the validation text chose. On the cpu profile both networks have nearly equally many parameters, one percent apart, as section 6 printed. The networks take the rows in random order, in batches, with AdamW and the same schedule: the learning rate rises for 5 % of the steps and falls along a cosine to the last one. So both are finished when we compare them. Comparing one that is finished with one in the middle of its schedule would not be a comparison of models: two things differ, the model and the share of the schedule that is done. (The LSTM starts as the library makes it; a forget gate that starts open, as in section 8, was not tried here.)
 #
-# **The learning rate is chosen for each network.** Beforehand we ran the same training at several rates. The settings cell lists what came out on validation text, and `RATES` takes the best for each. This search is not repeated here, it would take too long; but the first run is held against it. **Three runs each**, with other random weights and another order of the rows: what differs less than the runs differ among themselves may be chance.
+# **The learning rate is chosen for each network.** Beforehand we ran the same training at several rates. The settings cell lists what came out on validation text, and `RATES` takes the best for each. This search is not repeated here, it would take too long; but the cell prints it beside the runs. Rates that differ by less than two runs do are not told apart, so the search finds roughly where the best rate lies. **Three runs each**, with other random weights and another order of the rows: what differs less than the runs differ among themselves may be chance.
 
 # %%
 def training_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
@@ -612,6 +615,13 @@ def network_nats(network: nn.Module, some_rows: Tensor) -> float:
     logits = network(some_rows[:, :-1]).flatten(0, 1)
     return F.cross_entropy(logits, some_rows[:, 1:].flatten(), reduction="sum").item()
 
+
+@torch.no_grad()
+def network_probabilities(network: nn.Module, some_rows: Tensor) -> Tensor:
+    """What a network gives to each token of the rows but the first of each: (tokens,)."""
+    given = network(some_rows[:, :-1]).softmax(-1)  # (batch, seq, vocab)
+    return given.gather(-1, some_rows[:, 1:, None]).flatten().double().cpu()
+
 # %%
 def test_bits(nats: float) -> float:
     """Bits per byte of the test rows."""
@@ -620,7 +630,7 @@ def test_bits(nats: float) -> float:
 
 def train(network: nn.Module, rate: float, draw: int, passes: float = 1.0, laps: int = 4) -> tuple[list, float]:
     """Train on so many passes over the rows; return (tokens read, bits per byte of the test rows) `laps` times, and
-    the seconds of computing."""
+    the computing time in seconds: on a CPU that of all threads together."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(draw)
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(math.ceil(passes))])
@@ -648,12 +658,11 @@ with tqdm(total=len(MAKE) * len(DRAWS), desc="runs") as bar:
         curves[name] = [points for points, _ in runs]
         seconds[name] = sum(used for _, used in runs) / len(runs)
 for name, tried in SEARCH.items():
-    print(f"{name}, found beforehand: " + ", ".join(f"rate {rate}: {nats:.2f}" for rate, nats in tried.items()))
-    here = network_nats(networks[name][0], validation_rows) / validation_rows[:, 1:].numel()
-    print(f"{name}, the first run here, rate {RATES[name]}: {here:.2f} nats per token of validation text")
-    lesson.report(
-        f"nats per validation token, {name}: the search (seed 0), this run", f"{min(tried.values())}, {here:.2f}"
-    )
+    print(f"{name}, found beforehand: " + ", ".join(f"rate {rate}: {nats:.3f}" for rate, nats in tried.items()))
+    nats = [network_nats(network, validation_rows) / validation_rows[:, 1:].numel() for network in networks[name]]
+    here = ", ".join(f"{value:.3f}" for value in nats)
+    print(f"{name}, the runs here, rate {RATES[name]}: {here} nats per token of validation text")
+    lesson.report(f"nats per validation token, {name}: the search (seed 0); the runs", f"{min(tried.values())}; {here}")
 
 # %% [markdown]
 # **Counting, with a look-up in the row.** The networks may look at more: the whole row, 128 tokens, where the n-gram model sees only the last few. (Section 11 measures how much of it they use.) Give it the row too, in the simplest way (a *cache language model*, Kuhn & De Mori 1990). Look for the last token, and for the last two, earlier in the row, and see what followed them there. Mix the share of each follower into the n-gram's probability. Two weights say how much; validation text chooses them. From here on this is called the **row look-up**, and the model with it *n-gram + row*.
@@ -708,7 +717,7 @@ for length, share, weight in zip((1, 2), seen_before[1][number].tolist(), WEIGHT
 print(f"n-gram + row: {after[number]:.1%}")
 
 # %% [markdown]
-# The look-up gains on the whole, since the weights were chosen so, but not everywhere: at many places it takes probability from the token that comes. In the example a document says a list twice. Its control looks in another row. It must come from another document: the next row often goes on with the same one. Then count on growing parts of the text, to have lines to compare with those of the networks.
+# On validation text the look-up cannot lose: its weights were chosen there, and zero was among them. Yet where it finds something, it takes probability from the token that comes more often (54 %) than it gives (46 %). In the example a document says a list twice. As a control we search in a row of another document. The next row will not do: it often goes on with the same document. Count on growing parts of the text, to have lines to compare with those of the networks.
 
 # %%
 test = test_rows.tolist()
@@ -719,15 +728,42 @@ for lap in tqdm(range(1, laps + 1), desc="counting"):
     probabilities, shares = evidence(tables, test, test)
     COUNTS["n-gram"].append(test_bits(mixed_nats(probabilities, shares, (0.0, 0.0))))
     COUNTS["n-gram + row"].append(test_bits(mixed_nats(probabilities, shares, WEIGHTS)))
-seconds["n-gram"] = seconds["n-gram + row"] = counting[best_order]
-other_row = test_bits(mixed_nats(*evidence(ngram, test, elsewhere), WEIGHTS))
-final = {name: [bits[-1]] for name, bits in COUNTS.items()}
-final |= {name: [points[-1][1] for points in curves[name]] for name in MAKE}
+far_shares = evidence(ngram, test, elsewhere)[1]
+final, other_row = {name: [bits[-1]] for name, bits in COUNTS.items()}, {}
+other_row["n-gram"] = test_bits(mixed_nats(probabilities, far_shares, WEIGHTS))
+gain = (mixed(probabilities, shares, WEIGHTS) / probabilities).log2()  # bits per token
+words = [text.partition(" ")[0] for text in test_texts for _ in [*bpe.encode(text).ids, 0]][: test_rows.numel()]
+words = [word for place, word in enumerate(words) if place % test_rows.shape[1]]  # no row's first token is predicted
+by_word = Counter()
+for word, bits in zip(words, gain.tolist(), strict=True):
+    by_word[word] += bits
+word, most = by_word.most_common(1)[0]
+share = most / (gain.sum().item() or 1)
+print(f"n-gram {final['n-gram'][0]:.3f}, n-gram + row {final['n-gram + row'][0]:.3f} bits per byte of unseen text")
+print(
+    f"Documents that begin with {word!r} are {words.count(word) / len(words):.0%} of it, with {share:.0%} of the gain."
+)
+
+# %% [markdown]
+# **The networks get the same look-up.** A network sees its whole row, but nobody tells it to look for what stood there before. So mix the same shares into the probabilities of each run, with weights that are chosen for this run on validation text, from the same ones.
+
+# %%
+for name in MAKE:
+    final[name] = [points[-1][1] for points in curves[name]]
+    final[f"{name} + row"], other = [], []
+    for network in networks[name]:
+        on_validation = network_probabilities(network, validation_rows), seen_before[1]
+        chosen = min(tried, key=lambda weights: mixed_nats(*on_validation, weights))
+        on_test = network_probabilities(network, test_rows)
+        final[f"{name} + row"].append(test_bits(mixed_nats(on_test, shares, chosen)))
+        other.append(test_bits(mixed_nats(on_test, far_shares, chosen)))
+    other_row[name] = sum(other) / len(other)
 mean = {name: sum(values) / len(values) for name, values in final.items()}
 for name, values in final.items():
-    print(f"{name:<12} bits per byte of unseen text: {', '.join(f'{value:.3f}' for value in values)}")
-    lesson.report(f"bits per byte after one pass, mean of the runs: {name}", f"{mean[name]:.3f}")
-print(f"with another row in place of its own: {other_row:.3f}")
+    print(f"{name:<17} bits per byte of unseen text: {', '.join(f'{value:.3f}' for value in values)}")
+for name, bits in other_row.items():
+    print(f"{name}, with another row in place of its own: {bits:.3f} (without a look-up {mean[name]:.3f})")
+lesson.report("bits per byte after one pass: " + ", ".join(mean), ", ".join(f"{bits:.3f}" for bits in mean.values()))
 
 # %% tags=["headline"]
 def band(runs: list[list[float]]) -> tuple[list[float], list[float], list[float]]:
@@ -741,66 +777,87 @@ lines = {"n-gram": (read["LSTM"], COUNTS["n-gram"])}
 for name in MAKE:
     lines[name] = (read[name], *band([[bits for _, bits in points] for points in curves[name]]))
 lines["n-gram + row"] = (read["LSTM"], COUNTS["n-gram + row"])
+for name in MAKE:
+    lines[f"{name} + row"] = (read[name][-1:], [mean[f"{name} + row"]])
 ends = ", ".join(f"{name} {value:.2f}" for name, value in mean.items())
 figure = plots.curve(
-    lines,
-    title="After one pass, n-gram + row needs the fewest bits",
-    xlabel="tokens read in training",
+    {f"{name} {mean[name]:.2f}": line for name, line in lines.items()},
+    title="After one pass, each model needs fewer bits with the row",
+    xlabel="tokens read in training (hollow: in the middle of a schedule)",
     ylabel="bits per byte of test text",
     alt=f"Bits per byte over tokens read. The counts start low; the networks fall steeply, and end at: {ends}.",
 )
+for name, color in zip(MAKE, plots.COLORS[1:], strict=False):
+    places, bits = read[name][:-1], lines[name][1][:-1]
+    figure.axes[0].plot(places, bits, "o", mec=color, mfc="white", zorder=4)
 figure.axes[0].set_xticks(read["LSTM"], [f"{tokens_read / 1000:.0f} k" for tokens_read in read["LSTM"]])
 plots.show(figure)
 
 # %% [markdown]
-# **Equal seconds.** Equal tokens are not equal work: for the same tokens one network computes longer than the other. So train the slower one anew, on so much less of the text that both compute equally long, with a schedule that ends there. Again three runs. (Its rate stays: beforehand, the best rate for this part of the text was the same.)
+# **Equal computing time.** Equal tokens are not equal work: for the same tokens one network computes longer than the other. So train the slower network again on a part of the text, as much as it can read in the time that the faster one needed, with a schedule that ends there. Again three runs. (Its rate stays as it was chosen for the whole text; another may be better here.)
 
 # %%
 slow, fast = sorted(MAKE, key=seconds.get, reverse=True)
 share = round(seconds[fast] / seconds[slow], 2)
-early = f"{slow}, {share:.0%} of text"
+early = f"{slow}, {share:.0%} of the text"
 runs = [train(new_network(slow, draw), RATES[slow], draw, share, laps=1) for draw in tqdm(DRAWS, desc="runs")]
 final[early] = [points[-1][1] for points, _ in runs]
 seconds[early] = sum(used for _, used in runs) / len(runs)
 mean[early] = sum(final[early]) / len(runs)
 sizes = {name: sum(p.numel() for p in nets[0].parameters()) for name, nets in networks.items()}
 sizes[early] = sizes[slow]
-lesson.report("bits per byte at equal seconds", f"{fast} {mean[fast]:.3f}, {slow} {mean[early]:.3f}")
+seconds["n-gram"] = counting[best_order]  # without the choice of length and weights
+between = f"{min(final[early]):.3f} to {max(final[early]):.3f}"
+lesson.report("bits per byte at equal computing time", f"{fast} {mean[fast]:.3f}, {slow} {mean[early]:.3f} ({between})")
 
 # %%
 rows_to_show = {}
 for name, bits in mean.items():
-    megabytes = packed_bytes(ngram) / 1e6 if name in COUNTS else 4 * sizes[name] / 1e6
+    model = name.removesuffix(" + row")
+    megabytes = packed_bytes(ngram) / 1e6 if model == "n-gram" else 4 * sizes[model] / 1e6
     between = f"{min(final[name]):.3f} to {max(final[name]):.3f}" if len(final[name]) > 1 else ""
-    rows_to_show[name] = [f"{bits:.3f}", between, f"{megabytes:.1f} MB", f"{seconds[name]:.1f} s"]
+    rows_to_show[name] = [f"{bits:.3f}", between, f"{megabytes:.1f} MB", f"{seconds[model]:.1f} s"]
 rows_to_show[base_name] = [f"{base_bits:.3f}", "", f"{4 * base.num_parameters() / 1e6:.1f} MB", "(an hour)"]
-show_table(rows_to_show, ["bits/byte", "three runs", "to use it", "to train it"])
+show_table(rows_to_show, ["bits/byte", "three runs", "to use it", "computing time"])
+print(f"Computing time: of {torch.get_num_threads()} thread(s) together; for the n-gram model, of counting alone.")
 spread = max(max(final[name]) - min(final[name]) for name in MAKE)
 print(f"{spread:.3f} bits per byte lie between the best and the worst run of one network")
 lesson.claim(
     "the row look-up takes at least 0.05 bits per byte off the n-gram model (control: looking in another row)",
     mean["n-gram"] - mean["n-gram + row"],
     at_least=0.05,
-    control=mean["n-gram"] - other_row,
+    control=mean["n-gram"] - other_row["n-gram"],
     form=".3f",
 )
 networks_best = min(mean["LSTM"], mean["transformer"])
 lesson.claim(
-    "with it, the n-gram model is at most 0.03 bits per byte behind the better network (control: without it)",
-    mean["n-gram + row"] - networks_best,
-    at_most=0.03,
-    control=mean["n-gram"] - networks_best,
+    "with the row look-up the n-gram model is ahead of the better network without it by at least 0.03 bits per byte "
+    "(control: the n-gram model without it)",
+    networks_best - mean["n-gram + row"],
+    at_least=0.03,
+    control=networks_best - mean["n-gram"],
     form=".3f",
 )
+lesson.claim(
+    "the row look-up takes at least 0.03 bits per byte off each network, mean of its runs (control: in another row)",
+    min(mean[name] - mean[f"{name} + row"] for name in MAKE),
+    at_least=0.03,
+    control=max(mean[name] - other_row[name] for name in MAKE),
+    form=".3f",
+)
+with_row = min(mean[f"{name} + row"] for name in MAKE)
+lesson.report("n-gram + row minus the better network + row, bits per byte", mean["n-gram + row"] - with_row, ".3f")
 lesson.report("LSTM minus transformer, bits per byte", mean["LSTM"] - mean["transformer"], ".3f")
 lesson.report("bits per byte between the best and the worst run of one network", spread, ".3f")
 
 # %% [markdown]
-# **What you see.** Look at the ends of the lines, where all are finished; the networks' points on the way are in the middle of their schedules, those of the counts are not. Give the n-gram model the row, and it is not behind the networks; in this run it is ahead of both. Looking in another row gains nothing (the control of the first claim), so it is this row that helps. In this run the networks gain nothing from what stands more than 16 tokens back: section 11 measures that. (Hold the bounds of the two claims against the line above them: less than what lies between two runs of one network would say little.)
+# **What you see.** Look at the ends of the lines, where all are finished; the networks' hollow points are in the middle of their schedules, those of the counts are not. The row look-up takes 0.120 bits per byte off the n-gram model, and off each network the difference of its two rows in the table. In another row it saves none of them anything (the controls), so it is this row that helps.
 #
-# **Equal tokens.** The two networks end close together; compare their distance with that between runs. So at equal tokens, and by bits alone, this race gives no reason to prefer one of the architectures, and the counts with the row are ahead of both. They need far more bytes than a network, as the table above says. (Exercise 1.5 gives the row to a network.) Larger networks come closer to the counts: with twice as many parameters (widths 156 and 96, seed 0, run beforehand) the LSTM ended at 0.88 and the transformer at 0.86, for half as many seconds again.
+# **Equal tokens.** Without the look-up the two networks end 0.010 bits per byte apart, less than the 0.024 between two runs of one network. The n-gram model is 0.047 behind the better one; with the look-up it is 0.073 ahead. But that compares a look-up with none. Give it to all three, and compare again, with the distance between two runs in mind: the n-gram model ends at 0.849, and the networks' first runs at 0.838 (LSTM) and 0.846. So at equal tokens and by bits alone, this race gives no reason to prefer one of the three. The counts need 9.2 MB, a network 0.5.
 #
-# **Equal seconds** are a comparison of the two networks alone; the counts are finished sooner, as the last column says. The network that needs more seconds for a token has read less when they are over, and is far behind the other. On this CPU that is the transformer. But seconds belong to a machine. A GPU can work on all places of a row at once when it trains a transformer, while an LSTM has to go from place to place. (Not measured here: run this lesson there.)
+# **What this race leaves out.** One pass is a rule that suits counts: a second one gives them nothing new, and the networks' lines still fall steeply at the first marks. What more passes or larger networks gain was not measured. Nor was other text. Documents of Shima repeat names and whole lists: the cell that looks in the row prints which kind of document has the largest part of the n-gram model's gain, and how much of the text it is.
+#
+# **Equal computing time** compares the two networks alone; the counts are finished sooner, as the last column says. The network that computes longer for a token has read less when the time is over, and is far behind the other: 1.135 against 0.931, in this run. Its three runs lie 0.087 apart there. (It is not below its own line in the figure at that place: a shorter schedule also has fewer steps at a high rate.) Computing time belongs to a machine. A GPU can work on all places of a row at once when it trains a transformer, while an LSTM has to go from place to place. (Not measured here: run this lesson there.)
 #
 # The last row is a larger transformer that read other text about the same island for an hour. Its lead may come from its size or from how much it has read: this table does not separate them. Lesson 04 varies one at a time.
 
@@ -828,16 +885,20 @@ for name, model in contestants.items():
     print(f"\n{name}:\n{bpe.decode(ids[len(start) :])}")
 
 # %% [markdown]
-# **What you see.** All three write something that looks like the text, and none of them says anything. Read what one sentence has to do with the sentence before it.
+# **What you see.** One draw each. All three write something that looks like the text, and none keeps to its subject: read what one sentence has to do with the sentence before it. The networks also make up words here that are no names, such as 'fisherret'.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Looking things up: how many, and how far back
 #
-# **Question.** Counts with the row look-up keep up with both networks. What does a transformer learn quickly that an LSTM does not?
+# **Question.** In the race the two networks ended close together. Is there a task on which they do not?
 #
-# Where the few tokens before say most, counting is good already. So take a task in which they say nothing. A row first fills some boxes, each with one of eight letters, in random order: `4g 0b 7a ...`, where `4g` is a single token. (In Arora et al. 2023 box and letter are two tokens, which is harder.) Then it asks for four boxes, or for both where there are two, one after the other: `7?`. The answer is the token that filled this box, `7a`. It may stand anywhere in the row, and the letters are new in every row. So nothing can be learned by heart; the model has to look it up. (Their task, *associative recall*, compares architectures.)
+# Take a task in which the few tokens before say nothing. A row first fills some boxes, each with one of eight letters, in random order: `4g 0b 7a ...`, where `4g` is a single token. Then it asks for four boxes, or for both where there are two, one after the other: `7?`. The answer is the token that filled this box, `7a`. It may stand anywhere in the row, and the letters are new in every row. So nothing can be learned by heart; the model has to look it up.
 #
-# An LSTM must keep every box in its state, for it can't know which will be asked. A transformer keeps the keys and values of all tokens. Both get the same rows, the same number of steps and the same schedule, three runs each. The LSTM gets more care: it has more parameters, its forget gate starts open (a bias of 1, Jozefowicz et al. 2015), and its learning rate is the best of five for each number of boxes. The transformer has one rate for all. (The five were tried beforehand, with other random weights and other rows; the settings cell has what came out.) The n-gram model counts as many rows, with each answer written behind its question. Whoever knows nothing but which box is asked is right once in eight times.
+# An LSTM must keep every box in its state, for it can't know which will be asked. A transformer keeps the keys and values of all tokens. The n-gram model counts as many rows, with each answer written behind its question. Whoever knows nothing but which box is asked is right once in eight times.
+#
+# **The rules.** Both networks get the same rows, the same number of steps and the same schedule, three runs each. The LSTM gets more care: it has more parameters, its forget gate starts open (a bias of 1, Jozefowicz et al. 2015), and for each number of boxes its learning rate is the one that did best of five, in one run each, with other random weights and other rows. The transformer has one rate for all.
+#
+# (Such a task, *associative recall*, compares architectures in Arora et al. 2023. There box and letter are two tokens, which is harder.)
 
 # %%
 LETTERS, ASKED = 8, 4
@@ -931,6 +992,8 @@ def recall_run(name: str, boxes: int, draw: int, rate: float, steps: int = STEPS
 
 sizes_at_16 = {name: sum(p.numel() for p in make(16 * (LETTERS + 1)).parameters()) for name, make in RECALL.items()}
 print("parameters, 16 boxes: " + ", ".join(f"{name} {size:,}" for name, size in sizes_at_16.items()))
+asked = ", ".join(f"{boxes}: {min(ASKED, boxes) / boxes:.0%}" for boxes in BOXES)
+print(f"boxes: share of the rows in which each of them is asked: {asked}")
 for boxes, tried in RECALL_SEARCH.items():
     shares = ", ".join(f"{rate}: {right:.0%}" for rate, right in tried.items())
     print(f"LSTM, found beforehand: {boxes} boxes, right at the rate {shares}")
@@ -947,12 +1010,12 @@ for name in tqdm(RECALL, desc="recall"):
 # %%
 recall_lines = {name: (BOXES, *band(runs)) for name, runs in recall.items()}
 figure = plots.curve(
-    recall_lines,
+    {f"{name} {line[1][-1]:.0%}": line for name, line in recall_lines.items()},
     title="At equal steps only the transformer is right with 16 boxes",
     xlabel="boxes in the row",
     ylabel="share of right answers",
     alt="Share of right answers over the number of boxes: "
-    + "; ".join(f"{name} {line[1][0]:.0%} to {line[1][-1]:.0%}" for name, line in recall_lines.items()),
+    + "; ".join(f"{name} " + ", ".join(f"{share:.0%}" for share in line[1]) for name, line in recall_lines.items()),
     percent=True,
     references={"by chance": 1 / LETTERS},
 )
@@ -967,7 +1030,7 @@ lesson.claim(
     "with 16 boxes the transformer gives at least 90 % right answers", at_16["transformer"], at_least=0.9, form=".0%"
 )
 lesson.claim(
-    "there it is ahead of the LSTM by at least 50 points, at equal steps (control: with two boxes)",
+    "with 16 boxes the transformer is ahead of the LSTM by at least 50 points, at equal steps (control: two boxes)",
     at_16["transformer"] - at_16["LSTM"],
     at_least=0.5,
     control=recall_lines["transformer"][1][0] - recall_lines["LSTM"][1][0],
@@ -975,7 +1038,7 @@ lesson.claim(
 )
 
 # %% [markdown]
-# **How many, or how far back?** With 16 boxes the LSTM loses near answers as well as far ones, so this figure does not speak of distance. For that take two boxes, with which it was right, and let 14 dots pass before the questions. Again it gets the best of five learning rates. **Does it only need longer?** Give it five times the steps, with a schedule of that length (8 boxes, no dots, one run).
+# **How many, or how far back?** With 16 boxes the LSTM loses near answers as well as far ones, so this figure does not speak of distance. For that take two boxes, with which it was right, and let 14 dots pass before the questions. Again its learning rate is the one that did best of five, in one run each. **Does it only need longer?** Give it five times the steps, with a schedule of that length. (Tried for 8 boxes only, one run; not for 16, nor for the dots.)
 
 # %%
 DOTS, after_dots = 14, {}
@@ -1001,18 +1064,22 @@ lesson.report(
 )
 
 # %% [markdown]
-# **What you see.** The transformer finds nearly every answer, with two boxes or 16, near or far. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess, for boxes near the questions and for those further back. With 14 dots behind the two boxes it gets fewer of them right than without, and its three runs lie far apart. So at these steps both cost it answers, more to keep and a longer way. Why, this does not show. Look at its rates, too: for eight boxes the best one lies in the middle; for 16 all five leave it near a guess. And it is not true that an LSTM cannot do this: with five times the steps it gets all or nearly all of eight boxes right (one run).
+# **What you see.** The transformer finds every answer or nearly every one, with two boxes or 16, near or far. The LSTM is right with two boxes. With eight it falls behind, and with 16 its answers are about as good as a guess, for boxes near the questions and for those further back. With 14 dots behind the two boxes it gets fewer of them right than without, and its three runs lie far apart: 37, 67 and 14 %.
 #
-# The n-gram model sees five tokens and is near a guess with 8 and 16 boxes. (The row look-up of section 7 would be no help: the question never stood earlier in its row.)
+# So at these steps both changes cost it answers: more boxes, and dots before the questions. This does not show why. More boxes are more to keep, but each question is also practised less often: in a quarter of the rows with 16 boxes, in all with two. And it is not true that an LSTM cannot do this: with five times the steps it gets all or nearly all of eight boxes right (one run).
 #
-# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up, too: for a name, a number, a definition, an instruction at the top of a prompt. After one pass neither network of section 7 does it in a way that section 11 could measure, though there would be something to gain: the row look-up gains it by counting. Later lessons put into the prompt what has to be looked up: examples and passages (lesson 02), the steps of a calculation (02 and 16).
+# **How sure are its learning rates?** With eight boxes the best of the five lies in the middle. There the search had 53 %, and three new runs at the same rate got 39 % in the mean. With 16 boxes all five leave it near a guess. With the dots the search had 64 % at the rate that it chose, and the runs spread from 14 to 67 %. So one run at each rate does not rank neighbours.
+#
+# The n-gram model sees five tokens. With two boxes that is the whole row, and it is right; with 8 and 16 it is near a guess. (The row look-up of section 7 would be no help: the question never stood earlier in its row.)
+#
+# The task was made for this, so do not read it as a score for language. Real text asks for such a look-up, too: for a name, a number, a definition, an instruction at the top of a prompt. The networks of section 7 gain next to nothing from what stands more than 16 tokens back (section 11 measures it). Later lessons put into the prompt what has to be looked up: examples and passages (lesson 02), the steps of a calculation (02 and 16).
 
 # %% [markdown] tags=["core"]
 # ## 9 · From probabilities to text
 #
 # **Question.** A model gives probabilities. Which token should you take?
 #
-# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but a list has very many improbable tokens, which together have some probability. Now and then one of them is drawn, and the text may go astray from there. (Section 10 measures when.) So the logits $z$ (the scores before the softmax) are changed before the draw:
+# You could always take the most probable one: this is *greedy* decoding. Or you draw from $p$ itself. That is faithful to the model, but a list has very many improbable tokens, which together have some probability. Now and then one of them is drawn, and the text may go astray from there. (Section 10 counts how many unknown words come of it.) So the logits $z$ (the scores before the softmax) are changed before the draw:
 #
 # | rule | what it does to the logits $z$ with $p = \text{softmax}(z)$ |
 # |---|---|
@@ -1129,7 +1196,7 @@ lesson.equal("our sampler draws the tokens that transformers draws", (our_ids !=
 #
 # **Question.** Where do the cut-offs differ, and what do they do to a whole text?
 #
-# The cut-offs differ not so much in how many tokens they keep on average as in *where*. Sort the places by how unsure the model is (by the perplexity of its own prediction, $e^{\text{entropy}}$), and count what each rule keeps.
+# On average top-k 20 and top-p 0.9 keep about equally many tokens, 20.0 and 18.9 a place, and min-p 0.1 fewer than half as many, 8.6 (section 9 printed it). *Where* they keep them differs more. Sort the places by how unsure the model is (by the perplexity of its own prediction, $e^{\text{entropy}}$), and count what each rule keeps.
 
 # %%
 CUTOFFS = {"no cut-off": [], "top-k 20": [top_k(20)], "top-p 0.9": [top_p(0.9)], "min-p 0.1": [min_p(0.1)]}
@@ -1143,7 +1210,7 @@ for name, cutoff in CUTOFFS.items():
 sure = {name: kept[0] for name, kept in kept_by_rule.items()}
 figure = plots.curve(
     {name: (unsure, kept) for name, kept in kept_by_rule.items()},
-    title="Top-k keeps as many when the model is sure as when it is not",
+    title="Where the model is surest, top-p and min-p keep one token",
     xlabel="equally likely choices that the model sees (perplexity of its prediction)",
     ylabel="tokens kept",
     alt="Tokens kept over the perplexity of the prediction: no cut-off and top-k are flat, top-p and min-p rise.",
@@ -1156,7 +1223,7 @@ fewer = max(sure["top-p 0.9"], sure["min-p 0.1"])
 lesson.report("where the model is surest, top-p and min-p keep at most so many tokens", fewer, ".1f")
 
 # %% [markdown]
-# **What do the rules do to a text?** Two measurements on 24 continuations for each setting, and the same two on held-out text of the same length:
+# **What do the rules do to a text?** Two measurements on 24 continuations for each setting, and the same two on what really follows the same 24 prompts in held-out text, as many tokens of it. Where a document ends, the next one goes on, there as in the samples:
 #
 # - **known words**: the share of words that occur somewhere in the training text. Names of strangers are new even in held-out text, so its share is not 100 %, but a text that has gone astray is full of words that do not exist;
 # - **repeated phrases**: of the runs of four words in a text, the share that stood in the same text before. A text that goes in circles has many. A longer text has more of them in any case, so only texts of equal length are compared.
@@ -1189,8 +1256,12 @@ def continuations(rules: list, num_tokens: int, draw: bool = True) -> list[str]:
 
 # %%
 TEMPERATURES, LENGTH, PENALTIES = [1.0, 1.5, 2.0], 48, [1.0, 1.3]
-joined = [token for ids in encoded for token in ids]
-real = base_tokenizer.batch_decode([joined[start : start + LENGTH] for start in range(0, 64 * LENGTH, LENGTH)])
+joined, starts = [], []  # the held-out documents in a row, and where the prompts in it end
+for ids in encoded:
+    starts += [len(joined) + prompts.shape[1]] * (len(ids) >= prompts.shape[1])
+    joined += [*ids, base_tokenizer.eos_token_id]
+real = [joined[start : start + LENGTH] for start in starts[: len(prompts)]]
+real = base_tokenizer.batch_decode(real, skip_special_tokens=True)
 results = {name: [] for name in CUTOFFS}
 with tqdm(total=len(CUTOFFS) * len(TEMPERATURES) + len(PENALTIES), desc="settings") as bar:
     for name, cutoff in CUTOFFS.items():
@@ -1209,7 +1280,7 @@ figure = plots.curve(
     {name: (TEMPERATURES, values) for name, values in shares.items()},
     title="At temperature 2 without a cut-off, the fewest words are known",
     xlabel="temperature",
-    ylabel="share of words that occur in the training text",
+    ylabel="known words (one draw of 24 texts)",
     alt="Share of known words over the temperature. At temperature 2: "
     + ", ".join(f"{name} {values[-1]:.0%}" for name, values in shares.items())
     + f"; held-out text {known_words(real):.0%}",
@@ -1238,17 +1309,19 @@ lesson.claim(
     control=known_words(real) - warm,
     form=".0%",
 )
-lesson.claim(
-    "there min-p brings back at least 5 points", hot["min-p 0.1"] - hot["no cut-off"], at_least=0.05, form=".0%"
+lesson.report(
+    "known words that a cut-off brings back at temperature 2 (not equally strict): " + ", ".join(list(CUTOFFS)[1:]),
+    ", ".join(f"{hot[name] - hot['no cut-off']:.0%}" for name in list(CUTOFFS)[1:]),
 )
-lesson.report("there top-p brings back", hot["top-p 0.9"] - hot["no cut-off"], ".0%")
 lesson.report(
     "repeated phrases: held-out text; greedy; greedy with a repetition penalty of 1.3",
     f"{repeated_phrases(real):.0%}; {greedy[1.0]:.0%}; {greedy[1.3]:.0%}",
 )
 
 # %% [markdown]
-# **What you see.** Top-p and min-p keep one token where the model is surest; top-k keeps twenty there as well. In the texts, temperature 2 without a cut-off brings many words that never stood in the training text, many more than held-out text has. With min-p and top-k about as many words are known as in held-out text, with top-p fewer. Here the temperature comes first and the cut-off after it: the hotter, the more improbable tokens it takes to make up the 90 % that top-p keeps. But the rules are not equally strict, so this is no ranking of them. Each number is from one draw of 24 texts. The best row is not the one with the most known words, but the one that is like held-out text in both numbers: compare each with the line below the table, and the greedy lines with each other.
+# **What you see.** Where the model is surest, top-p and min-p keep one token, top-k twenty. At temperature 2 without a cut-off 77 % of the words are known, fewer than in held-out text (the line below the table). The cut-offs bring back 13 points (top-k), 6 (top-p) and 15 (min-p). They are not equally strict, so this is no ranking of them. One reason for top-p may be the order, temperature first and cut-off after it: a flatter distribution needs more tokens for its 90 %. The other order was not run.
+#
+# Greedy text repeats 19 % of its phrases, with the penalty 6 %. Each number is from one draw of 24 texts.
 
 # %% [markdown]
 # **Try it yourself.** In Jupyter, Colab and VS Code the next cell shows sliders. Elsewhere it says so, and the cell after it does the same with settings that you write into it.
@@ -1296,20 +1369,21 @@ for options in ({"tau": 0.0}, {"p": 0.9}, {"tau": 2.0}, {"tau": 2.0, "floor": 0.
 #
 # **Question.** How far back does each model of the race look?
 #
-# Hide all but the last $k$ tokens before the one to be predicted, and see how its surprise falls as $k$ grows. For every $k$ the predicted tokens are the same ones. The n-gram model gets tables that were counted for this length, $n = k + 1$, and for the longer contexts those of the race. The row look-up sees the last $k$ tokens as well, and no more. A network has met a context of one token only at the first place of each row, one place in 128: for small $k$ the tables have the better training, so compare the lines where $k$ is large.
+# Hide all but the last $k$ tokens before the one to be predicted, and see how its surprise falls as $k$ grows, in bits per byte. For every $k$ the predicted tokens are the same ones. The n-gram model gets tables that were counted for this length, $n = k + 1$, and for the longer contexts those of the race. The row look-up sees the last $k$ tokens as well, and no more. A network has met a context of one token only at the first place of each row, one place in 128: for small $k$ the tables have the better training, so compare the lines where $k$ is large.
 
 # %%
-LENGTHS = [1, 2, 4, 8, 16, 32, 96]
+LENGTHS, PER_BYTE = [1, 2, 4, 8, 16, 32, 96], ours[0] / ours[1] / math.log(2)  # nats a token -> bits per byte
 chosen = test_rows[:48].unfold(1, max(LENGTHS) + 1, 4)  # (48, 9, 97): every fourth place of a row
 windows, others = chosen.flatten(0, 1), chosen.roll(24, 0).flatten(0, 1)  # others: windows of another document
 
 
 @torch.no_grad()
 def surprise(model: nn.Module, context_length: int) -> float:
-    """Mean of -ln p of the last token of the windows, given so many tokens before it."""
+    """Bits per byte of the last token of the windows, given so many tokens before it."""
     short = windows[:, -context_length - 1 :]
     parts = [(model(part[:, :-1], 1)[:, -1], part[:, -1]) for part in short.split(128)]  # (128, vocab), (128,)
-    return sum(F.cross_entropy(scores, targets, reduction="sum").item() for scores, targets in parts) / len(short)
+    nats = sum(F.cross_entropy(scores, targets, reduction="sum").item() for scores, targets in parts)
+    return nats / len(short) * PER_BYTE
 
 
 def counted(context_length: int, far: Tensor | None = None) -> tuple[float, float]:
@@ -1320,53 +1394,60 @@ def counted(context_length: int, far: Tensor | None = None) -> tuple[float, floa
     order = min(context_length + 1, best_order)
     tables = candidates[order] if order in candidates else kneser_ney(tokens, order)
     found = evidence(tables, short.tolist(), searched.tolist(), first=context_length)
-    return mixed_nats(*found, (0.0, 0.0)) / len(short), mixed_nats(*found, WEIGHTS) / len(short)
+    return tuple(mixed_nats(*found, weights) / len(short) * PER_BYTE for weights in ((0.0, 0.0), WEIGHTS))
 
 
-without, with_row = zip(*(counted(k) for k in LENGTHS), strict=True)
+without, with_row_by_length = zip(*(counted(k) for k in LENGTHS), strict=True)
 by_length = {name: [[surprise(network, k) for k in LENGTHS] for network in networks[name]] for name in networks}
-by_length = {"n-gram": [without], **by_length, "n-gram + row": [with_row]}
+by_length = {"n-gram": [without], **by_length, "n-gram + row": [with_row_by_length]}
 
 # %%
 context_lines = {name: (LENGTHS, *band(runs)) for name, runs in by_length.items()}
 middle = {name: line[1] for name, line in context_lines.items()}
 figure = plots.curve(
-    context_lines,
-    title="From 16 to 96 tokens of context, only n-gram + row falls",
+    {f"{name} {line[1][-1]:.2f}": line for name, line in context_lines.items()},
+    title="From 16 to 96 tokens of context, n-gram + row falls by far the most",
     xlabel="tokens of context that the model may see",
-    ylabel="surprise of the next token (nats)",
+    ylabel="bits per byte of the next token",
     alt="Surprise over the visible context. From 16 to 96 tokens: "
-    + ", ".join(f"{name} {line[LENGTHS.index(16)]:.2f} to {line[-1]:.2f}" for name, line in middle.items()),
+    + ", ".join(f"{name} {line[LENGTHS.index(16)]:.3f} to {line[-1]:.3f}" for name, line in middle.items()),
     log_x=True,
 )
 figure.axes[0].set_xticks(LENGTHS, [str(k) for k in LENGTHS])
 plots.show(figure)
-show_table({name: [f"{value:.2f}" for value in line] for name, line in middle.items()}, [f"k = {k}" for k in LENGTHS])
+show_table({name: [f"{value:.3f}" for value in line] for name, line in middle.items()}, [f"k = {k}" for k in LENGTHS])
 
 # %%
-late = {name: line[LENGTHS.index(16)] - line[-1] for name, line in middle.items()}
-for name, gain in late.items():
-    print(f"{name}: what stands more than 16 tokens back takes {gain:.2f} nats off the surprise of a token")
-    lesson.report(f"gain from what stands more than 16 tokens back, nats per token: {name}", f"{gain:.2f}")
-at_16_back = middle["n-gram + row"][LENGTHS.index(16)]
+at_16 = LENGTHS.index(16)
+late = {name: [run[at_16] - run[-1] for run in runs] for name, runs in by_length.items()}
+gains = {name: ", ".join(f"{gain:.3f}" for gain in runs) for name, runs in late.items()}
+for name, runs in gains.items():
+    print(f"{name}: what stands more than 16 tokens back saves {runs} bits per byte (each run)")
 lesson.claim(
-    "looking more than 16 tokens back takes at least 0.05 nats off a token of n-gram + row (control: in another row)",
-    at_16_back - middle["n-gram + row"][-1],
-    at_least=0.05,
-    control=at_16_back - counted(96, others)[1],
-    form=".2f",
+    "looking more than 16 tokens back saves n-gram + row at least 0.03 bits per byte (control: in another row)",
+    late["n-gram + row"][0],
+    at_least=0.03,
+    control=with_row_by_length[at_16] - counted(96, others)[1],
+    form=".3f",
 )
-base_windows, base_surprise = base_test[:48].unfold(1, 97, 8).flatten(0, 1), {}
-for k in (16, 96):
+base_windows, base_surprise = base_test[:48].unfold(1, 97, 8), {}
+base_others = torch.cat([base_windows.roll(24, 0)[..., :-17], base_windows[..., -17:]], -1)  # far tokens of another row
+for label, some, k in (("16", base_windows, 16), ("96", base_windows, 96), ("another row", base_others, 96)):
+    some = some.flatten(0, 1)[:, -k - 1 :]
     with torch.no_grad():
-        parts = [base(part[:, :-1], logits_to_keep=1).logits[:, -1] for part in base_windows[:, -k - 1 :].split(24)]
-    base_surprise[k] = F.cross_entropy(torch.cat(parts).float(), base_windows[:, -1]).item()
-gain = base_surprise[16] - base_surprise[96]
-print(f"{base_name}, which trained far longer, in nats per token of its own: {gain:.2f}")
-lesson.report("the same for the base model, per token of its own", f"{gain:.2f}")
+        parts = [base(part[:, :-1], logits_to_keep=1).logits[:, -1] for part in some.split(24)]
+    nats = F.cross_entropy(torch.cat(parts).float(), some[:, -1]).item()
+    base_surprise[label] = nats / math.log(2) * count[0] / count[1]
+gains[base_name] = f"{base_surprise['16'] - base_surprise['96']:.3f}"
+print(f"{base_name}, which trained far longer: {gains[base_name]} bits per byte;", end=" ")
+print(f"with another row there {base_surprise['16'] - base_surprise['another row']:.3f}")
+print(
+    f"16 tokens are about {16 * ours[1] / ours[0]:.0f} bytes, 16 tokens of {base_name} {16 * count[1] / count[0]:.0f}"
+)
+lesson.report("bits per byte saved by what stands over 16 tokens back: " + ", ".join(gains), "; ".join(gains.values()))
 
 # %% [markdown]
-# **What you see.** For all, the surprise falls most over the first few tokens. Beyond its length the n-gram model cannot gain, by construction. Neither network gains anything to speak of from more than 16 tokens back. That is not because nothing stands there: the row look-up gains from it, and looking in another row does not. After one pass these networks make no use of it that this measurement could see. The base model does: its number is printed last. That gain may have two causes, which are not separated here: the model is larger, and it was trained far longer. (Besides, its tokens are longer, so that 96 of them reach further.) The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
+# **What you see.** For all, the surprise falls most over the first few tokens. Beyond its length the n-gram model cannot gain, by construction. The networks gain next to nothing from more than 16 tokens back, as printed for each run. Something does stand there: the row look-up saves bits from it, and in another row it does not. The base model saves some as well (the border of 16 tokens lies at about 51 bytes for it and 36 for the others). Its gain may have two causes, which are not separated here: it is larger, and it was trained far longer. The task of section 8 asks for nothing else than looking back, and there a transformer smaller than those of the race learned it.
 
 # %% [markdown] tags=["core"]
 # ## 12 · A map of the methods
@@ -1560,7 +1641,7 @@ PREDICTION = None  # your guess, before you run anything: the share of 3-grams t
 def seen_fewer() -> tuple[float, float]:
     """Shares of the 3-grams of the validation rows that occur in all of `tokens`, and in their first tenth.
 
-    Then ask: had you counted a tenth of an n-gram table's entries, would a tenth of the hits be left?
+    Then compare: with a tenth of the text, what part of the hits is left?
     """
     raise NotImplementedError
 
@@ -1589,7 +1670,7 @@ check("1.3", check_seen_fewer, seen_fewer, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Far more than a tenth of the hits is left. A few n-grams are very frequent, and a small text has met them already; the other nine tenths of the text bring mostly n-grams that occur once. So a table's hits grow slowly with its size: with nine tenths less text, 77 % of the 3-grams are known instead of 91 %.
+# Far more than a tenth of the hits is left: with a tenth of the text, 77 % of the 3-grams are known instead of 91 %. So here hits grow slowly with the text. How many entries the smaller table has, you can count.
 #
 # ```python
 # PREDICTION = 0.4
@@ -1668,58 +1749,59 @@ check("1.4", check_beam_search, beam_search)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 1.5, open: give a network the row look-up.
-def with_look_up(network: nn.Module, row: list[int]) -> Tensor:
+# Exercise 1.5, open: a better mixture.
+def best_mixture(row: list[int]) -> Tensor:
     """The distributions (len(row) - 1, vocab) of the tokens row[1], row[2], ..., each given the tokens before it.
 
-    Section 7 gave the row look-up to the n-gram model. Mix what followed the same tokens earlier in the row into the
-    probabilities of a network. Choose your weights on validation_rows. Each distribution must sum to
-    one, and on test rows networks["LSTM"][0] must need at least 3 % fewer bits than without.
+    Section 7 mixes the row look-up into one network. Find a mixture that needs fewer bits: you have counts, three runs
+    of two networks (networks[name]) and the look-up. Choose your weights on validation_rows. Each distribution must
+    sum to one, and on test rows it must need at least 1 % fewer bits than networks["LSTM"][0] with the look-up.
     """
     raise NotImplementedError
 
 # %% tags=["check"]
-def check_with_look_up(with_look_up):
-    network, saved = networks["LSTM"][0], [0.0, 0.0]
-    for row in test_rows[:16].tolist():
-        given = with_look_up(network, list(row)).double()
+def check_best_mixture(best_mixture):
+    network, some_rows, nats = networks["LSTM"][0], test_rows[:16], 0.0
+    for row in some_rows.tolist():
+        given = best_mixture(list(row)).double()
         expect_equal("the shape of the distributions", tuple(given.shape), (len(row) - 1, VOCAB))
         expect_close("the sum of a distribution, where it is furthest from 1", _furthest(given.sum(-1)), 1.0, 1e-4)
         half = len(row) // 2
-        other = with_look_up(network, [*row[:half], *reversed(row[half:])]).double()[: half - 1]
-        expect_close(
-            "its first half, when the second is another", (given[: half - 1] - other).abs().max().item(), 0, 1e-4
-        )
-        saved[0] -= given.gather(1, torch.tensor(row)[1:, None]).clamp(min=1e-30).log().sum().item()
-        saved[1] += network_nats(network, torch.tensor([row], device=machine.device))
-    share = 1 - saved[0] / saved[1]
-    expect_true(f"it needs at least 3 % fewer bits than the network alone ({share:.1%} now)", share >= 0.03)
+        other = best_mixture([*row[:half], *reversed(row[half:])]).double()[:half]
+        expect_close("its first half, when the second is another", (given[:half] - other).abs().max().item(), 0, 1e-4)
+        nats -= given.gather(1, torch.tensor(row)[1:, None]).clamp(min=1e-30).log().sum().item()
+    followed = evidence(ngram[:1], some_rows.tolist(), some_rows.tolist())[1]
+    saved = 1 - nats / mixed_nats(network_probabilities(network, some_rows), followed, (0.1, 0.4))
+    expect_true(f"it needs at least 1 % fewer bits than LSTM + row ({saved:.1%} now)", saved >= 0.01)
+    expect_true(f"it saves less than half; more is a look at the answer ({saved:.1%} now)", saved < 0.5)
 
 
 def _furthest(sums: Tensor) -> float:
     return sums[(sums - 1).abs().argmax()].item()
 
 
-check("1.5", check_with_look_up, with_look_up)
+check("1.5", check_best_mixture, best_mixture)
 
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# At each place look for the last one and the last two tokens earlier in the row, and only before this place. Count what followed them there (`torch.bincount`), divide by their number, and mix with weights that sum to one.
+# Two networks that are about equally good may err at different places: take the mean of their distributions first. Then at each place look for the last token and the last two earlier in the row, and only before this place. Count what followed them there (`torch.bincount`), divide by their number, and mix with weights that sum to one.
 #
 # </details>
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# One of many: the rule of section 7, in a network's place. Compare what is left with the row "n-gram + row" of the race: now both have the same look-up.
+# One of many: the mean of an LSTM and a transformer, and then the look-up of section 7. It saves about 2 % here.
 #
 # ```python
-# def with_look_up(network: nn.Module, row: list[int]) -> Tensor:
+# def best_mixture(row: list[int]) -> Tensor:
+#     ids = torch.tensor([row[:-1]], device=machine.device)
 #     with torch.no_grad():
-#         mixed = network(torch.tensor([row[:-1]], device=machine.device))[0].softmax(-1).cpu()  # (places, vocab)
+#         each = [networks[name][0](ids)[0].softmax(-1).cpu() for name in ("LSTM", "transformer")]
+#     mixed = sum(each) / len(each)  # (places, vocab)
 #     for place in range(1, len(row)):
-#         for length, weight in ((1, 0.1), (2, 0.3)):
+#         for length, weight in ((1, 0.05), (2, 0.4)):
 #             last = row[max(0, place - length) : place]
 #             found = [row[i + length] for i in range(place - length) if row[i : i + length] == last]
 #             if found:
@@ -1759,7 +1841,7 @@ check("1.5", check_with_look_up, with_look_up)
 #
 # <details><summary>Answer</summary>
 #
-# B. Short contexts are known fairly well from little text, so they gain less from more of it. The long contexts are the ones that were not seen, and with more text more of them are.
+# B. Expected, not measured: short contexts are known fairly well from little text (98 % of the pairs), so they gain less from more of it. Of the 8-grams 41 % are known, and with more text more of them are.
 #
 # </details>
 
@@ -1767,13 +1849,13 @@ check("1.5", check_with_look_up, with_look_up)
 # **3. Network A is trained for 1,000 steps with a cosine schedule, and network B for 2,000. Somebody compares A at its last step with B at its step 1,000, when both have read the same tokens. What is wrong?**
 #
 # - A. Nothing: both have read the same tokens.
-# - B. B's learning rate is still high there, and its loss would be lower at the end of a schedule of that length.
+# - B. B's learning rate is still high there. What 1,000 steps reach with a schedule of their own was not measured by this.
 # - C. A has seen its rows more often.
 # - D. B's weights are random at that point.
 #
 # <details><summary>Answer</summary>
 #
-# B. A falling learning rate lowers the loss by itself. A fair comparison trains B again, with a schedule that ends where it is compared.
+# B. Two things differ: the network, and the share of its schedule that is done. A fair comparison trains B again, with a schedule that ends where it is compared.
 #
 # </details>
 
@@ -1797,18 +1879,18 @@ check("1.5", check_with_look_up, with_look_up)
 # - A. top-p 0.9
 # - B. min-p 0.1
 # - C. top-k 20
-# - D. temperature 1 with top-p 0.9
+# - D. top-p 0.5
 #
 # <details><summary>Answer</summary>
 #
-# C. It keeps twenty tokens at every place, also where nineteen of them have next to no probability. Temperature 1 changes nothing, so D is A.
+# C. It keeps twenty tokens at every place, also where nineteen of them have next to no probability. The other three look at the probabilities themselves.
 #
 # </details>
 
 # %% [markdown]
 # ## What we saw
 #
-# All numbers of this table come from this run. What was computed and not measured says so.
+# The numbers of this table come from this run, except those of the searches, which were found beforehand. What was computed and not measured says so.
 
 # %%
 lesson.summary()
@@ -1816,7 +1898,7 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Nobody writes the sampler again for each model. With `transformers` the settings go into one object that is saved beside the weights, and `pipeline` does the rest. Two traps: many hub models bring their own settings, so that two calls without arguments sample differently; and a perplexity from a library counts a text's first tokens with hardly any context, so that it depends on how the text was cut.
+# Nobody writes the sampler again for each model. With `transformers` the settings go into one object that is saved beside the weights, and `pipeline` does the rest. Two traps: many hub models bring their own settings, so that the same call without arguments samples differently with two models; and a perplexity from a library counts a text's first tokens with hardly any context, so that it depends on how the text was cut.
 
 # %%
 from transformers import GenerationConfig, pipeline
@@ -1831,6 +1913,8 @@ for name, settings_of_call in {"creative": creative, "careful": careful}.items()
     print(f"--- {name}\n{writer(opening, generation_config=settings_of_call)[0]['generated_text']}\n")
 
 # %% [markdown]
+# Rules of thumb, not measured in this lesson:
+#
 # | task | a setting to start from |
 # |---|---|
 # | one right answer, extraction, code that must run | greedy, or temperature up to 0.3 |
@@ -1847,7 +1931,7 @@ for name, settings_of_call in {"creative": creative, "careful": careful}.items()
 # - Bengio et al. 2003, *A Neural Probabilistic Language Model*.
 # - Heafield 2011, *KenLM: Faster and Smaller Language Model Queries* (packed tables).
 # - Arora et al. 2023, *Zoology: Measuring and Improving Recall in Efficient Language Models* (associative recall).
-# - Hochreiter & Schmidhuber 1997, *Long Short-Term Memory*; Gers et al. 2000, *Learning to Forget* (its forget gate); Jozefowicz et al. 2015, *An Empirical Exploration of Recurrent Network Architectures* (the forget gate's bias); Cho et al. 2014, *Learning Phrase Representations using RNN Encoder-Decoder*.
+# - Hochreiter & Schmidhuber 1997, *Long Short-Term Memory*; Gers et al. 2000, *Learning to Forget* (its forget gate); Jozefowicz et al. 2015, *An Empirical Exploration of Recurrent Network Architectures* (the forget gate's bias).
 # - Vaswani et al. 2017, *Attention Is All You Need*; Touvron et al. 2023, *LLaMA*.
 # - Fan et al. 2018, *Hierarchical Neural Story Generation* (top-k); Holtzman et al. 2020, *The Curious Case of Neural Text Degeneration* (top-p); Nguyen et al. 2024, *Turning Up the Heat: Min-p Sampling*; Meister et al. 2023, *Locally Typical Sampling*; Keskar et al. 2019, *CTRL* (repetition penalty).
 # - Rajbhandari et al. 2020, *ZeRO* (bytes per parameter); Hu et al. 2021, *LoRA*; Dettmers et al. 2023, *QLoRA*.

@@ -26,10 +26,12 @@ def lesson() -> dict:
     for cell in [*cells, "kneser-ney-code", "kneser-ney-probability", "recall-rows"]:
         exec(CELLS[cell], names)
     exec("ngram = kneser_ney(rows.flatten().tolist(), 4)", names)
-    for cell in ("lstm-network", "transformer-network", "no-peeking", "training-step", "train"):
+    for cell in ("networks", "no-peeking", "training-step", "train"):
         exec(CELLS[cell], names)
     names["clock"] = time.process_time
-    exec('networks = {"LSTM": [new_network("LSTM", 0)]}\ntrain(networks["LSTM"][0], 0.02, 0)', names)
+    exec('networks = {name: [new_network(name, 0)] for name in ("LSTM", "transformer")}', names)
+    exec('train(networks["LSTM"][0], 0.02, 0)\ntrain(networks["transformer"][0], 0.01, 0)', names)
+    exec(CELLS["row-memory"], names)
     return names
 
 
@@ -131,14 +133,16 @@ def test_the_check_of_beam_search_finds_greedy_search_wrong_scores_and_forgotten
     prove_check(exercise, lesson, wrong)
 
 
-def test_the_check_of_the_row_look_up_finds_no_gain_what_is_no_distribution_and_what_looks_ahead(lesson):
+def test_the_check_of_the_mixture_finds_no_gain_what_is_no_distribution_and_what_looks_ahead(lesson):
     exercise = EXERCISES["1.5"]
     source = exercise.solution
     wrong = [
-        planted(source, "((1, 0.1), (2, 0.3))", "()"),
+        planted(source, "((1, 0.05), (2, 0.4))", "()"),
+        planted(source, '("LSTM", "transformer")', '("LSTM",)'),
         planted(source, "(1 - weight) * mixed[place - 1] + weight", "mixed[place - 1] + weight"),
         planted(source, "range(place - length)", "range(len(row) - length)"),
-        planted(source, "((1, 0.1), (2, 0.3))", "((1, 1.0),)"),
+        planted(source, "range(place - length)", "range(place - length + 1)"),
+        planted(source, "((1, 0.05), (2, 0.4))", "((1, 1.0),)"),
         planted(source, "return mixed", "return mixed.log()"),
     ]
     prove_check(exercise, lesson, wrong)
@@ -146,7 +150,6 @@ def test_the_check_of_the_row_look_up_finds_no_gain_what_is_no_distribution_and_
 
 def test_the_row_look_up_counts_only_what_stood_before_a_place_and_its_mixture_sums_to_one(lesson):
     names = {**lesson}
-    exec(CELLS["row-memory"], names)
     row = [1, 2, 3, 1, 2, 4, 1, 2]
     _, shares = names["evidence"](names["ngram"], [row], [row])
     assert shares[:, 0].nan_to_num(-1).tolist() == [-1, -1, -1, 1, 0, -1, 1]
