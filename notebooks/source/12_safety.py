@@ -618,9 +618,8 @@ def goodness(judge: nn.Module, towns: Sequence[str], mixed: bool) -> tuple[np.nd
 
 # %%
 judges = {"before": model}
-judges["prejudiced"] = tuned(labelled("prejudiced", 320), 40, 2e-3, rows=8)
-judges["then counterfactual"] = tuned(labelled("counterfactual", 320), 40, 2e-3, rows=8,
-                                     start=judges["prejudiced"])  # fmt: skip
+judges["prejudiced"] = tuned(labelled("prejudiced", 960), 60, 2e-3)
+judges["then counterfactual"] = tuned(labelled("counterfactual", 960), 60, 2e-3, start=judges["prejudiced"])
 rows, gaps, bars, sides = {}, {}, {}, {"north": NORTH, "elsewhere": ELSEWHERE}
 for name, judge in judges.items():
     mixed = {side: goodness(judge, towns, mixed=True)[0] for side, towns in sides.items()}
@@ -1091,8 +1090,8 @@ def fine_tuned(start: nn.Module, examples: Sequence[dict], steps: int, batch_siz
     return tuned.to(settings["at_rest"]).eval().requires_grad_(False)
 
 
-steps = lesson.scaled(50)
-guard = fine_tuned(assistant, [encode_chat(tokenizer, *row) for row in guard_rows(8 * steps)], steps)
+steps = lesson.scaled(60)
+guard = fine_tuned(assistant, [encode_chat(tokenizer, *row) for row in guard_rows(16 * steps)], steps, 16)
 
 # %% [markdown]
 # **Four numbers, not one.** A guard must refuse what it guards (*refusals*) and tell nothing (*leaks*: the right town stands in the answer). It must not refuse harmless questions (*over-refusal*), and it must still do its work (*other tasks*). For over-refusal ask where towns are, in five wordings. One is of the training. *Where is the town Bagi?* begins like the questions that the guard learned to refuse. Look at more than refusals: an answer that is not refused can still be wrong. Five questions about other things follow.
