@@ -539,7 +539,7 @@ lesson.report("strangers answered with unknown after R-tuning on unknowns dealt 
 lesson.report("risk of R-tuning, and of a threshold at equal coverage", f"{risk:.0%}, {same:.0%}")
 
 # %% [markdown]
-# **What you see.** The refusal carries over to people and wordings that it was not trained on. Compare it with the unknowns that were dealt out by chance. They, too, reach strangers more often than people of the pool, so a part of the effect needs no labels about knowledge. The rest does: it is what lowers the risk. R-tuning costs nothing on frequent people, and some right answers on rare ones. Compare the last two numbers of the line, too. This is one run, and another seed may turn them. What training adds is that the text itself says *unknown*, without anybody looking at probabilities.
+# **What you see.** The refusal carries over to people and wordings that it was not trained on. Compare it with the unknowns that were dealt out by chance. They, too, reach strangers more often than people of the pool, and they lower the risk as well. So a part of both effects needs no labels about knowledge; compare the two risks for what these labels add. R-tuning costs nothing on frequent people, and some right answers on rare ones. The last number of the line is the simple way, a threshold at equal coverage: in this run its risk is the lower one. What training adds is that the text itself says *unknown*, without anybody looking at probabilities.
 #
 # **Retrieval** attacks the other cause: put what is missing into the prompt. Retrieval itself is lesson 02's subject. Here it is perfect, a look-up by name, with one other person's line as a distractor.
 
