@@ -282,7 +282,13 @@ QUESTION = (torch.tensor([3, 4, 5]), torch.tensor([6, 7]), torch.tensor([8, 9]))
 
 def attack(**others: object) -> dict:
     """GCG on the tiny model, in which every suffix survives and every token is allowed."""
-    constants = {"CANDIDATES": 32, "TOP": 16, "seed": 0, "printable": torch.arange(60), "survives": lambda *_: True}
+    constants = {
+        "CANDIDATES": 32,
+        "TOP": 16,
+        "seed": 0,
+        "printable": torch.arange(60),
+        "survives": lambda rows, _: [True] * len(rows),
+    }
     constants |= {"start_suffix": torch.full((4,), 10)}
     return lesson_functions("token_gradient", "candidate_losses", "read_before", "gcg", **constants, **others)
 
