@@ -1086,7 +1086,9 @@ def fine_tuned(start: nn.Module, examples: Sequence[dict], steps: int, batch_siz
         precision=lesson.precision if machine.device == "cpu" else "fp32",
     )  # fmt: skip
     tuned = copy.deepcopy(start).float().requires_grad_(True)
+    start.cpu()  # it waits outside the GPU
     history = train(tuned, batches[: steps * pieces], config)
+    start.to(machine.device)
     print(f"{steps} steps of {batch_size} rows, loss {history.losses[0]:.2f} -> {history.losses[-1]:.2f}")
     return tuned.to(settings["at_rest"]).eval().requires_grad_(False)
 
