@@ -122,7 +122,6 @@ for name, model in {"base": base, "assistant": assistant}.items():
 #
 # The *calibration* text is what a method may look at. It comes from the training distribution and never from the text of the measurement.
 
-
 # %%
 def rows_of(texts: list[str], num_rows: int) -> Tensor:
     """Packed rows (num_rows, 128) of token ids, documents joined by the end-of-text token."""
@@ -234,7 +233,6 @@ lesson.report("the assistant before: right answers", str(full_accuracy))
 # $n$ is the *code*, and $\hat w = s\,n$ or $s\,(n - z)$ is what the model computes with afterwards; $z = \mathrm{round}(-\min w / s)$ is the code of zero. Absmax is symmetric: where the weights lie mostly on one side, as in the example below, it wastes codes. The zero point uses all codes and costs one more number a block.
 #
 # The error of a weight is at most $s/2$ (with a zero point up to $s$ at the ends, since $z$ is rounded as well), so **the largest weight of a block sets the step for all others**. That is why the size of the block matters: one for the whole tensor, one for each row (*channel*: all weights of one output), or one for each group of 64 along a row.
-
 
 # %%
 def absmax(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -425,7 +423,6 @@ lesson.report(
 #
 # Up to here the weights went through the codes and back: the tensors above are as large as before. Now store them. Two codes share a byte, scales and zero points are 16-bit numbers and bytes beside them. All sizes in the tables below are read from `untyped_storage().nbytes()` and from the file system.
 
-
 # %%
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes of 8, 4, 2 or 1 bits, in bytes: the first code in the upper bits."""
@@ -518,6 +515,7 @@ lesson.equal("loss of the 4-bit model, and of its file read back", mean(read_bac
 linear_bytes = sum(layer.weight.numel() * 2 for layer in linears(base).values())
 print(f"16-bit file over 4-bit file: {full_bytes / on_disk:.2f}; "
       f"embeddings and norms are {1 - linear_bytes / full_bytes:.0%} of the 16-bit file")  # fmt: skip
+sizes = empty = model = None  # a GPU needs the room
 lesson.report("file in 16 bits and with 4-bit codes", f"{full_bytes / 1e6:.2f} and {on_disk / 1e6:.2f} MB")
 
 # %% [markdown]
@@ -674,7 +672,6 @@ if ON_CPU:
 #
 # After each step, column $i$ leaves the problem, and $H^{-1}$ must be taken over the columns that remain. All rows of $W$ share $H$, so all rows can go through the columns in the same order. Below is the example, and then the method as derived, with one addition: 1 % of the mean diagonal is added to $H$ first (*damping*), so that the inverse always exists.
 
-
 # %%
 def gptq_by_definition(weight: Tensor, moments: Tensor, bits: int) -> Tensor:
     """Weight (out, in) after GPTQ by definition: a new inverse for each column, in float64. One grid a row."""
@@ -703,15 +700,14 @@ lesson.equal("a step of optimal brain surgeon: the formula is what was found by 
 # %% [markdown]
 # **The Cholesky form** (Frantar et al. 2023). A new inverse for each column is far too slow for a large layer. But taking column after column out of $H^{-1}$ is what a Cholesky factorisation does. So one factorisation, $H^{-1} = U^\top U$ with $U$ upper triangular, gives all the rows that the inverses would give, up to scale: $\delta = -\frac{w_i - \hat w_i}{U_{ii}}\, U_{i, i:}$. The code below goes through blocks of 64 columns. Inside a block it changes the columns that are left after each step. Those beyond the block wait, and change once for all 64 steps: the sum is the same, and the program is faster.
 
-
 # %%
 @functools.cache  # the same moments serve at several widths
-def upper_factor(moments: Tensor, damping: float = 0.01) -> Tensor:
-    """U (in, in), upper triangular, with U^T U = (H + damping)^-1."""
+def upper_factor(moments: Tensor, device: torch.device, damping: float = 0.01) -> Tensor:
+    """U (in, in), upper triangular, with U^T U = (H + damping)^-1; found on the device, kept on the CPU."""
     more = damping * moments.diagonal().mean().double()
-    h = moments.double() + more * torch.eye(len(moments), device=moments.device)
+    h = moments.to(device).double() + more * torch.eye(len(moments), device=device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).float().cpu()  # all of them are too much for a GPU
+    return torch.linalg.cholesky(inverse, upper=True).float().cpu()
 
 
 def gptq(weight: Tensor, moments: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -719,7 +715,7 @@ def gptq(weight: Tensor, moments: Tensor, bits: int, group: int) -> tuple[Tensor
 
     `group` is the whole row, a divisor of 64 or a multiple of it.
     """
-    weight, upper, size = weight.clone(), upper_factor(moments).to(weight.device), weight.shape[1]
+    weight, upper, size = weight.clone(), upper_factor(moments, weight.device).to(weight.device), weight.shape[1]
     codes, scales, zeros = [], [], []
     for i in range(size):
         if i % 64 == 0:
@@ -767,7 +763,6 @@ lesson.equal("GPTQ: the Cholesky form is the direct form", (fast - slow).abs().m
 #
 # **A check of the program.** If inputs are *white* (independent of each other and of equal size), $H$ is close to a multiple of the identity, $\delta$ is about 0 at all other weights, and GPTQ must come out as rounding does.
 
-
 # %%
 @torch.no_grad()
 def input_statistics(model, batches) -> dict[str, dict[str, Tensor]]:
@@ -776,7 +771,7 @@ def input_statistics(model, batches) -> dict[str, dict[str, Tensor]]:
 
     def look(layer, inputs, name: str) -> None:
         x = inputs[0].flatten(0, -2).float()  # (tokens, in)
-        start = {"moments": 0, "largest": torch.zeros_like(x[0]), "inputs": x[:512]}
+        start = {"moments": 0, "largest": torch.zeros_like(x[0]), "inputs": x[:512].clone()}
         seen = found.setdefault(name, start)
         seen["moments"] = seen["moments"] + x.T @ x
         seen["largest"] = torch.maximum(seen["largest"], x.abs().amax(0))
@@ -788,6 +783,8 @@ def input_statistics(model, batches) -> dict[str, dict[str, Tensor]]:
         model(**batch, use_cache=False)
     for hook in hooks:
         hook.remove()
+    for seen in found.values():
+        seen["moments"] = seen["moments"].cpu()  # all of them are too much for a GPU
     return found
 
 
@@ -802,7 +799,7 @@ of_others, draws = of_next_layer(statistics), torch.Generator().manual_seed(seed
 moments_of = {}  # of white inputs, by size
 for size in sorted({len(seen["largest"]) for seen in statistics.values()}):
     x = torch.randn(text_calibration.numel(), size, generator=draws)
-    moments_of[size] = (x.T @ x).to(base.device)
+    moments_of[size] = x.T @ x
 whites = {name: {"moments": moments_of[len(seen["largest"])]} for name, seen in statistics.items()}
 
 # %%
@@ -830,8 +827,8 @@ def by_gptq(found: dict, bits: int):
 
 def group_codes(model, found: dict, bits: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """For each linear layer what `gptq` gives in groups of 64."""
-    weights = {name: layer.weight.data.float() for name, layer in linears(model).items()}
-    return {name: codes_of(name, w, found, bits, GROUP) for name, w in weights.items()}
+    parts = linears(model).items()
+    return {name: codes_of(name, layer.weight.data.float(), found, bits, GROUP) for name, layer in parts}
 
 
 gptq_in_groups = {bits: group_codes(base, statistics, bits) for bits in (4, 3, 2)}
@@ -919,7 +916,6 @@ plots.show(figure, alt)
 #
 # The control is the same as before: the inputs of another layer.
 
-
 # %%
 def keep_largest(scores: Tensor, pattern: str) -> Tensor:
     """Mask (out, in) of the half that stays: of the "layer", of each "row", or two of four neighbours "2:4"."""
@@ -933,12 +929,12 @@ def magnitude(weight: Tensor, moments: Tensor, pattern: str = "layer") -> Tensor
 
 
 def wanda(weight: Tensor, moments: Tensor, pattern: str = "row") -> Tensor:
-    return weight * keep_largest(weight.abs() * moments.diagonal().sqrt(), pattern)
+    return weight * keep_largest(weight.abs() * moments.diagonal().to(weight.device).sqrt(), pattern)
 
 
 def sparse_gpt(weight: Tensor, moments: Tensor, pattern: str = "layer") -> Tensor:
     """Columns from left to right; which weights go is decided for 64 columns at a time."""
-    weight, upper, size = weight.clone(), upper_factor(moments).to(weight.device), weight.shape[1]
+    weight, upper, size = weight.clone(), upper_factor(moments, weight.device).to(weight.device), weight.shape[1]
     for i in range(size):
         if i % 64 == 0:
             here, errors = slice(i, min(i + 64, size)), []
@@ -999,12 +995,13 @@ for label, method in apart.items():
     own = measure(compressed(base, method))
     over_wanda = mean(own, AWAY) / mean(cut["Wanda", "2:4"], AWAY)
     print(f"2:4, {label}: KL {mean(own, AWAY):.4f}, {over_wanda:.2f} of Wanda's")
+upper_factor.cache_clear()  # no section below needs these again
+
 
 # %% [markdown]
 # In divergence all three columns have the same order: magnitude, Wanda, SparseGPT. The first looks at the weights, the second also at the size of the inputs, the third at their correlations, **and it alone changes the weights that stay**. The perplexities have the same order, with small steps in the first two columns. With 2:4, Wanda has 0.55 of the divergence of magnitude, and SparseGPT 0.41 of that of Wanda. With the inputs of another layer both are about three times as far off as the simpler method (the control of each claim): statistics of the wrong inputs are worse than none. The two lines without a claim take 2:4 apart: a random half has 83 times Wanda's divergence, and the weights that SparseGPT keeps, without its repair, have 1.40 times. So it is not the choice that makes SparseGPT the best here, it is the repair.
 #
 # **Zeros do not save a byte by themselves.** A dense tensor stores them like any other number. 2:4 is stored as the two values of each four, and their two places in 2 bits each. Write it, read it back, and look at the size. There is no 2:4 kernel for the CPU. On GPUs from Ampere on `torch.sparse.to_sparse_semi_structured` has one.
-
 
 # %%
 def pack_2_4(weight: Tensor) -> dict[str, Tensor]:
@@ -1060,7 +1057,6 @@ lesson.report("file with half of the weights zero, dense and packed 2:4", dense)
 # A text names one next token. A teacher gives a chance for each of the tokens that could have come. (Hinton et al. also flatten both distributions with a temperature; here it is 1.)
 #
 # Equal for all: the start, the batches, the steps, the rate and its schedule. There are three runs of each kind, on batches in a different order.
-
 
 # %%
 def with_layers(model, keep: list[int]):
@@ -1209,7 +1205,6 @@ print(f"hard labels: best token as the teacher's more often than without a teach
 #
 # Two drafters: a student, and **counted n-grams**, which look up what most often followed the last tokens in the training text. The second has no weights to read.
 
-
 # %%
 def distribution(logits: Tensor, temperature: float) -> Tensor:
     """Next-token distribution (..., vocab) in float64; at temperature 0 all of it on the best token."""
@@ -1322,7 +1317,6 @@ def plain_decoding(model, prompt: list[int], new_tokens: int, temperature=0.0, g
 # 2. *The rule*: draft from $q$ and apply `keep_or_replace` 400 times at each of 100 places. How far are the shares of the tokens from $p$? As far as those of 400 draws from $p$ itself, if the rule is right. Two controls show that the test can fail: the drafts as they are, and a wrong rule that draws a refused token from $p$ instead of from the rest.
 # 3. *The program*: greedily, the text must be identical to that of plain decoding, whoever drafts.
 
-
 # %%
 def distance(tokens: Tensor, p: Tensor) -> float:
     """Half the sum of |share of the draws - p|, mean of the places: tokens (places, draws), p (places, vocab)."""
@@ -1375,7 +1369,6 @@ lesson.equal("greedy texts that speculative decoding changes", other)
 #
 # Often $v_k = 1$ is assumed, as if only reading the weights took time. A drafter that costs nothing would then be as many times as fast as its tokens a pass. Measure both, $v_k$ and $c$.
 
-
 # %%
 def timed(function, *arguments) -> tuple[float, object]:
     started = time.perf_counter()
@@ -1421,7 +1414,6 @@ lesson.report("time to verify 1, 2, 4, 6 drafts, over that of a step of plain de
 
 # %% [markdown]
 # Now decode. On each text plain decoding and all drafters take turns, so that they meet the same machine. *Random tokens* are the control: a drafter that knows nothing.
-
 
 # %%
 class RandomDrafter(NgramDrafter):
@@ -1535,12 +1527,13 @@ plots.show(figure, alt)
 
 # %%
 four_bit_kind = Int4Linear if ON_CPU else PackedLinear
-eight = packed_model(base, 8, partial(nearest_codes, bits=8))
 as_loaded = f"as loaded, {machine.dtype}"
 versions = {
     as_loaded: base,
     "16 bits": copy.deepcopy(base).to(half),
-    "8 bits": replaced(base, lambda _, layer: Int8Linear(layer)) if ON_CPU else eight,
+    "8 bits": replaced(base, lambda _, layer: Int8Linear(layer))
+    if ON_CPU
+    else packed_model(base, 8, partial(nearest_codes, bits=8)),
     "4 bits, rounded": packed_model(base, 4, nearest_codes, four_bit_kind),
     "4 bits, GPTQ": packed_model(base, 4, lambda name, _: gptq_in_groups[4][name], four_bit_kind),
     "2 bits, GPTQ": packed_model(base, 2, lambda name, _: gptq_in_groups[2][name]),
@@ -1569,6 +1562,7 @@ for one, other in (("2:4, SparseGPT", "16 bits"), ("4 bits, GPTQ", "4 bits, roun
     shown = f"{middle:.2f} ({low:.2f} to {high:.2f})"
     lesson.report(f"the same arithmetic twice, speed of {one} over {other}", shown)
     print(f"the same arithmetic twice, {one} over {other}: {shown}")
+versions = model = None  # a GPU needs the room
 
 # %% tags=["headline"]
 alt = "Over the size of the file: down to 4 bits the loss stays near 0; 2 bits, 2:4 and the student lose more."
@@ -1637,6 +1631,8 @@ lesson.claim(
 for (label, bits), found in answers_of.items():
     lesson.report(f"the assistant in {bits} bits, {label}: right answers", str(found))
 lesson.report("the assistant in 2 bits: right answers, GPTQ more than rounded by", more[2])
+chat_statistics = codes = smaller = model = None
+upper_factor.cache_clear()
 
 # %% [markdown]
 # **Answer.** Bits: of these eight versions the 4-bit ones save the most bytes for a loss that is hardly seen. (3 bits are missing because `pack_bits` cannot pack them, exercise 10.2; in section 4 GPTQ in groups had the same perplexity with 3 bits as rounding per row with 4, 2.308.) With 4 bits the file has 2.60 MB (the kernel's scales and offsets take 4 bytes a group instead of 3), little more than a third of that with 16 bits. The loss above the base is 0.0011 nats rounded and 0.0004 by GPTQ, and both intervals contain 0; on five seeds it is at most 0.0023 (the ledger). Three versions have files of about 4 MB: 8 bits lose nothing that can be seen, 2:4 loses 0.0193 nats, the student of half the layers 1.0379. (It was trained for sixteen steps; more would change its place.) The assistant answers 98 % of the questions rightly in 4 bits, as before, rounded or by GPTQ: no question of 120 differs. (So fewer than about 3 % do, and near 98 % there is little room above.) At 4 bits the divergence tells the two apart (section 4), the answers do not. At 2 bits both do: 92 against 82 % in this run, GPTQ more by 9.2 points (2.5 to 15.8). On one of five seeds the answers do not: -0.8 points (the ledger).
@@ -1670,7 +1666,6 @@ show_table(rows, ["largest |x|", "largest column over the median column"])
 
 # %% [markdown]
 # The inputs behind a norm (`q_proj`, `gate_proj`) have columns of similar size, the largest 3 times the median one; those of `down_proj` have outliers of their own, up to 22.7 times. So plant some behind the norms, without changing the model: multiply three entries of each norm's weight by 150, and divide the same columns of the matrices that read it by 150. This is a construction. The damage below tells what outliers *do*, not how often they occur.
-
 
 # %%
 def readers(block) -> list[tuple[str, nn.Module, list[nn.Linear]]]:
@@ -1757,9 +1752,9 @@ lesson.report("planting changes the loss by (nats)", planting, form=".1e")
 plain_8 = measure(with_int8_layers(base))
 hurt = measure(with_int8_layers(planted))
 cures = {
-    "LLM.int8": with_int8_layers(planted, threshold=6.0),
-    "SmoothQuant": with_int8_layers(smoothed),
-    "a rotation": with_int8_layers(planted, rotate=True),
+    "LLM.int8": partial(with_int8_layers, planted, threshold=6.0),
+    "SmoothQuant": partial(with_int8_layers, smoothed),
+    "a rotation": partial(with_int8_layers, planted, rotate=True),
 }
 print(f"8-bit activations: perplexity {math.exp(mean(plain_8)):.3f}, "
       f"with planted outliers {math.exp(mean(hurt)):.3f}")  # fmt: skip
@@ -1767,8 +1762,8 @@ print(f"without planted outliers, 8-bit products against the base: loss higher b
 for label, found in (("as it is", statistics), ("outliers planted", planted_statistics)):
     taken = torch.cat([seen["largest"] >= 6 for seen in found.values()]).float().mean()
     print(f"{label}: {taken:.1%} of the columns reach 6 somewhere in the calibration text")
-for label, model in cures.items():
-    own = measure(model)
+for label, make in cures.items():
+    own = measure(make())
     change = lower(hurt, own)
     print(f"{label}: perplexity {math.exp(mean(own)):.3f}, loss lower by {nats(change)}")
     lesson.claim(f"where outliers are planted, {label} lowers the loss of 8-bit products (nats)",
@@ -1803,7 +1798,6 @@ lesson.equal("LLM.int8: share of codes that differ from bitsandbytes'", off, wit
 # - **FP4** of bitsandbytes: a sign, two bits of exponent $e$ and one bit of mantissa $m$; the value is $2^{4-e}(1 + m/2)$ for $e \ge 1$ and $m/16$ for $e = 0$, divided by the largest, 12. Both use blocks of 64 weights, each divided by its absolute maximum.
 # - **MXFP4** (Open Compute Project 2023): the values 0, ½, 1, 1½, 2, 3, 4, 6 and a sign, in blocks of 32, and the scale is a power of two, $2^{\lfloor \log_2 \max|w| \rfloor - 2}$, in one byte. Blackwell GPUs multiply such numbers, and those of NVFP4, whose blocks of 16 have a scale in FP8.
 # - **FP8** (Micikevicius et al. 2022, E4M3): four bits of exponent, three of mantissa, up to 448. Hopper and later multiply them. PyTorch has the type.
-
 
 # %%
 def normal_quantiles(number: int, edge: float = 0.9677083) -> Tensor:
@@ -1919,7 +1913,6 @@ lesson.report("NF4: error of the weights over that of integers with a zero point
 #
 # AWQ (Lin et al. 2024): some columns of $x$ are large, and errors in their weights cost more. Multiply the weights of such a column $j$ by a factor $f_j > 1$ before rounding and divide $x_j$ by the same $f_j$: they get a finer grid, relative to their size. With $f_j = (\text{mean } |x_j|)^{\alpha}$ there is one number to find, and a grid search takes the $\alpha$ with the smallest error of the outputs. As with SmoothQuant the division can be folded into whatever comes before the layer; here the scaled and rounded weight is divided again at once, which computes the same function. The planted outliers are those of section 9.
 
-
 # %%
 def output_error(change: Tensor, moments: Tensor) -> float:
     """Squared error of a layer's outputs on the calibration tokens, for a change (out, in) of its weight."""
@@ -1929,11 +1922,11 @@ def output_error(change: Tensor, moments: Tensor) -> float:
 def awq(weight: Tensor, seen: dict[str, Tensor], bits: int) -> Tensor:
     """Round to nearest after scaling the columns, one grid a channel; seen = statistics of the inputs."""
     size = seen["inputs"].abs().mean(0).clamp(min=1e-4)  # (in,)
-    candidates = []
+    moments, candidates = seen["moments"].to(weight.device), []
     for alpha in torch.linspace(0, 1, 11).tolist():
         factors = size**alpha / (size.max() * size.min()) ** (alpha / 2)
         candidate = rounded(weight * factors, bits, "channel") / factors
-        candidates.append((output_error(candidate - weight, seen["moments"]), candidate))
+        candidates.append((output_error(candidate - weight, moments), candidate))
     return min(candidates, key=lambda pair: pair[0])[1]
 
 
@@ -2074,7 +2067,6 @@ print(f"2 bits, keys by token, 32 numbers a scale: {size / in_16:.0%}, loss abov
 #
 # Such cuts hurt much more, so a short *recovery* follows: a few steps of training on text.
 
-
 # %%
 def cut_linear(layer: nn.Linear, outs: Tensor | None = None, ins: Tensor | None = None) -> nn.Linear:
     """A smaller linear layer: rows `outs` and columns `ins` of the weight."""
@@ -2091,7 +2083,7 @@ def cut_linear(layer: nn.Linear, outs: Tensor | None = None, ins: Tensor | None 
 def energies(name: str, layer: nn.Linear) -> Tensor:
     """Energy that each input column of a layer sends to its outputs (in,)."""
     columns = layer.weight.detach().float().square().sum(0)
-    return statistics[name]["moments"].diagonal() * columns
+    return statistics[name]["moments"].diagonal().to(columns.device) * columns
 
 
 def by_chance(name: str, layer: nn.Linear) -> Tensor:
@@ -2153,10 +2145,10 @@ print("influence of the layers:", [round(value, 2) for value in influences])
 by_influence, draws = np.argsort(influences).tolist(), torch.Generator().manual_seed(seed)
 few = max(1, base.config.num_key_value_heads // 2)
 cuts = {
-    "nothing": base,
-    "half of the neurons": without_neurons(base, 0.5),
-    "half of the heads": without_heads(base, few),
-    "the layer of least influence": without_layer(base, by_influence[0]),
+    "nothing": lambda: base,
+    "half of the neurons": lambda: without_neurons(base, 0.5),
+    "half of the heads": lambda: without_heads(base, few),
+    "the layer of least influence": lambda: without_layer(base, by_influence[0]),
 }
 others = {  # perplexities: random neurons and heads, and the next layers by influence
     "half of the neurons": [perplexity(without_neurons(base, 0.5, by_chance)) for _ in range(2)],
@@ -2164,7 +2156,8 @@ others = {  # perplexities: random neurons and heads, and the next layers by inf
     "the layer of least influence": [perplexity(without_layer(base, index)) for index in by_influence[1:4]],
 }
 rows = {}
-for label, smaller in cuts.items():
+for label, make in cuts.items():
+    smaller = make()
     damaged = full if smaller is base else measure(smaller.eval())
     gains = []
     for run in range(RUNS if label == "half of the neurons" else 1):
@@ -2180,6 +2173,7 @@ for label, smaller in cuts.items():
         print(f"without {label}: 10 steps bring back {shown} nats in three runs")
 show_table(rows, ["parameters", "perplexity", "with others cut instead", "after recovery (run 1)"])
 
+
 # %% [markdown]
 # **Answer.** Then what is left is an ordinary model, smaller in memory, that any kernel can run (its speed is not timed here), and it has lost more than by 4 or 3 bits in groups, 2.31 and 2.32. Half of the neurons are the most parameters of the three, and cost the least: perplexity 2.64, where half of the heads give 4.61 and the layer of least influence (the third, 0.15) gives 3.56. Ten steps bring back a part: 2.52, 2.99 and 2.94. That is one run each; three runs of the first bring back 0.047, 0.047 and 0.044 nats. (No other score was tried, and the base did not get the same ten steps.)
 
@@ -2193,7 +2187,6 @@ show_table(rows, ["parameters", "perplexity", "with others cut instead", "after 
 # When a student writes on its own, it soon stands where no training text ever stood. **On-policy distillation** (Agarwal et al. 2024) lets it write, and lets the teacher say at each token of the *student's* text what it would have done. Usually the loss changes as well, to the reverse divergence $\mathrm{KL}(q \,\|\, p)$: it punishes what the student does and the teacher would not, and does not ask a small student to cover everything.
 #
 # So two things change, and a fair comparison has four arms: text or own text, forward or reverse. All four continue the same students of the logits, for the same steps at the same rate, in three runs. The measure is $\mathrm{KL}(q \,\|\, p)$ on fresh text that the student wrote itself.
-
 
 # %%
 @torch.no_grad()
@@ -2276,7 +2269,6 @@ lesson.report("own text with reverse KL against text with forward KL: KL(q ‖ p
 #
 # Six, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it. A hint and the solution are folded away under the check.
 
-
 # %% tags=["exercise"]
 # Exercise 10.1, easy: double quantisation (QLoRA).
 def double_quantise(largest: Tensor, block: int = 256) -> tuple[Tensor, Tensor, Tensor]:
@@ -2327,7 +2319,6 @@ check("10.1", check_double_quantise, double_quantise)
 # ```
 #
 # </details>
-
 
 # %% tags=["exercise"]
 # Exercise 10.2, medium: eight codes of 3 bits in three bytes.
@@ -2393,7 +2384,6 @@ check("10.2", check_3_bits, pack_3_bits, unpack_3_bits)
 #
 # </details>
 
-
 # %% tags=["exercise"]
 # Exercise 10.3, medium: GPTQ in order of importance ("act-order").
 def gptq_in_order(weight: Tensor, moments: Tensor, bits: int) -> Tensor:
@@ -2452,7 +2442,6 @@ check("10.3", check_gptq_in_order, gptq_in_order)
 # ```
 #
 # </details>
-
 
 # %% tags=["exercise"]
 # Exercise 10.4, medium: how many tokens to draft, where later drafts are kept less often.
@@ -2516,7 +2505,6 @@ check("10.4", check_draft_length, best_draft_length)
 # ```
 #
 # </details>
-
 
 # %% tags=["exercise"]
 # Exercise 10.5, hard: bits where they matter.
