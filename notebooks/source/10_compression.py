@@ -96,9 +96,9 @@ from helpers.world import CHAT_TASKS, World
 
 lesson = Lesson("10", profile, model_id, seed, budget)
 machine = lesson.machine
-hub = {"tasks": ("reading", "mood", "pairs"), "rows": 16, "recovery": 2e-5, "student": 1e-4}
-own = {"tasks": CHAT_TASKS, "rows": 40, "recovery": 3e-4, "student": 2e-3}
-settings = {"cpu": own, "t4": hub, "large": hub}[machine.name]  # tasks, rows of text, learning rates
+hub = {"tasks": ("reading", "mood", "pairs"), "rows": 16, "places": 10, "recovery": 2e-5, "student": 1e-4}
+own = {"tasks": CHAT_TASKS, "rows": 40, "places": 100, "recovery": 3e-4, "student": 2e-3}
+settings = {"cpu": own, "t4": hub, "large": hub}[machine.name]  # tasks, rows of text, places to test the rule, rates
 ON_CPU = machine.device == "cpu"
 base, tokenizer = load_model(machine)
 assistant, chat_tokenizer = load_assistant(machine)
@@ -957,8 +957,12 @@ def sparse_gpt(weight: Tensor, moments: Tensor, pattern: str = "layer") -> Tenso
 
 def pruned(prune, found: dict, **pattern: str):
     """Copy of the base with half of its weights zero."""
-    chosen = {True: prune, False: magnitude}
-    return compressed(base, lambda name, w: chosen[name in TREATED](w, found[name]["moments"], **pattern))
+
+    def method(name: str, weight: Tensor) -> Tensor:
+        chosen = prune if name in TREATED else magnitude
+        return chosen(weight, found[name]["moments"], **pattern)
+
+    return compressed(base, method)
 
 
 # %%
@@ -1337,9 +1341,9 @@ def distance(tokens: Tensor, p: Tensor) -> float:
 
 student, generator, DRAWS = students["logits", 0], torch.Generator().manual_seed(seed), 400
 some = base_logs[0].flatten(0, 1)
-places = torch.randperm(len(some), generator=generator)[:100]
+places = torch.randperm(len(some), generator=generator)[: settings["places"]]
 own = log_softmax_of(student, text_batches[0]).flatten(0, 1)
-p, q = (logs[places].double().softmax(-1) for logs in (some, own))  # (100, vocab)
+p, q = (logs[places].double().softmax(-1) for logs in (some, own))  # (places, vocab)
 refused = 1 - torch.minimum(p, q).sum(1, keepdim=True)
 rest = (p - q).clamp(min=0)
 both_ways = torch.minimum(p, q) + refused * rest / rest.sum(1, keepdim=True).clamp(min=1e-300)
