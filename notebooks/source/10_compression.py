@@ -153,12 +153,12 @@ text_batches = text_test.split(settings["rows"] // 4)
 
 @torch.no_grad()
 def log_softmax_of(model, ids: Tensor, cache=None) -> Tensor:
-    """Log-probabilities of the next token (batch, seq - 1, vocab), on the CPU."""
+    """Log-probabilities of the next token (batch, seq - 1, vocab)."""
     out = model(ids.to(model.device), past_key_values=cache, use_cache=cache is not None)
-    return out.logits[:, :-1].float().log_softmax(-1).cpu()
+    return out.logits[:, :-1].float().log_softmax(-1)
 
 
-base_logs = [log_softmax_of(base, ids) for ids in text_batches]
+base_logs = [log_softmax_of(base, ids).cpu() for ids in text_batches]
 
 
 def measure(model, new_cache=None) -> np.ndarray:
@@ -169,11 +169,12 @@ def measure(model, new_cache=None) -> np.ndarray:
     found = []
     for ids, p in zip(text_batches, base_logs, strict=True):
         q = log_softmax_of(model, ids, new_cache() if new_cache else None)
+        ids, p = ids.to(q.device), p.to(q.device)
         loss = -q.gather(-1, ids[:, 1:, None])[..., 0]  # (batch, seq - 1)
         away = (p.exp() * (p - q)).sum(-1)  # (batch, seq - 1)
         agrees = (q.argmax(-1) == p.argmax(-1)).float()  # (batch, seq - 1)
         parts = [loss, away, agrees, torch.ones_like(loss)]
-        found.append(torch.stack([part.sum(1) for part in parts], 1))
+        found.append(torch.stack([part.sum(1) for part in parts], 1).cpu())
     return torch.cat(found).numpy()
 
 
@@ -1343,7 +1344,7 @@ def distance(tokens: Tensor, p: Tensor) -> float:
 student, generator, DRAWS = students["logits", 0], torch.Generator().manual_seed(seed), 400
 some = base_logs[0].flatten(0, 1)
 places = torch.randperm(len(some), generator=generator)[: settings["places"]]
-own = log_softmax_of(student, text_batches[0]).flatten(0, 1)
+own = log_softmax_of(student, text_batches[0]).cpu().flatten(0, 1)
 p, q = (logs[places].double().softmax(-1) for logs in (some, own))  # (places, vocab)
 refused = 1 - torch.minimum(p, q).sum(1, keepdim=True)
 rest = (p - q).clamp(min=0)
