@@ -122,7 +122,6 @@ for name, model in {"base": base, "assistant": assistant}.items():
 #
 # The *calibration* text is what a method may look at. It comes from the training distribution and never from the text of the measurement.
 
-
 # %%
 def rows_of(texts: list[str], num_rows: int) -> Tensor:
     """Packed rows (num_rows, 128) of token ids, documents joined by the end-of-text token."""
@@ -236,7 +235,6 @@ lesson.report("the assistant before: right answers", str(full_accuracy))
 # $n$ is the *code*, and $\hat w = s\,n$ or $s\,(n - z)$ is what the model computes with afterwards; $z = \mathrm{round}(-\min w / s)$ is the code of zero. Absmax is symmetric: where the weights lie mostly on one side, as in the example below, it wastes codes. The zero point uses all codes and costs one more number a block.
 #
 # The error of a weight is at most $s/2$ (with a zero point up to $s$ at the ends, since $z$ is rounded as well), so **the largest weight of a block sets the step for all others**. That is why the size of the block matters: one for the whole tensor, one for each row (*channel*: all weights of one output), or one for each group of 64 along a row.
-
 
 # %%
 def absmax(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -427,7 +425,6 @@ lesson.report(
 # **Question.** "4 bits" is a statement about codes. How large is the file, how much memory is used, and is it any faster?
 #
 # Up to here the weights went through the codes and back: the tensors above are as large as before. Now store them. Two codes share a byte, scales and zero points are 16-bit numbers and bytes beside them. All sizes in the tables below are read from `untyped_storage().nbytes()` and from the file system.
-
 
 # %%
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -678,7 +675,6 @@ if ON_CPU:
 #
 # After each step, column $i$ leaves the problem, and $H^{-1}$ must be taken over the columns that remain. All rows of $W$ share $H$, so all rows can go through the columns in the same order. Below is the example, and then the method as derived, with one addition: 1 % of the mean diagonal is added to $H$ first (*damping*), so that the inverse always exists.
 
-
 # %%
 def gptq_by_definition(weight: Tensor, moments: Tensor, bits: int) -> Tensor:
     """Weight (out, in) after GPTQ by definition: a new inverse for each column, in float64. One grid a row."""
@@ -706,7 +702,6 @@ lesson.equal("a step of optimal brain surgeon: the formula is what was found by 
 
 # %% [markdown]
 # **The Cholesky form** (Frantar et al. 2023). A new inverse for each column is far too slow for a large layer. But taking column after column out of $H^{-1}$ is what a Cholesky factorisation does. So one factorisation, $H^{-1} = U^\top U$ with $U$ upper triangular, gives all the rows that the inverses would give, up to scale: $\delta = -\frac{w_i - \hat w_i}{U_{ii}}\, U_{i, i:}$. The code below goes through blocks of 64 columns. Inside a block it changes the columns that are left after each step. Those beyond the block wait, and change once for all 64 steps: the sum is the same, and the program is faster.
-
 
 # %%
 @functools.cache  # the same moments serve at several widths
@@ -771,7 +766,6 @@ lesson.equal("GPTQ: the Cholesky form is the direct form", (fast - slow).abs().m
 # **The control.** Must these be the layer's own inputs, or would those of any layer do? Let a second GPTQ see, for each layer, the inputs of the same part of the *next* layer (for the last one, of the first): real, correlated, of the right size, and wrong.
 #
 # **A check of the program.** If inputs are *white* (independent of each other and of equal size), $H$ is close to a multiple of the identity, $\delta$ is about 0 at all other weights, and GPTQ must come out as rounding does.
-
 
 # %%
 @torch.no_grad()
@@ -924,7 +918,6 @@ plots.show(figure, alt)
 #
 # The control is the same as before: the inputs of another layer.
 
-
 # %%
 def keep_largest(scores: Tensor, pattern: str) -> Tensor:
     """Mask (out, in) of the half that stays: of the "layer", of each "row", or two of four neighbours "2:4"."""
@@ -1018,7 +1011,6 @@ upper_factor.cache_clear()  # no section below needs these again
 #
 # **Zeros do not save a byte by themselves.** A dense tensor stores them like any other number. 2:4 is stored as the two values of each four, and their two places in 2 bits each. Write it, read it back, and look at the size. There is no 2:4 kernel for the CPU. On GPUs from Ampere on `torch.sparse.to_sparse_semi_structured` has one.
 
-
 # %%
 def pack_2_4(weight: Tensor) -> dict[str, Tensor]:
     """A 2:4 weight (out, in) as its values (out * in / 2,) and the places of two of them a nibble."""
@@ -1073,7 +1065,6 @@ lesson.report("file with half of the weights zero, dense and packed 2:4", dense)
 # A text names one next token. A teacher gives a chance for each of the tokens that could have come. (Hinton et al. also flatten both distributions with a temperature; here it is 1.)
 #
 # Equal for all: the start, the batches, the steps, the rate and its schedule. There are three runs of each kind, on batches in a different order.
-
 
 # %%
 def with_layers(model, keep: list[int]):
@@ -1222,7 +1213,6 @@ print(f"hard labels: best token as the teacher's more often than without a teach
 #
 # Two drafters: a student, and **counted n-grams**, which look up what most often followed the last tokens in the training text. The second has no weights to read.
 
-
 # %%
 def distribution(logits: Tensor, temperature: float) -> Tensor:
     """Next-token distribution (..., vocab) in float64; at temperature 0 all of it on the best token."""
@@ -1335,7 +1325,6 @@ def plain_decoding(model, prompt: list[int], new_tokens: int, temperature=0.0, g
 # 2. *The rule*: draft from $q$ and apply `keep_or_replace` 400 times at each of 100 places. How far are the shares of the tokens from $p$? As far as those of 400 draws from $p$ itself, if the rule is right. Two controls show that the test can fail: the drafts as they are, and a wrong rule that draws a refused token from $p$ instead of from the rest.
 # 3. *The program*: greedily, the text must be identical to that of plain decoding, whoever drafts.
 
-
 # %%
 def distance(tokens: Tensor, p: Tensor) -> float:
     """Half the sum of |share of the draws - p|, mean of the places: tokens (places, draws), p (places, vocab)."""
@@ -1388,7 +1377,6 @@ lesson.equal("greedy texts that speculative decoding changes", other)
 #
 # Often $v_k = 1$ is assumed, as if only reading the weights took time. A drafter that costs nothing would then be as many times as fast as its tokens a pass. Measure both, $v_k$ and $c$.
 
-
 # %%
 def timed(function, *arguments) -> tuple[float, object]:
     started = time.perf_counter()
@@ -1434,7 +1422,6 @@ lesson.report("time to verify 1, 2, 4, 6 drafts, over that of a step of plain de
 
 # %% [markdown]
 # Now decode. On each text plain decoding and all drafters take turns, so that they meet the same machine. *Random tokens* are the control: a drafter that knows nothing.
-
 
 # %%
 class RandomDrafter(NgramDrafter):
@@ -1691,7 +1678,6 @@ show_table(rows, ["largest |x|", "largest column over the median column"])
 # %% [markdown]
 # The inputs behind a norm (`q_proj`, `gate_proj`) have columns of similar size, the largest 3 times the median one; those of `down_proj` have outliers of their own, up to 22.7 times. So plant some behind the norms, without changing the model: multiply three entries of each norm's weight by 150, and divide the same columns of the matrices that read it by 150. This is a construction. The damage below tells what outliers *do*, not how often they occur.
 
-
 # %%
 def readers(block) -> list[tuple[str, nn.Module, list[nn.Linear]]]:
     """The two norms of a block, a layer that reads each, and all linear layers that read it."""
@@ -1825,7 +1811,6 @@ lesson.equal("LLM.int8: share of codes that differ from bitsandbytes'", off, wit
 # - **MXFP4** (Open Compute Project 2023): the values 0, ½, 1, 1½, 2, 3, 4, 6 and a sign, in blocks of 32, and the scale is a power of two, $2^{\lfloor \log_2 \max|w| \rfloor - 2}$, in one byte. Blackwell GPUs multiply such numbers, and those of NVFP4, whose blocks of 16 have a scale in FP8.
 # - **FP8** (Micikevicius et al. 2022, E4M3): four bits of exponent, three of mantissa, up to 448. Hopper and later multiply them. PyTorch has the type.
 
-
 # %%
 def normal_quantiles(number: int, edge: float = 0.9677083) -> Tensor:
     """Quantiles of a normal distribution at equal steps of probability from `edge` to 1/2, the last left out."""
@@ -1940,7 +1925,6 @@ lesson.report("NF4: error of the weights over that of integers with a zero point
 # **Question.** GPTQ moves weights. Can the same statistics help without moving any?
 #
 # AWQ (Lin et al. 2024): some columns of $x$ are large, and errors in their weights cost more. Multiply the weights of such a column $j$ by a factor $f_j > 1$ before rounding and divide $x_j$ by the same $f_j$: they get a finer grid, relative to their size. With $f_j = (\text{mean } |x_j|)^{\alpha}$ there is one number to find, and a grid search takes the $\alpha$ with the smallest error of the outputs. As with SmoothQuant the division can be folded into whatever comes before the layer; here the scaled and rounded weight is divided again at once, which computes the same function. The planted outliers are those of section 9.
-
 
 # %%
 def output_error(change: Tensor, moments: Tensor) -> float:
@@ -2100,7 +2084,6 @@ print(f"2 bits, keys by token, 32 numbers a scale: {size / in_16:.0%}, loss abov
 #
 # Such cuts hurt much more, so a short *recovery* follows: a few steps of training on text.
 
-
 # %%
 def cut_linear(layer: nn.Linear, outs: Tensor | None = None, ins: Tensor | None = None) -> nn.Linear:
     """A smaller linear layer: rows `outs` and columns `ins` of the weight."""
@@ -2193,10 +2176,13 @@ rows = {}
 for label, make in cuts.items():
     smaller = make()
     damaged = full if smaller is base else measure(smaller.eval())
-    gains = []
+    gains, device = [], base.device
+    for waiting in (base, smaller):
+        waiting.cpu()  # a GPU needs the room
     for run in range(RUNS if label == "half of the neurons" else 1):
-        again = recover(copy.deepcopy(smaller), text_stream(run), 10, text_loss, settings["recovery"])
+        again = recover(copy.deepcopy(smaller).to(device), text_stream(run), 10, text_loss, settings["recovery"])
         gains.append(lower(damaged, measure(again))[0])
+    base.to(device)
     number = sum(p.numel() for p in smaller.parameters())
     instead = ", ".join(f"{value:.2f}" for value in others.get(label, []))
     after = f"{math.exp(mean(damaged) - gains[0]):.2f}"
@@ -2222,7 +2208,6 @@ show_table(rows, ["parameters", "perplexity", "with others cut instead", "after 
 #
 # So two things change, and a fair comparison has four arms: text or own text, forward or reverse. All four continue the same students of the logits, for the same steps at the same rate, in three runs. The measure is $\mathrm{KL}(q \,\|\, p)$ on fresh text that the student wrote itself.
 
-
 # %%
 @torch.no_grad()
 def write(student, prompts: Tensor, new_tokens: int, generator: torch.Generator) -> Tensor:
@@ -2231,8 +2216,7 @@ def write(student, prompts: Tensor, new_tokens: int, generator: torch.Generator)
     part = ids
     for _ in range(new_tokens):
         logits = student(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        drawn = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
-        part = drawn.to(ids.device)
+        part = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, part], 1)
     return ids
 
@@ -2249,10 +2233,10 @@ def reverse_loss(student, batch) -> Tensor:
 
 def own_text(student, run: int, number: int = 8):
     """Endless batches of 48 tokens: 16 of a text, and 32 that the student writes as it is at that moment."""
-    generator = torch.Generator().manual_seed(100 * seed + run)
+    generator = torch.Generator(base.device).manual_seed(100 * seed + run)
     prompts = text_train.reshape(-1, 64)[:, :16]
     while True:
-        chosen = torch.randperm(len(prompts), generator=generator)[:number]
+        chosen = torch.randperm(len(prompts), generator=generator, device=base.device)[:number].cpu()
         yield {"input_ids": write(student, prompts[chosen], 32, generator)}
 
 
@@ -2260,7 +2244,8 @@ def own_text(student, run: int, number: int = 8):
 def own_divergence(student, run: int) -> float:
     """KL(q || p) on fresh text that the student writes."""
     prompts = text_test.reshape(-1, 64)[:16, :16]
-    fresh = write(student, prompts, 32, torch.Generator().manual_seed(1000 + 100 * seed + run))
+    generator = torch.Generator(base.device).manual_seed(1000 + 100 * seed + run)
+    fresh = write(student, prompts, 32, generator)
     with torch.no_grad():
         return reverse_loss(student, {"input_ids": fresh}).item()
 
@@ -2303,7 +2288,6 @@ lesson.report("own text with reverse KL against text with forward KL: KL(q ‖ p
 # ## 15 · Exercises
 #
 # Six, from easy to open. Write your answer in place of `raise NotImplementedError`, run the cell and then the check below it. A hint and the solution are folded away under the check.
-
 
 # %% tags=["exercise"]
 # Exercise 10.1, easy: double quantisation (QLoRA).
@@ -2355,7 +2339,6 @@ check("10.1", check_double_quantise, double_quantise)
 # ```
 #
 # </details>
-
 
 # %% tags=["exercise"]
 # Exercise 10.2, medium: eight codes of 3 bits in three bytes.
@@ -2421,7 +2404,6 @@ check("10.2", check_3_bits, pack_3_bits, unpack_3_bits)
 #
 # </details>
 
-
 # %% tags=["exercise"]
 # Exercise 10.3, medium: GPTQ in order of importance ("act-order").
 def gptq_in_order(weight: Tensor, moments: Tensor, bits: int) -> Tensor:
@@ -2480,7 +2462,6 @@ check("10.3", check_gptq_in_order, gptq_in_order)
 # ```
 #
 # </details>
-
 
 # %% tags=["exercise"]
 # Exercise 10.4, medium: how many tokens to draft, where later drafts are kept less often.
@@ -2544,7 +2525,6 @@ check("10.4", check_draft_length, best_draft_length)
 # ```
 #
 # </details>
-
 
 # %% tags=["exercise"]
 # Exercise 10.5, hard: bits where they matter.
