@@ -1643,7 +1643,7 @@ for (label, bits), found in answers_of.items():
 lesson.report("the assistant in 2 bits: right answers, GPTQ more than rounded by", more[2])
 chat_statistics = codes = smaller = model = None
 upper_factor.cache_clear()
-assistant.cpu()  # no longer needed
+assistant = assistant.cpu()  # no longer needed
 
 # %% [markdown]
 # **Answer.** Bits: of these eight versions the 4-bit ones save the most bytes for a loss that is hardly seen. (3 bits are missing because `pack_bits` cannot pack them, exercise 10.2; in section 4 GPTQ in groups had the same perplexity with 3 bits as rounding per row with 4, 2.308.) With 4 bits the file has 2.60 MB (the kernel's scales and offsets take 4 bytes a group instead of 3), little more than a third of that with 16 bits. The loss above the base is 0.0011 nats rounded and 0.0004 by GPTQ, and both intervals contain 0. On two of five seeds neither does, and on all five the loss is at most 0.0023 (the ledger). Three versions have files of about 4 MB: 8 bits lose nothing that can be seen, 2:4 loses 0.0193 nats, the student of half the layers 1.0379. (It was trained for sixteen steps; more would change its place.) The assistant answers 98 % of the questions rightly in 4 bits, as before, rounded or by GPTQ: no question of 120 differs. (So fewer than about 3 % do, and near 98 % there is little room above.) At 4 bits the divergence tells the two apart (section 4), the answers do not. At 2 bits both do: 92 against 82 % in this run, GPTQ more by 9.2 points (2.5 to 15.8). On one of five seeds the answers do not: -0.8 points (the ledger).
@@ -1964,7 +1964,7 @@ for case, model, found in (
 show_table(rows, [f"KL, {label}" for label in tables])
 lesson.claim("AWQ where outliers are planted: divergence over that of rounding; control: where none are planted",
              shares["outliers planted"], at_most=0.85, control=shares["as it is"], form=".2f")  # fmt: skip
-planted.cpu()  # no longer needed
+planted = planted.cpu()  # no longer needed
 
 # %% [markdown]
 # **Answer.** Yes, where columns stand out. With planted outliers AWQ has a divergence of 0.00232, rounding 0.00372; that is lower by 0.00140 nats (0.00101 to 0.00184). GPTQ has 0.00246, and the interval of its difference from AWQ, -0.00025 to 0.00059, contains 0: nothing here ranks the two. On shima-4m as it is, AWQ gains nothing that the interval shows, 0.00019 nats (-0.00004 to 0.00040); on five seeds two of the differences are negative (the ledger). (This model is the control of the claim; none are planted in it, but `down_proj` has outliers of its own.) There GPTQ is nearer to the model, by 0.00096 nats (0.00078 to 0.00118).
