@@ -1750,6 +1750,7 @@ arguments = GRPOConfig(
 )  # fmt: skip
 ending = copy.deepcopy(tokenizer)
 ending.eos_token = end_of_turn(tokenizer)  # trl stops there
+reward_model = None  # a GPU needs the room
 trainer = GRPOTrainer(trainable_copy(sft), form_reward, arguments, Dataset.from_list(rows), processing_class=ending)
 trainer.remove_callback(PrinterCallback)
 trainer.train()
