@@ -127,7 +127,8 @@ def test_the_check_of_ten_labels_finds_wasted_stolen_and_invented_labels() -> No
         return dict.fromkeys(texts, "east") | dict(rows)
 
     space = WORLD | {
-        "clone": dict(shown), "clone_choices": known(shown), "expert_choices": texts, "shown": shown, "STEPS": 1,
+        "clone": dict(shown), "clone_choices": known(shown), "expert_choices": texts, "shown": shown,
+        "lesson": SimpleNamespace(scaled=lambda number: number),
         "depot_texts": list(texts), "depot_states": depot_states, "WET": 0.2, "success": success,
         "fitted": lambda network, rows, steps: dict(rows), "answers_of": lambda network, _: known(network.items()),
     }  # fmt: skip
