@@ -1743,14 +1743,15 @@ def form_reward(prompts: list, completions: list[str], **columns) -> list[float]
 
 
 rows = [{"prompt": chat_prompt(tokenizer, question.prompt)} for question in facts(32, "practice")]
+pieces = 1 if machine.name == "cpu" else 2  # a GPU needs the room
 arguments = GRPOConfig(
     **QUIET, max_steps=lesson.scaled(3),
-    num_generations=8, per_device_train_batch_size=16, max_completion_length=LIMIT, learning_rate=settings["rl"],
+    num_generations=8, per_device_train_batch_size=16 // pieces, gradient_accumulation_steps=pieces,
+    max_completion_length=LIMIT, learning_rate=settings["rl"],
     beta=0.0, loss_type="dapo", logging_steps=1, mask_truncated_completions=True,
 )  # fmt: skip
 ending = copy.deepcopy(tokenizer)
 ending.eos_token = end_of_turn(tokenizer)  # trl stops there
-reward_model = None  # a GPU needs the room
 trainer = GRPOTrainer(trainable_copy(sft), form_reward, arguments, Dataset.from_list(rows), processing_class=ending)
 trainer.remove_callback(PrinterCallback)
 trainer.train()
