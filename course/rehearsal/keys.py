@@ -1,8 +1,8 @@
 """What a row of the report depends on: the code of a lesson, as one profile runs it.
 
-Texts do not count: markdown, comments, docstrings, layout, and words that a cell only prints or draws. Nor do the setup
-cell and the other profiles' entries in a table of settings. A change of `helpers` leaves the key as it is, too: the
-runner sees that, and rehearses the lesson again when it is asked to.
+Text does not count: markdown, comments, docstrings, layout, where a cell ends, and words only printed or drawn.
+Nor do the setup cell and the other profiles' entries in a table of settings. A change of `helpers` leaves the key as it
+is, too: the runner sees that, and rehearses the lesson again when it is asked to.
 """
 
 import ast
@@ -26,7 +26,8 @@ def code_key(notebook: Path, profile: str) -> str:
     """The same for two notebooks whose cells do the same on this profile."""
     transform = TransformerManager().transform_cell
     cells = [cell.source for cell in code_cells(notebook) if "setup" not in tags(cell)]
-    plain = [_plain(_Reduced(profile).visit(ast.parse(transform(source)))) for source in cells]
+    trees = [_Reduced(profile).visit(ast.parse(transform(source))) for source in cells]
+    plain = [_plain(statement) for tree in trees for statement in tree.body]  # where a cell ends does not count
     return hashlib.sha256(json.dumps([profile, plain]).encode()).hexdigest()
 
 
