@@ -833,6 +833,7 @@ def group_codes(model, found: dict, bits: int) -> dict[str, tuple[Tensor, Tensor
     return grids
 
 
+# %%
 gptq_in_groups = {bits: group_codes(base, statistics, bits) for bits in (4, 3, 2)}
 methods = {"GPTQ": partial(by_gptq, statistics)}
 methods["GPTQ, groups of 64"] = lambda bits: lambda name, _: from_codes(*gptq_in_groups[bits][name])
@@ -989,6 +990,7 @@ for worse, better in (("magnitude", "Wanda"), ("Wanda", "SparseGPT")):
     )  # fmt: skip
 
 
+# %%
 def at_random(_, weight: Tensor) -> Tensor:
     scores = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
     return weight * keep_largest(scores.to(weight.device), "2:4")
@@ -1407,6 +1409,7 @@ def draft_time(drafters: list, k: int = 4) -> float:
     return float(np.median(found))
 
 
+# %%
 ids, cache, times = text_test[0].tolist(), DynamicCache(), {k: [] for k in (0, *KS)}
 advance(base, cache, ids[:24])
 for _ in range(lesson.scaled(24, 8)):
@@ -1524,7 +1527,7 @@ plots.show(figure, alt)
 #
 # By the clock it is the other way round. A clock on a busy machine is a poor witness, so take four more seeds beside the last column (the ledger): there the n-grams with $k = 4$ have medians of 1.18 to 1.48, each with its lower quartile above 1, and the student of hard labels with $k = 4$ has 0.61 to 0.79. With $k = 1$ and 2 the quartiles of that student lie below 1 here as well. So the drafter need not be a model: looking up n-grams costs almost nothing, and half of the layers of a model as small as this one are not cheap (the column of $c$, one number for all students, since they have one shape).
 #
-# Nor is verifying free: on those four seeds $v_1$ is 1.20 to 1.25 and $v_6$ is 1.49 to 1.55, and so a round with random tokens, which cost nothing to draft, takes longer than a plain pass. There the formula is too hopeful in the median by 5 to 12 %; the line under the table says by how much here. That a student must read the prompt as well is one reason. But n-grams read none, so perhaps the time of a round has parts that $v_k$, measured on one text in one warm loop, does not hold. Where the quartiles of $v_k$ above are wide, trust neither it nor the formula. (In the left panel each dash but that of the random tokens lies a little above its dot, perhaps because the last round of a text is cut short and drafts that follow one another are not independent.)
+# Nor is verifying free: on those four seeds $v_1$ is 1.20 to 1.25 and $v_6$ is 1.49 to 1.55, and so a round with random tokens, which cost nothing to draft, takes longer than a plain pass. There the formula is too hopeful in the median by 5 to 12 %; the line under the table says by how much here. In this run it errs most for the students, whose dashes in the right panel lie far above their dots. That a student must read the prompt as well is one reason. But n-grams read none, so perhaps the time of a round has parts that $v_k$, measured on one text in one warm loop, does not hold. Where the quartiles of $v_k$ above are wide, trust neither it nor the formula. (In the left panel each dash but that of the random tokens lies a little above its dot, perhaps because the last round of a text is cut short and drafts that follow one another are not independent.)
 #
 # Where the teacher is 20 times the size of the student and mostly reads weights, $c$ is near 0.05 and $v_k$ near 1, and the same formula speaks for the student, if its drafts are kept as often. How often n-grams are kept depends on the text: Shima's sentences repeat themselves, as code and forms do.
 
