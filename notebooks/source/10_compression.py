@@ -983,14 +983,11 @@ for worse, better in (("magnitude", "Wanda"), ("Wanda", "SparseGPT")):
             lesson.report(f"{better} against {worse}, {pattern}: divergence lower by", change)
         print(f"{better} against {worse}, {pattern}: divergence lower by {change}")
     misled = measure(pruned(PRUNERS[better], of_others, pattern="2:4"))
-    lesson.claim(
-        f"2:4, {better}: divergence over that of {worse}; control: another layer's inputs",
-        mean(cut[better, "2:4"], AWAY) / mean(cut[worse, "2:4"], AWAY), at_most=0.85,
-        control=mean(misled, AWAY) / mean(cut[worse, "2:4"], AWAY), form=".2f",
-    )  # fmt: skip
+    lesson.claim(f"2:4, {better}: divergence over that of {worse}; control: another layer's inputs",
+                 mean(cut[better, "2:4"], AWAY) / mean(cut[worse, "2:4"], AWAY), at_most=0.85,
+                 control=mean(misled, AWAY) / mean(cut[worse, "2:4"], AWAY), form=".2f")  # fmt: skip
 
 
-# %%
 def at_random(_, weight: Tensor) -> Tensor:
     scores = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
     return weight * keep_largest(scores.to(weight.device), "2:4")
@@ -1389,8 +1386,7 @@ def timed(function, *arguments) -> tuple[float, object]:
 KS = (1, 2, 4, 6)
 
 
-def verify_once(ids: list[int], cache: DynamicCache, k: int) -> None:
-    """Read k + 1 tokens after the first 24 and apply the rule to k drafts; k = 0 is a step of plain decoding."""
+def verify_once(ids: list[int], cache: DynamicCache, k: int) -> None:  # k = 0: a step of plain decoding
     p = distribution(advance(base, cache, ids[: 25 + k]), 0.0)
     if k:
         keep_or_replace(p[:-1], p[:-1], p[:-1].argmax(-1), None)
@@ -1409,7 +1405,6 @@ def draft_time(drafters: list, k: int = 4) -> float:
     return float(np.median(found))
 
 
-# %%
 ids, cache, times = text_test[0].tolist(), DynamicCache(), {k: [] for k in (0, *KS)}
 advance(base, cache, ids[:24])
 for _ in range(lesson.scaled(24, 8)):
