@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/06_peft.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/06_peft.ipynb)
 #
-# Full fine-tuning changes every weight, keeps three more numbers for each of them while it trains, and leaves you with a second model to store. Parameter-efficient fine-tuning (PEFT) freezes the model and trains something small beside it. In this lesson you write the methods that are used, each in at most 25 lines, and compare them with the library `peft`. Then you ask what a comparison must keep equal, and measure: what is forgotten at equal quality, where a small adapter learns too slowly, and what memory is saved. At the end you merge adapters, and a further section serves several in one batch.
+# Full fine-tuning changes every weight, keeps three more numbers for each of them while it trains, and leaves you with a second model to store. Parameter-efficient fine-tuning (PEFT) freezes the model and trains something small beside it. In this lesson you write the methods that are used, each in a few short functions or classes, and compare them with the library `peft`. Then you ask what a comparison must keep equal, and measure: what is forgotten at equal quality, where a small adapter learns too slowly, and what memory is saved. At the end you merge adapters, and a further section serves several in one batch.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -11,7 +11,7 @@
 #
 # 1. write LoRA and QLoRA, and find them equal to `peft` and `bitsandbytes`: same weights in, same outputs and gradients out;
 # 2. stop every run at the same quality, and measure what the model has forgotten by then, at several learning rates and scales;
-# 3. find a task that the smallest adapter learns, and one that it learns too slowly;
+# 3. find a task that the smallest adapter learns in the steps that it is given, and one that it does not;
 # 4. merge adapters into the weights, and see how much of an update survives rounding to 4 bits again;
 # 5. count where the memory of a training step goes, and what each method saves of it.
 #
@@ -322,9 +322,9 @@ full_weights = trained_part(full)
 del full
 
 # %% [markdown]
-# **What you see.** Forty small batches are enough for the two instructions, on reviews and lists that training never had. The base model answers none of them, since it does not know this form. So 0 % is no baseline; the share of one constant word is. The price: a part of what the model could do before is gone, and its own kind of text has become less likely. It is not gone evenly: look at the four rows, and read the raw answers. Some of what counts as wrong is right at first and then goes on too long, so a part of forgetting is a matter of form, too.
+# **What you see.** Forty small batches are enough for the two instructions, on reviews and lists that training never had. The base model answers none of them, since it does not know this form. So 0 % is no baseline; the share of one constant word is. The price: a part of what the model could do before is gone, and its own kind of text has become less likely. It is not gone evenly: look at the four rows, and read the raw answers. Some of what counts as wrong is right at first and then goes on too long, so a part of forgetting is a matter of form, too. (The last raw answer is cut off by the limit of 24 tokens.)
 #
-# Two notes on the comparison that follows. The model can already judge and look up, in other formats, so this task is mostly one of form. And nearly all is right at the end: where two methods both reach 100 %, this score cannot tell them apart. Sections 4 and 5 deal with both.
+# Two notes on the comparison that follows. The model can already look up, in another format (*mappings* above), and it has read reviews with their moods, so this task is mostly one of form. And nearly all is right at the end: where two methods both reach 100 %, this score cannot tell them apart. Sections 4 and 5 deal with both.
 
 # %% [markdown] tags=["core"]
 # ## 2 · What did full fine-tuning change?
@@ -406,7 +406,7 @@ updates = full_weights = None  # the room is needed
 #
 # $B$ starts at zero, so the model starts as the base model. $A$ starts random, or nothing would ever move. With $g = \partial L / \partial y$, the gradients are $\partial L/\partial B = s\, g (Ax)^\top$ and $\partial L/\partial A = s\, B^\top g\, x^\top$: at the first step only $B$ gets a gradient. The trained numbers are $r (d_\text{in} + d_\text{out})$ instead of $d_\text{in} d_\text{out}$.
 #
-# The scale $s$ multiplies the output, and with it the gradients. Adam divides by the size of the gradient, so a larger $s$ makes the update of $B$ count for more, much as a larger learning rate would. For $A$ it is not the same: the rate alone says how far $A$ moves. Section 4 tries two values, $\alpha = 2r$, as many recipes have it, and $\alpha = 32r$ with a lower rate. All other sections have $\alpha = 2r$, and what they find holds for it. (rsLoRA, Kalajdzievski 2023, is the same layer with $s = \alpha / \sqrt r$; in peft, `use_rslora=True`.)
+# The scale $s$ multiplies the output, and with it the gradients. Adam divides by the size of the gradient, so a larger $s$ makes the update of $B$ count for more, much as a larger learning rate would. For $A$ it is not the same: the rate alone says how far $A$ moves. Section 4 tries two values, $\alpha = 2r$, as many recipes have it, and $\alpha = 32r$ with a lower rate. The codes of section 5 have $\alpha = 32r$; all else has $\alpha = 2r$, and what is found holds for that value. (rsLoRA, Kalajdzievski 2023, is the same layer with $s = \alpha / \sqrt r$; in peft, `use_rslora=True`.)
 
 
 # %%
@@ -666,7 +666,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** All three methods reach the goal, LoRA with about two percent of the numbers trained. What they have lost by then differs. With $\alpha = 2r$ LoRA has lost more on documents than full rank, and it took more steps. With $\alpha = 32r$ and a lower rate, the same LoRA has lost less than with $\alpha = 2r$: compare it with full rank in the figure. The runs at four times the rate have lost several times as much as the others of their colour. So "LoRA forgets less" is not what you see here, and "LoRA forgets more" would be too quick: the scale and the rate decide too. And the yardstick matters: on the old questions the order of the three need not be the one on documents. Look which of them kept the most.
+# **What you see.** All three methods reach the goal, LoRA with about two percent of the numbers trained. What they have lost by then differs. With $\alpha = 2r$ LoRA has lost more on documents than full rank, and it took more steps. With $\alpha = 32r$ and a lower rate, the same LoRA has lost less than with $\alpha = 2r$: compare it with full rank in the figure. The runs at four times the rate have lost several times as much as the others of their colour. So on documents LoRA with $\alpha = 2r$ forgets more than full rank, and with $\alpha = 32r$ about as much. On the old questions LoRA with $\alpha = 32r$ has kept the most (on all five seeds of the ledger, in the mean of three runs). Neither "LoRA forgets less" nor "LoRA forgets more" holds for all: the scale and the rate decide too, and so does the yardstick.
 #
 # Does this contradict Biderman et al.? They trained models of 7 billion parameters for long on code and mathematics, compared after equal data, and LoRA had learnt less there. Here the model is tiny, the training short, and quality is made equal. And no arm was searched to its best: for each, a still lower rate takes longer and may lose less. What carries over is the method: fix the quality, try rates and $\alpha$ for each method, measure old tasks of your own, and take the lowest rate that you have the time for.
 #
@@ -704,14 +704,14 @@ for name, update in changed.items():
     lesson.report(f"norm and largest singular value of the update, {name}", said)
 
 # %% [markdown]
-# **What you see.** One run of each. At the same goal LoRA's update is larger than that of full rank, and its largest singular value is larger by more. A rank of 4 forces part of this, since four directions hold the whole update. Shuttleworth et al. (2024) find strong new directions after LoRA in large models as well and link them to forgetting. Here the size of the update alone does not say what was lost: compare the two LoRAs. The larger $\alpha$ made the larger update and lost less.
+# **What you see.** One run of each. At the same goal LoRA's update is larger than that of full rank, and its largest singular value is larger by more. A rank of 4 forces part of this, since four directions hold the whole update. Shuttleworth et al. (2024) find strong new directions after LoRA in large models as well and link them to forgetting. Here the size of the update alone does not say what was lost: compare the two LoRAs. The run with the larger $\alpha$, the lower rate and more steps has the larger update and lost less.
 
 # %% [markdown] tags=["core"]
 # ## 5 · Where a low rank is slower
 #
 # **Question.** If rank 4 is enough for the instructions, is every rank enough for everything?
 #
-# The instructions carry little that is new: the model can look up and judge already. So here is a task of pure content. Each of 64 words gets a random code of three digits, about ten bits a word, and nothing helps to guess it. There is no held-out set, since a random code cannot be inferred. The question is what 50 steps of 32 rows can store.
+# The instructions carry little that is new: the model can look up already (section 1: mappings), and it has read reviews with their moods. So here is a task of pure content. Each of 64 words gets a random code of three digits, about ten bits a word, and nothing helps to guess it. There is no held-out set, since a random code cannot be inferred. The question is what 50 steps of 32 rows can store.
 #
 # Three sizes: full rank, rank 16 and rank 1, all in the same layers, with the same rows and steps. LoRA has $\alpha = 32r$. Rank 1 gets two rates, and its better one counts. Room is not the matter: rank 1 has some twenty thousand numbers for 640 bits. Speed may be.
 #
@@ -776,7 +776,7 @@ table_of({"LoRA": runs["LoRA"][:1], "rank 1": [small]})
 lesson.report("rank 1 at the goal, held-out instructions", str(small["right"]))
 
 # %% [markdown]
-# **What you see.** One run of each. On the codes rank 16 keeps pace with full rank. Rank 1 is behind at both of its rates, and the loss is still falling at the end: in more steps it may get there. Yet the same rank learns the two instructions, which the model could nearly do before. Schulman et al. (2025) report the like for large models: small adapters lag behind on much new content, and not on little. So try the rank on your own data, and a higher one first if the data are full of facts.
+# **What you see.** One run of each. On the codes rank 16 keeps pace with full rank. Rank 1 is behind at both of its rates, and the loss is still falling at the end: in more steps it may get there. Yet the same rank learns the two instructions, whose form alone was mostly new. There it is slower than rank 4 as well, as the lines above say, but it gets there. Schulman et al. (2025) report for large models that small adapters lag behind on much new content, and not on little. So try the rank on your own data, and a higher one first if the data are full of facts.
 
 # %% [markdown] tags=["core"]
 # ## 6 · QLoRA: the frozen weights in 4 bits
@@ -1054,7 +1054,7 @@ lesson.claim(
 )  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Of the whole update most survives the rounding, and so do the answers. Of a quarter of the same update little is left, though in fp32 it is there in full. (The answers of the smaller shares also tell what half an update is worth.) After training with a small learning rate an update can be that small. So before you store a merged model in 4 bits, measure what is kept, or keep the adapter beside the 4-bit base.
+# **What you see.** Of the whole update most survives the rounding, and so do the answers. Of a quarter of the same update little is left, though in fp32 it is there in full. (The answers of the smaller shares also tell what half an update is worth.) An update can be that small: in section 4 that of full rank had a norm between a half and a quarter of this one. So before you store a merged model in 4 bits, measure what is kept, or keep the adapter beside the 4-bit base.
 
 # %% [markdown] tags=["core"]
 # ## 8 · What it costs
@@ -1139,7 +1139,7 @@ plots.show(
 
 
 # %% [markdown]
-# **What you see.** Gradients and optimiser shrink with the trained numbers, to two percent. The weights stay with LoRA, and shrink with QLoRA (the embeddings stay in fp32). The activations hardly shrink, and beside an adapter they are most of the sum. With long rows of a large model they are too; what saves those is activation checkpointing (lesson 07). The time of a step falls far less than the number of trained weights: the forward pass is the same, and the backward pass still runs through the whole frozen model. In 4 bits the matrices are made anew in both passes, which costs time as well. How much, these few steps of a small model do not measure.
+# **What you see.** Gradients and optimiser shrink with the trained numbers, to two percent. The weights stay with LoRA, and shrink with QLoRA (the embeddings stay in fp32). The activations hardly shrink, and beside an adapter they are most of the sum. With long rows of a large model they are too; what saves those is activation checkpointing (lesson 07). The time of a step falls far less than the number of trained weights: the forward pass is the same, and the backward pass still runs through the whole frozen model. In 4 bits the matrices are made anew in both passes, which costs time as well. How much, these few steps of a small model do not measure (compare the last column).
 
 # %% [markdown] tags=["further"]
 # ## 9 · DoRA: direction and size apart
@@ -1180,7 +1180,7 @@ for name, found in {"LoRA": costs["LoRA"], "DoRA": cost(dora)}.items():
 show_table(rows, ["activations, MiB", "ms a step"])
 
 # %% [markdown]
-# **What you see.** The layer is peft's, and it has a price: the adapted matrix is made in every step, and autograd keeps it. Whether it is worth it, this lesson does not say: that takes a search of the rate and several seeds for both, on a task where LoRA leaves something to be wanted.
+# **What you see.** The layer is peft's, and it has a price: the adapted matrix is made in every step, and autograd keeps it, and what the layer gave before the lengths as well. Whether it is worth it, this lesson does not say: that takes a search of the rate and several seeds for both, on a task where LoRA leaves something to be wanted.
 
 # %% [markdown] tags=["further"]
 # ## 10 · Prompt tuning: trained words
@@ -1468,7 +1468,7 @@ del model, optimizer
 lesson.equal("helpers.memory plans the state within 1 %", max(off), within=0.01)
 
 # %% [markdown]
-# **What you see.** A quarter of the bytes, and over these few steps the same losses but for the last digits.
+# **What you see.** A quarter of the bytes, and over these few steps the same losses in all printed digits.
 
 # %% [markdown] tags=["further"]
 # ## 14 · The numbers of the paper
@@ -1535,7 +1535,7 @@ show_table(rows, ["GiB", "fits a T4"])
 lesson.report("3 B model by QLoRA on a T4, helpers.memory", f"{found.total / GIB:.1f} GiB")
 
 # %% [markdown]
-# **What you see.** One combination fits, by estimate: 4-bit weights, a small optimiser, and activation checkpointing. Either of the large parts, weights or activations, is too much for the card alone.
+# **What you see.** One row of four fits, by estimate. It takes both 4-bit weights and activation checkpointing: without either it is too much for the card. The small optimiser hardly counts, since LoRA has little state (section 13).
 
 # %% [markdown]
 # ## 15 · Exercises
@@ -1697,7 +1697,7 @@ check("6.3", check_update_ratio, update_ratio)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# The gradient of $B$ has one factor $s$, the product $sBA$ another one. Adam divides the first one out. So with Adam $\alpha$ acts like a learning rate of $B$, and with plain SGD like its square. $A$ does not move in the first step, since its gradient is zero.
+# The gradient of $B$ has one factor $s$, the product $sBA$ another one. Adam divides the first one out. So with Adam $\alpha$ acts like a learning rate of $B$; with plain SGD $\alpha^2$ does. $A$ does not move in the first step, since its gradient is zero.
 #
 # ```python
 # def update_ratio(optimizer: str, factor: float) -> float:
@@ -1796,7 +1796,7 @@ check("6.5", check_gentle, gentle)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# One of several. A larger scale lets $B$ do more of the work, so a rate not far from that of full rank is quick enough. So $\alpha$ is not only another learning rate.
+# One of several. A larger scale lets $B$ do more of the work, so a rate not far from that of full rank is quick enough. For $B$ alone $\alpha = 32r$ at a tenth of the rate is like 1.6 times the step of $\alpha = 2r$, and in section 4 it lost less all the same. So $\alpha$ is not only another learning rate.
 #
 # ```python
 # def gentle() -> tuple[Callable[[nn.Module], nn.Module], float]:
@@ -1820,7 +1820,7 @@ check("6.5", check_gentle, gentle)
 #
 # <details><summary>Answer</summary>
 #
-# B. A method that has moved less has forgotten less and learnt less. LoRA wants a larger rate, so at the same rate it is simply behind. Section 4 makes the quality equal first.
+# B. A method that is behind has had less chance to learn and to forget. LoRA wants a larger rate, so at the same rate it is often behind. Section 4 makes the quality equal first.
 #
 # </details>
 
@@ -1834,12 +1834,12 @@ check("6.5", check_gentle, gentle)
 #
 # <details><summary>Answer</summary>
 #
-# B. The figure has equal quality already (against D). Its discs say that the answer to C depends on $\alpha$ and the rate.
+# B. All runs of the figure were stopped at the same goal (against D). Its discs say that the answer to C depends on $\alpha$ and the rate.
 #
 # </details>
 
 # %% [markdown] tags=["quiz"]
-# **3. In the figure of section 5 the lines of rank 1 stay above the others. In the table below it, rank 1 reached the goal of section 4. Which reading fits both?**
+# **3. In the figure of section 5 the lines of rank 1 end far above the others. In the table below it, rank 1 reached the goal of section 4. Which reading fits both?**
 #
 # - A. Rank 1 has too few numbers to hold the codes.
 # - B. The instructions use what the model can do already; the codes are new content, which rank 1 learned more slowly here.
@@ -1883,7 +1883,7 @@ check("6.5", check_gentle, gentle)
 # %% [markdown]
 # ## What we saw
 #
-# All numbers of this table were measured above, in this run.
+# All numbers of this table were measured or calculated above, in this run.
 
 # %%
 lesson.summary()
@@ -1931,7 +1931,7 @@ print(f"held-out instructions of section 1: {right}")
 lesson.report("SFTTrainer with a peft_config, held-out instructions", str(right))
 
 # %% [markdown]
-# Save the adapter, read it back on a fresh base, merge it, and you have a plain model again. For QLoRA load the base with a `BitsAndBytesConfig` (section 6) and give that model to `SFTTrainer`; merge into a base that was read in 16 bits, not into the 4-bit one.
+# (75 % may mean no more than all lists and one word for every review: look by task before you trust such a share.) Save the adapter, read it back on a fresh base, merge it, and you have a plain model again. For QLoRA load the base with a `BitsAndBytesConfig` (section 6) and give that model to `SFTTrainer`; merge into a base that was read in 16 bits, not into the 4-bit one.
 
 # %%
 trainer.save_model(str(FOLDER))
@@ -1952,7 +1952,7 @@ lesson.equal("saved, read back and merged, it is the same model", gap, within=1e
 # | rank 4, 16 for new content | rank 8 to 64 or more on all linear layers, $\alpha$ of one to two times the rank, learning rates some ten times those of full fine-tuning |
 # | beside an adapter, the activations are most of a step's memory | with long rows even more so; checkpointing saves them (lesson 07) |
 # | NF4 made and unmade by table look-ups in PyTorch | one fused kernel; 4-bit training is still slower than 16-bit training |
-# | all adapters of the bank computed for every row | kernels that gather each row's adapter |
+# | the bank copies the factors of each row's adapter, then multiplies | kernels that read each row's adapter where it lies |
 # | a plain-text format | the model's chat format; if you add tokens, train their rows too |
 #
 # When in doubt: LoRA on all linear layers, and a search of the learning rate before anything else. A higher rank if the data are much new content. QLoRA when the weights do not fit. Full fine-tuning when the data are many and the hardware is there.
