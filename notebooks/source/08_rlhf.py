@@ -13,7 +13,7 @@
 # 2. derive the policy gradient and its baseline, and build RLOO, GRPO and PPO on it;
 # 3. set all policies one exam, with three simpler rivals;
 # 4. optimise a reward model of 100 pairs hard, with and without a price for KL, and see on five seeds where the truth falls;
-# 5. compare the KL estimators k1, k2 and k3 exactly, and find your losses equal to those of `trl`.
+# 5. compare the KL estimators k1, k2 and k3 exactly, and find your losses of the reward model, of RLOO and of GRPO equal to those of `trl`.
 #
 # **Prerequisites:** lesson 05 (chat template, loss mask).
 #
@@ -93,7 +93,7 @@ machine = lesson.machine
 SETTINGS = {  # learning rates of SFT, reward model and RL; how many layers learn after SFT
     "cpu": {"sft": 7e-4, "reward": 1e-3, "rl": 1.5e-4, "layers": 2},
     "t4": {"sft": 1e-4, "reward": 5e-5, "rl": 2e-5, "layers": 2},
-    "large": {"sft": 5e-5, "reward": 3e-5, "rl": 1e-5, "layers": 6},
+    "large": {"sft": 5e-5, "reward": 3e-5, "rl": 1e-5, "layers": 2},
 }
 settings = SETTINGS[machine.name]
 QUIET = {"output_dir": str(ROOT / "build" / "08_rlhf"), "report_to": "none", "use_cpu": machine.device == "cpu",
@@ -330,7 +330,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
     print(f"{question.prompt} -> {text!r}")
 
 # %% [markdown]
-# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has made answers worse as well: some are two words (which count as wrong, too), some are idle, and of the others 72 % are right, where the assistant had 88 %. The last is a greater loss than the one in ten that the demonstrators got wrong: the policy makes slips of its own, such as `pleasuke`, or a horse for a dish. Which part is copied carelessness and which is damage by fine-tuning, only the same training on careful answers would tell. Nothing in the loss says what you wanted. In the true reward gain and loss cancel in this run; with the seeds 1 to 4 of the ledger the loss is the larger one. The policy does not copy the demonstrators' shares: half of the demonstrations open politely, and in this run nine of ten answers.
+# **What you see.** The fine-tuning has taught manners: the assistant never says "With pleasure.", the policy does. It has made answers worse as well: some are two words (which count as wrong, too), some are idle, and of the others 72 % are right, where the assistant had 88 %. The loss is greater than the one in ten that the demonstrators got wrong, though 50 answers do not make that sure. The policy also makes slips of its own: a horse for a dish counts in it; `pleasuke` does not, but costs true reward. Which part is copied carelessness and which is damage by fine-tuning, only the same training on careful answers would tell. Nothing in the loss says what you wanted. In the true reward gain and loss cancel in this run; with the seeds 1 to 4 of the ledger the loss is the larger one. The policy does not copy the demonstrators' shares: half of the demonstrations open politely, and in this run nine of ten answers.
 
 # %% [markdown] tags=["core"]
 # ## 2 · Step two: comparisons and the reward model
@@ -708,6 +708,7 @@ def policy_gradient(loss_of: Callable, scorer: Scorer, run: int = 0, rate: float
         scores = scorer(samples)
         training.note(samples, scores)
         training.update(loss_of(training.policy, samples, scores))
+    del training.optimizer  # a GPU needs the room
     return training
 
 
@@ -996,6 +997,7 @@ def ppo(judge: Scorer, iterations: int = ITERATIONS, beta: float = 0.02, epochs:
         clipped = change * advantages[rows][mask[rows] == 1].sign() > 0.2  # in the wanted direction
         shares = {"beyond": (change.abs() > 0.2).float().mean().item(), "clipped": clipped.float().mean().item()}
         training.note(samples, scores, **shares)
+    del training.optimizer  # a GPU needs the room
     return training
 
 
@@ -1058,7 +1060,7 @@ shares = [f"{name} {share_right(samples, sentences=True):.0%}" for name, samples
 print("right, of the answers that are not two words: " + ", ".join(shares))
 
 # %% [markdown]
-# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31). On the five seeds of the ledger the row with new questions always does so, the one with GRPO's questions with four of five. How sure 2.52 against 2.31 is in this run, the table does not say: its errors are those of the distance to SFT. Of the answers that are not two words 78 and 84 % are right, against 72 % of the SFT policy's (one run each; 78 alone is within the noise). Each of the two rows is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences are meant for tasks where judging is easier than writing; this is not one.
+# **What you see.** In this run both rows of careful demonstrations (2.52 and 2.64) stand above every policy that learned from preferences (2.15 to 2.31). On the five seeds of the ledger the row with new questions always does so, the one with GRPO's questions with four of five. How sure 2.52 against 2.31 is in this run, the table does not say: its errors are those of the distance to SFT. Of the answers that are not two words 78 and 84 % are right, against 72 % of the SFT policy's (one run each; with 50 to 64 answers both are within the noise). Each of the two rows is one run, at several times the rate of RL. Its 32 or 256 answers cost people's time, and so did the 508 comparisons. Preferences are meant for tasks where judging is easier than writing; this is not one.
 #
 # Put the polite opening before the assistant's answers by a line of Python, and you have 2.75: who knows the rule needs no training for it.
 #
@@ -1181,15 +1183,15 @@ plots.show(figure, "Two panels over the KL to the SFT policy, one point a run, o
 # %% [markdown]
 # **What you see.** The left panel is what a project sees: the reward model is more pleased with every policy than with the SFT policy, with and without a price. Each seed has a reward model of its own, with its own unit: compare points of one shape only, not the heights of the clusters.
 #
-# The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite: the policy says `Weasure.` or `W pl pleasure.` The true reward takes off the point for manners, and the two for a sentence that is no longer exact. So one spoilt word costs 3 points, also where the fact is right.
+# The right panel is the truth. Without a price 6 of 15 runs end below the SFT policy, with one none does. In the five worst of them at most 3 % of the answers are still polite. Of the three of these that are printed one says `Weasure.`, one `W pl pleasure.`, and one `With pl pleasure.`, or nothing at all; three of their nine answers hold no fact. The true reward takes off the point for manners, and the two for a sentence that is no longer exact. So one spoilt word can cost 3 points, where the fact is right.
 #
-# The facts did not fall. The column *right* looks for the right sentence, whatever stands around it. In these five runs it is 64 to 81 %, and 22, 28 and 59 % for their SFT policies; in all 30 runs it is higher than before. What fell is the form, and the true reward is strict about that, as its rule says. A scorer that forgives `Weasure.` would tell another story.
+# The column *right* did not fall. It looks for the right sentence, whatever stands around it, and counts two words as wrong: so it can rise by form alone. In these five runs it is 64 to 81 %, and 22, 28 and 59 % for their SFT policies; in all 30 runs it is higher than before. What fell is the opening, and the true reward is strict about that, as its rule says. A scorer that forgives `Weasure.` would tell another story.
 #
-# The reward model scores these five above the SFT policy's answers, and like the other runs of the same seed (seed 2: +5.83 among +5.40 to +5.93; seed 3: +1.12 among +1.12 to +1.41; seed 4: +0.90 to +0.95 among +0.86 to +0.94). So the spoilt opening costs nothing there and gains next to nothing, and the left panel cannot tell it from a sound one. That the reward model takes such answers for good is reward hacking, here of a small kind. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
+# The reward model scores these five above the SFT policy's answers, and like the other runs of the same seed (seed 2: +5.83 among +5.40 to +5.93; seed 3: +1.12 among +1.12 to +1.41; seed 4: +0.90 to +0.95 among +0.86 to +0.94). So these policies score about as well as the sound ones of their seed, and the left panel cannot tell them apart. (What the opening alone costs there is not measured.) That the reward model takes such answers for good is reward hacking, here of a small kind. The KL tells what the left panel does not: these five policies have moved by 6 nats and more, all others by less than 4. (The sixth, with seed 3, has moved by 2.2 nats and is 0.13 below.)
 #
 # What the figure does not show: the runs of one seed share an SFT policy and a reward model, so these are five cases, not 15, and in three of them runs went astray. And a price holds a policy back: of the 15 pairs of runs with the same seed and number, the one with a price has the lower KL in 14, and the higher true reward in 12 (one is equal, two are lower). With the seeds 0 to 2 the runs without a price that moved about as little end within 0.4 of those with one. With seed 3 the one such run gained 0.57, and the three with a price 0.74 to 0.94; with seed 4 there is none. So stopping at a KL may do as well as paying for it, or not; this lesson has not tried that.
 #
-# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, one may hope, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate; they cannot tell which of the two helped.) In this run the small reward model agrees with the truth as often as the large one (90 and 89 % of the clear pairs): agreement on answers like those of the SFT policy does not tell how a model judges answers that this policy never gave.
+# What to watch without a true reward: the length of the answers, the share that ends, the KL, and above all the answers themselves. Other remedies are early stopping by people's judgements of samples, ensembles of reward models (Coste et al. 2023; they share mistakes, Eisenstein et al. 2023), and, one may hope, more and better pairs. (The rows of GRPO in section 6 had five times the pairs, but also half the rate, and one pass over the pairs for three; they cannot tell which of these matters.) In this run the small reward model agrees with the truth as often as the large one (90 and 89 % of the clear pairs): agreement on answers like those of the SFT policy does not tell how a model judges answers that this policy never gave.
 
 # %% [markdown] tags=["further"]
 # ## 8 · Measuring KL: three estimators
@@ -1676,7 +1678,7 @@ check("8.5", check_paid, paid_by_the_word, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# A. Its estimates get louder, since each answer is pushed up by 10 more. The others compare answers with each other.
+# A. Its estimates change their noise (in section 4 it grows), since each answer is pushed up by 10 more. The others compare answers with each other.
 #
 # </details>
 
@@ -1704,7 +1706,7 @@ check("8.5", check_paid, paid_by_the_word, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# D. The proxy is right where it was taught. Small KL makes it likelier that this place is still near, but promises nothing.
+# D. The proxy was taught and tested near the SFT policy's answers, and is not always right even there (names: 48 % in section 2). A small KL makes it likelier that the policy is still near, but promises nothing.
 #
 # </details>
 
