@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/09_dpo.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/09_dpo.ipynb)
 #
-# People can say which of two answers they like better, even where nobody can write the perfect one. Reinforcement learning from such choices needs a reward model and a sampling loop (lesson 08). Direct Preference Optimization (DPO) needs neither: it is a loss on pairs, as simple to run as fine-tuning. In this lesson you derive it, write it, and gain with it. Then you change one number, the learning rate, and meet what a student of a well-known course reported: *fine-tuning was good, DPO lowered the score*. The new run looks better by DPO's own measure. You find where its answers went, and try three repairs.
+# People can say which of two answers they like better, even where nobody can write the perfect one. Reinforcement learning from such choices needs a reward model and a sampling loop (lesson 08). Direct Preference Optimization (DPO) needs neither: it is a loss on pairs, as simple to run as fine-tuning. In this lesson you derive it, write it, and gain with it. Then you change one number, the learning rate, and meet what a student of a well-known course reported: *fine-tuning was good, DPO lowered the score*. The new run looks better by DPO's own loss and margin. You find where its answers went, and try three repairs.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -11,7 +11,7 @@
 #
 # 1. derive the DPO loss from the objective of RLHF, and find your loss, implicit rewards and gradients equal to those of `trl.DPOTrainer`;
 # 2. raise the mean true reward of three runs with it, and compare with plain fine-tuning on the chosen answers;
-# 3. find a learning rate that wins on the implicit reward and loses on the score, and read the alarm in the log;
+# 3. find a learning rate that wins on the margin of the implicit rewards and loses on the score, and read the alarm in the log;
 # 4. see which texts gained the probability that the answers lost, and which tokens lost it; then try three repairs;
 # 5. compare seven losses on pairs, among them DPO with length normalisation, and two kinds of pairs.
 #
@@ -156,7 +156,7 @@ print(f"{len(gaps)} pairs; the chosen answer is the worse one in {wrong}, "
 
 
 # %% [markdown]
-# **The model before.** DPO begins with a model that can already write such answers. Fine-tune the assistant on demonstrations with all these manners: nine in ten of them right, some polite, some with an idle sentence. The result is the *SFT policy*. You compare with it, and it is the reference of all that follows.
+# **The model before.** DPO begins with a model that can already write such answers. Fine-tune the assistant on demonstrations with all these manners: more than nine in ten of them right, some polite, some with an idle sentence. The result is the *SFT policy*. You compare with it, and it is the reference of all that follows.
 #
 # The manners are made of word pieces that the model has hardly met, so the embeddings get ten times the rate of the other weights. Batches are made of rows of similar length: less padding, less time. On a GPU the fine-tuned weights are then stored in 4 bits.
 
@@ -553,7 +553,7 @@ del model, loss, p
 
 
 # %% [markdown] tags=["core"]
-# ## 3 · DPO raises the reward, and chosen answers sink
+# ## 3 · What DPO does to the reward and to the chosen answers
 #
 # **Question.** What does DPO do to the answers, and to the numbers that it trains on?
 #
@@ -719,7 +719,7 @@ for name, hs in (("SFT on the chosen", sft_h), ("DPO", good_h)):
 # %% [markdown]
 # **What you see.** The gain in reward is the mean of three runs, and their dots lie far apart. Mostly it is above zero, but not always: with one of the five seeds that the ledger holds it was not, so it is reported here and not claimed. Where it comes, more answers are polite, and the score is about what it was or a little lower. What these runs learned is mainly an opening. The rival, which is simpler and never saw a rejected answer, gains as well. Compare the dots and not only the bars: with three runs of each you cannot say which is better here. Run 1 is the open circle, and the lines above the table say what its pairs were like. The runs differ in their pairs; start and order are the same.
 #
-# Now the last lines. DPO was told that people prefer the chosen answers, and on new questions such answers became *less* probable. A part of that has nothing to do with DPO: look at the lines of the rival, which was trained on chosen answers alone. Some chosen answers are plain, idle or wrong, and a model that becomes polite leaves them. And the rejected answers sank further in some runs and not in others: little of what was learnt about the pairs carried over to new ones. The answers that the model writes are still good. Section 5 looks where the probability went.
+# Now the last lines. DPO was told that people prefer the chosen answers, and on new questions such answers became *less* probable. (With one of the five seeds they rose in two of three runs.) The rival, trained on chosen answers alone, lowered them a little as well in this run, so a part may have nothing to do with DPO; but with other seeds of the ledger the rival raised them (with seed 2 by almost 2 nats). Some chosen answers are plain, idle or wrong, and a model that becomes polite leaves them; that may be why. And the rejected answers sank further in some runs and not in others: little of what was learnt about the pairs carried over to new ones. The answers that the model writes are still good. Section 5 looks where the probability went.
 
 # %% [markdown] tags=["core"]
 # ## 4 · SFT was good, DPO lowered the score
@@ -754,7 +754,7 @@ losses = [end_of_log(traces, "loss") for traces in RATES.values()]
 lesson.report("loss at the end of the log, good rate and case", f"{losses[0]:.2f}, {losses[1]:.2f}")
 
 # %% [markdown]
-# **By the implicit reward the case wins.** The margin of the pairs in its log is about twice as wide. Which run would you ship? Now let both write. Is it DPO, or would any training at this rate do the same? Let the rival of section 3 run at three times the rate, too.
+# **By the loss and the margin the case wins.** The margin of the pairs in its log is about twice as wide; the accuracies lie close together. Which run would you ship? Now let both write. Is it DPO, or would any training at this rate do the same? Let the rival of section 3 run at three times the rate, too.
 
 # %%
 arms["the case"] = [judge(model) for model in case_models]
@@ -769,7 +769,7 @@ for question, text in list(zip(test_questions, arms["the case"][0].texts, strict
 dots(measures(shown),
      title="At three times the rate, DPO lowers the score",
      alt="Score and true reward of SFT, DPO, the case, and fine-tuning on the chosen answers at the "
-         "rate of the case; the case is far lower than the others in both.")  # fmt: skip
+         "rate of the case; the case has the lowest means, and its scores are far below those of SFT.")  # fmt: skip
 lost = before.right.accuracy - mean_of(arms["the case"])
 lesson.report("score before, after DPO, after the case (mean of three runs)", ", ".join(
     f"{mean_of(arms[name]):.0%}" for name in ("SFT", "DPO", "the case")))  # fmt: skip
@@ -805,7 +805,7 @@ held["true reward"] = ["", f"{ranked(by_truth):.0%}"]
 show_table(held, ["held-out margin", "ranked as the annotator did"])
 
 # %% [markdown]
-# **What you see.** Here is the alarm: in the log of the case the chosen answers themselves have sunk. The loss contains only the difference $h_w - h_l$. It is met as well if both answers sink and the rejected one sinks faster, and that is what happened in the log of the case. Pal et al. (2024) and Razin et al. (2024) call this *likelihood displacement*. At the rate of section 3 the chosen answers of the log end near where they began. The columns `rewards/chosen` and `logps/chosen` tell the two runs apart; loss and margin praise the wrong one.
+# **What you see.** Here is the alarm: in the log of the case the chosen answers themselves have sunk. The loss contains only the difference $h_w - h_l$. It is met as well if both answers sink and the rejected one sinks faster, and that is what happened in the log of the case. Pal et al. (2024) describe this, and Razin et al. (2024) call it *likelihood displacement*. At the rate of section 3 the chosen answers of the log end near where they began. The columns `rewards/chosen` and `logps/chosen` tell the two runs apart; loss and margin praise the wrong one.
 #
 # How much of the damage is DPO? Look at the last row of the figure. Plain fine-tuning on the chosen answers, at the same rate, lost a good part of the score as well; the case lost more, on the same pairs. So a part belongs to the rate alone, and a part to this loss at this rate. Compare the scores of facts and of sums, too: both methods lost the sums above all.
 #
@@ -966,7 +966,7 @@ plots.show(figure, "Mean change of the log-probability of opening, digits, other
                    "end of turn at both rates.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen, and the chosen answers fall about as far as the rejected ones: the order that the log shows was learnt for its own pairs only. In Plot 2 look at facts and sums separately. In the run that is drawn, right facts kept their place in the polite manner and lost in the plain one: that is a change of manner, which the annotator wanted. Right sums lost more than ten nats in both manners: that is not. (Other seeds draw other numbers; there, too, look at the sums.) What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, which says nothing, did not sink with it. The last bar shows where probability went: to texts that were improbable before. Read some in section 4. The loss looks at the pairs only; what happens to other texts is a side effect of the shared weights.
+# **What you see.** In Plot 1 the broken lines fall by several nats, on pairs that no run has seen, and the chosen answers fall about as far as the rejected ones: the order that the log shows was learnt for its own pairs only. In Plot 2 look at facts and sums separately. In the run that is drawn, right facts kept their place in the polite manner and lost in the plain one: that is a change of manner, which the annotator wanted. Right sums lost more than ten nats in the median, in both manners: that is not. (Other seeds draw other numbers; there, too, look at the sums.) What the SFT policy wrote has lost as well, and nobody had rejected it. The opening alone, which says nothing, did not sink with it. The last bar shows where probability went: to texts that were improbable before, in the median. Read some in section 4. The loss looks at the pairs only; what happens to other texts is a side effect of the shared weights.
 #
 # Plot 3 counts every token. The first tokens carry the change of manner: an answer that begins with a name or a digit is plain. Among the tokens after that, the digits have lost far more than the others. Look at the examples of section 4: where does a sum go wrong, in adding or already in copying the numbers of the question? At the rate of section 3 the changes are small.
 
@@ -977,7 +977,7 @@ plots.show(figure, "Mean change of the log-probability of opening, digits, other
 #
 # You know one already, the lower rate. Three others leave the rate as it is and change one thing, on the same pairs:
 #
-# 1. **Fewer steps**: 6 instead of 16, three runs. It is the rival that costs nothing.
+# 1. **Fewer steps**: 6 instead of 16, so 24 of the 32 pairs are read, once; three runs. It is the rival that costs nothing.
 # 2. **A larger $\beta$**: 0.5 instead of 0.1, one run. It is the price for moving, so it is what many try first.
 # 3. **An NLL term** (Pang et al. 2024; in `trl` the loss type `sft` with a weight): add $-\log \pi_\theta(y_w) / |y_w|$, a force that holds the chosen answers up. Three runs.
 
@@ -992,7 +992,7 @@ for name in REPAIRS:
     for run in arms[name]:
         print(f"{name:>11}: {run}")
 dots(measures({name: arms[name] for name in ("SFT", "the case", *REPAIRS)}),
-     title="The score, lost and brought back",
+     title="The score, lost, and what each repair brought back",
      alt="Score and true reward of SFT, the case and four repairs; a dot for each run.")  # fmt: skip
 
 for name in REPAIRS[1:]:
@@ -1216,7 +1216,7 @@ for name, answers in lengths.items():
 show_table(rows, ["tokens", "idle sentences", "cut off", "true reward"])
 
 # %% [markdown]
-# **What you see.** Compare the tokens, the idle sentences and the reward of the four rows. How long the answers grow in so few steps differs very much between seeds, so the three rows are a report and no ranking. An answer that is cut off counts as wrong, so a part of the lost reward is the room. The chosen answers of this annotator were longer, as the first two lines say, and the policy learnt that. The two losses that know the length need a constant of their own, $\alpha$ or a larger $\beta$, and they are one run each. In practice nobody hands you the true reward. Compare the lengths of chosen and rejected answers before you train, and those of the answers before and after.
+# **What you see.** Compare the tokens, the idle sentences and the reward of the four rows. How long the answers grow in so few steps differs very much between seeds, so the three rows are a report and no ranking. An answer that is cut off counts as wrong; look at the column *cut off*: where it is 0 %, none of the lost reward is the room. The chosen answers of this annotator were longer, as the first two lines say, and the policy learnt that. The two losses that know the length need a constant of their own, $\alpha$ or a larger $\beta$, and they are one run each. In practice nobody hands you the true reward. Compare the lengths of chosen and rejected answers before you train, and those of the answers before and after.
 
 # %% [markdown] tags=["further"]
 # ## 9 · Pairs of others, pairs of one's own
@@ -1266,7 +1266,7 @@ for name, runs in both_kinds.items():
     lesson.report(f"{name}: score, reward", f"{mean_of(runs):.0%}, {mean_of(runs, 'reward'):.2f}")
 
 # %% [markdown]
-# **What you see.** Three runs of each kind do not decide which pairs are better: set `seed = 1`, run the lesson again, and look how far the rows move. Its own pairs cost the sampling and need no author. Tajwar et al. (2024) find on-policy pairs important where the good answers are far from what the model says. Here both kinds are about as probable under the SFT policy: see the two lines above.
+# **What you see.** Three runs of each kind do not decide which pairs are better: set `seed = 1`, run the lesson again, and look how far the rows move. Its own pairs cost the sampling and need no author. Tajwar et al. (2024) find on-policy pairs important where the good answers are far from what the model says. Here the pairs of others are not far from it: the two lines above give their mean log-probability beside that of its own pairs.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A T4 is enough
@@ -1455,7 +1455,7 @@ check("9.3", check_robust, robust)
 #     return ((1 - epsilon) * as_labelled - epsilon * exchanged) / (1 - 2 * epsilon)
 # ```
 #
-# The price is variance: the second term rewards without bound for ranking a pair against its label.
+# The price is variance: the second term rewards without bound for ranking a pair by its label with an ever wider margin, also where that label is wrong.
 #
 # </details>
 
@@ -1646,7 +1646,7 @@ check("9.5", check_by_coin, by_coin, PREDICTION)
 #
 # <details><summary>Answer</summary>
 #
-# C. That they gained follows from the selection; by how much does not. A is answered by the other bars, D by the two rates side by side.
+# C. That they gained is what the selection leads one to expect; how improbable they were before is not. A is answered by the other bars, D by the two rates side by side.
 #
 # </details>
 
