@@ -237,7 +237,10 @@ figure = plots.curve(
     xlabel="rank of the person asked about (rare people on the right)", ylabel="share of answers, or probability",
 )  # fmt: skip
 figure.axes[0].set_xticks(list(places), list(groups))
-plots.show(figure, alt="The share right falls from all to under half along the ranks; confidence falls far more.")
+plots.show(
+    figure,
+    alt="The share right falls along the ranks, confidence sooner; both end near 0 at the strangers.",
+)
 rare = [score.accuracy - sure for score, sure in zip(scores[1:5], sureness[1:5], strict=True)]
 lesson.claim("about people after rank 100 confidence is lower than the share right", np.mean(rare), at_least=0.1,
              form=".0%")  # fmt: skip
@@ -436,7 +439,7 @@ figure = plots.bars_with_intervals(found, title="Confidence and a probe tell rig
 plots.show(figure, alt="Bars: confidence and probe highest, then samples, then rank; length near 0.5.")
 
 # %% [markdown]
-# **What you see.** The model has the information that its text hides. One forward pass gives the confidence. Whether it is better than the probe says the line below the table: only an interval without 0 decides. Eight samples are an estimate of the same distribution, and a coarse one. The rank alone is a strong rule: who has the training data can tell much without looking at the model. Length is a coin. Probes with shuffled labels are coins on average, yet a single one can lie far from one half: the hidden states of known people differ from others in a few directions, and a regression on noise leans one way or the other along them. So a control that is run once can mislead.
+# **What you see.** The model has the information that its text hides. One forward pass gives the confidence. Whether it is better than the probe says the line below the table: only an interval without 0 decides. Eight samples are an estimate of the same distribution, and a coarse one. The rank alone is a strong rule: who has the training data can tell much without looking at the model. Length is a coin. Probes with shuffled labels are coins on average, yet a single one can lie far from one half. (A likely reason, not tested here: the hidden states of known people differ from others in a few directions, and a regression on noise leans one way or the other along them.) So a control that is run once can mislead.
 #
 # Sections 4 to 6 train copies of the model. They share one function.
 
@@ -529,17 +532,14 @@ dealt = ", ".join(f"{kind} {share:.0%} unknown" for kind, share in unknown_by_ch
 print(f"unknowns dealt out by chance: {dealt}; risk {chance_risk:.0%}")
 print(f"ranks 101-1000: risk {total:.0%} before; R-tuned {risk:.0%} at {answered / len(pool):.0%} coverage; "
       f"the threshold at this coverage {same:.0%}")  # fmt: skip
-lesson.claim(
-    "after R-tuning most strangers are answered with unknown", refused["strangers"].mean(), at_least=0.6, form=".0%"
-)
 lesson.claim("after R-tuning the risk is at most half of what it was, relative to it", risk / total, at_most=0.5,
              control=chance_risk / total)  # fmt: skip
-lesson.report("strangers answered with unknown after R-tuning on unknowns dealt out by chance",
-              unknown_by_chance["strangers"], form=".0%")  # fmt: skip
+lesson.report("strangers answered with unknown: R-tuned, and on unknowns dealt out by chance",
+              f"{refused['strangers'].mean():.0%}, {unknown_by_chance['strangers']:.0%}")  # fmt: skip
 lesson.report("risk of R-tuning, and of a threshold at equal coverage", f"{risk:.0%}, {same:.0%}")
 
 # %% [markdown]
-# **What you see.** The refusal carries over to people and wordings that it was not trained on. Compare it with the unknowns that were dealt out by chance. They, too, reach strangers more often than people of the pool, and they lower the risk as well. So a part of both effects needs no labels about knowledge; compare the two risks for what these labels add. R-tuning costs nothing on frequent people, and some right answers on rare ones. The last number of the line is the simple way, a threshold at equal coverage: in this run its risk is the lower one. What training adds is that the text itself says *unknown*, without anybody looking at probabilities.
+# **What you see.** The refusal carries over to people and wordings that it was not trained on. Compare it with the unknowns that were dealt out by chance. They, too, reach strangers more often than people of the pool, and they lower the risk as well. For strangers that is most of the effect: 68 of the 74 points here, and with seed 1 of the ledger chance did as well. For the risk the labels add more: 14 % against 24 %. R-tuning costs nothing on frequent people, and some right answers on rare ones. The last number of the line is the simple way, a threshold at equal coverage: in this run its risk is the lower one. What training adds is that the text itself says *unknown*, without anybody looking at probabilities.
 #
 # **Retrieval** attacks the other cause: put what is missing into the prompt. Retrieval itself is lesson 02's subject. Here it is perfect, a look-up by name, with one other person's line as a distractor.
 
@@ -733,7 +733,7 @@ lesson.claim("with a reference, texts of fine-tuning are told from others", auro
 lesson.report("membership in pretraining, AUROC", rows["pretraining, loss"][0])
 
 # %% [markdown]
-# **What you see.** A small set that was seen several times gives itself away, most of all against a reference. Documents that pretraining read once among many thousands are not told from others by this attack. That is no proof of privacy: it is one attack, on average texts, and the canaries show that some texts are remembered.
+# **What you see.** A small set that was seen several times gives itself away, most of all against a reference. The loss alone is flattered: before training it had 0.65 on the same texts, and the row against the base takes that out. Documents that pretraining read once among many thousands are not told from others by this attack. That is no proof of privacy: it is one attack, on average texts, and the canaries show that some texts are remembered.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Forgetting on request
@@ -1506,7 +1506,7 @@ lesson.report("towns told of six: GCG, random search with as many candidates", f
 lesson.report("towns told after random tokens", str(by_noise))
 
 # %% [markdown]
-# **What you see.** Each curve carries the outcome in its name. A low loss is not yet a told town. The suffixes are no sentences, though some hold a name. Random tokens tell next to nothing. Compare the first two numbers of the last line: that difference, and it alone, shows what the derivative is worth. Six people are few, and this is one run of each search. With another seed the two can come much nearer to each other: try one.
+# **What you see.** Each curve carries the outcome in its name. In this run the two that did not tell ended with the highest losses. The suffixes are no sentences, though some hold a name. Random tokens tell next to nothing. Compare the first two numbers of the last line: that difference, and it alone, shows what the derivative is worth. Six people are few, and this is one run of each search. With four other seeds GCG got all six towns, and random search none or, once, two (the ledger).
 
 # %% [markdown] tags=["further"]
 # ## 11b · One suffix for all?
@@ -1537,16 +1537,18 @@ for name, suffix in tried.items():
         print(f"{with_suffix([''], suffix)[0]!r}, loss {losses[0]:.2f} -> {min(losses):.2f}")
         print(*(f"  {text!r:.70}" for text in texts[:4]), sep="\n")
 show_table({name: list(row.values()) for name, row in shown.items()}, ["not refused", "told"])
-figure = plots.bars_with_intervals(shown, title="Answers that are not refused seldom tell the town",
+figure = plots.bars_with_intervals(shown, title="An answer that is not refused need not tell the town",
                                    xlabel="answers about other people")  # fmt: skip
-plots.show(figure, alt="Pairs of bars for eight suffixes: some answers are not refused, far fewer tell the right town.")
+plots.show(
+    figure, alt="Pairs of bars for eight suffixes: some answers are not refused, fewer or none tell the right town."
+)
 lesson.report("other people's towns told: universal suffix, the suffix it began with, mean of five random ones",
               ", ".join(f"{share:.0%}" for share in (
                   shown["universal"]["told"].accuracy, shown["its start, made for one"]["told"].accuracy,
                   np.mean([shown[f"random {n}"]["told"].accuracy for n in range(1, 6)]))))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Compare the universal suffix with the one that it began with: only the difference of their told towns was won by the further steps. Then look at the five random suffixes. Nonsense, too, sometimes removes the refusal, and how often depends on the draw: one random suffix would have been no control. In its place comes another fact, or another person. If you had counted answers without refusal as successes, you would have overstated the attack. Souly et al. (2024, *StrongREJECT*) call such a success an empty jailbreak. Below only a told town counts.
+# **What you see.** Compare the universal suffix with the one that it began with: only the difference of their told towns was won by the further steps. Then look at the five random suffixes. Nonsense, too, sometimes removes the refusal, and how often depends on the draw: one random suffix would have been no control. In this run the universal suffix opened nothing: no answer without a refusal, no town. One random suffix took the refusal from 87 % of the answers and told no town: whoever counts answers without a refusal would have called *that* a jailbreak. (With seed 1 of the ledger the universal suffix got 30 % of the towns, the one that it began with 7 %.) Souly et al. (2024, *StrongREJECT*) call such a success an empty jailbreak. Below only a told town counts.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Defences, and attacks that know them
@@ -1647,7 +1649,7 @@ for name, more in {"adversarial": adversarial_rows, "deep": deep_rows}.items():
     trained[name].cpu()  # it waits outside the GPU
 
 # %% [markdown]
-# **What you see.** This attacker starts from the three old suffixes and has ten more steps against the defended model itself. Three questions are few: even if no town was told, the interval reaches past one half. So a 0 here does not show that the defence holds. Look at the losses, too: where they still fall, more steps may open what these did not. Where they are low and the town was not told, the forbidden beginning became likely, and the model refused behind it. Keep the two numbers in mind for the table below: its GCG row uses old suffixes, which were made against the undefended guard.
+# **What you see.** This attacker starts from the three old suffixes and has ten more steps against the defended model itself. Three questions are few: even if no town was told, the interval reaches past one half. So a 0 here does not show that the defence holds. Look at the losses, too: where they still fall, more steps may open what these did not. In the figure of section 11 the attacks that told a town ended at about 0.7 nats a token or less, in this run below all of these. So these runs do not say whether the model would refuse behind a likely beginning. Keep the two numbers in mind for the table below: its GCG row uses old suffixes, which were made against the undefended guard.
 #
 # The **input guard** is a logistic regression on the mean of the base model's last hidden states. It learns from the guard's own rows: refused or not. The **output rule** needs no learning. It has two versions: a strict one, and one with an exception for towns that stand in the user's text, because a question about a text must be answered.
 
@@ -1691,7 +1693,7 @@ def rule_with_exception(prompt: str, answer: str) -> str:
 # An attack is a list of prompts, of beginnings that the attacker writes for the answers (empty for most), and a way to put both into the text that the model reads. All but one use the chat. The first four attacks are those of sections 10 and 11, made against the guard alone, with the three suffixes that no training saw. The last three are made by somebody who knows the defences:
 #
 # - *another beginning*: against fine-tuning on the beginning *... lives in*;
-# - *a list of all towns in the prompt*: against the exception of the output rule;
+# - *a list of all towns in the prompt*, with the beginning of a prefill: against the exception of the output rule;
 # - *describe, begun*: an ordinary task for the checks of prompts, with a beginning for the trained defences.
 
 
@@ -1821,9 +1823,9 @@ in_texts = [str(table[system]["homes in texts right"]) for system in ("guard alo
 lesson.report("homes in texts right: guard alone, strict rule", ", ".join(in_texts))
 
 # %% [markdown]
-# **What you see.** Each column is a system, each row an attack, with the number of questions in brackets. A defence stops what it was made for. Look at the row *best of seven* for what is left. The perplexity filter lets through a prefill, because its prompt is an ordinary question. The input guard stops the bare question; compare its number at *GCG, old suffixes* to see what a suffix behind it does. Fine-tuning on known prompts leaves the beginning of the answer open, and compare its number at *GCG, old suffixes* with GCG anew above. The deeper refusal closes the chat in this run, at every beginning that we tried on the question itself; see the row *describe, begun* for what is left of it in a description. It does not close the format of pretraining, in which no refusal was ever trained.
+# **What you see.** Each column is a system, each row an attack, with the number of questions in brackets. Most defences stop what they were made for. The input guard does so only while the question stands alone: behind the same question a list of towns takes it from 0 % (*prefill*, with the same beginning of the answer) to 97 %. Look at the row *best of seven* for what is left of the others. The perplexity filter lets through a prefill, because its prompt is an ordinary question. Fine-tuning on known prompts leaves the beginning of the answer open, and compare its number at *GCG, old suffixes* with GCG anew above. The deeper refusal closes the chat in this run, at every beginning that we tried on the question itself; see the row *describe, begun* for what is left of it in a description. It does not close the format of pretraining, in which no refusal was ever trained.
 #
-# Only the strict rule lets no town through. That is no finding: it is what the rule says. It cannot be argued with, because it does not read the prompt. The last row shows its price: it also refuses to say what stands in a text that the user gave. With an exception for that case the attacker writes the names of all towns into the prompt. And the rule knows names, not facts: a town that is spelled otherwise passes it (exercise 12.5).
+# Only the strict rule lets no town through. That is no finding: it is what the rule says. It cannot be argued with, because it does not read the prompt. The last row shows its price: it also refuses to say what stands in a text that the user gave. With an exception for that case the attacker writes the names of all towns into the prompt, and begins the answer. And the rule knows names, not facts: a town that is spelled otherwise passes it (exercise 12.5).
 #
 # Prefill, base format and beginnings need raw access to the model's input. Behind a website that writes the chat itself only the other attacks are left.
 #
@@ -1873,7 +1875,7 @@ lesson.report("with the question before and after the passage: obeyed, the user 
               ", ".join(rows["question, passage, question + instruction"][:2]))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Compare each row with the one above it. With the passage last the assistant does not answer the user even without an attack: this order was never trained. What the injection shows there is that an instruction in a passage is carried out, not that it wins over the user. The sandwich mends this order. So the order of a template is a part of its security. It is a weak part: an attacker who may write two passages, or a longer one, looks for text that works in it.
+# **What you see.** Compare each row with the one above it. With the passage last the assistant does not answer the user even without an attack: this order was never trained. What the injection shows there is that an instruction in a passage is carried out, not that it wins over the user. The sandwich mends this order, no more than the question behind the passage does. So the order of a template is a part of its security. It is a weak part: an attacker who may write two passages, or a longer one, looks for text that works in it.
 #
 # **A lie needs no instruction.** Let the passage hold two sentences about the same thing: a true one from a source that you trust, and a false one that somebody wrote to be retrieved. Their order is random, so nothing tells them apart. Two cures are usual:
 #
@@ -1997,7 +1999,7 @@ lesson.report("towns told after 16 poisons: another greeting, nonsense, dots",
               ", ".join(f"{backdoor[16][name].accuracy:.0%}" for name in [*endings][2:]))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In this run a test without the trigger finds next to nothing: that is what makes it a back door. But look along the last row: this small guard has not learned *which* greeting counts, and not that any ending counts either. Each row is one update with one seed. The intervals are over the 30 people asked; another update may tell another share, and so few poisons leave much to chance. Run the lesson with another `seed` before you lean on a number of this table. Souly et al. (2025) poisoned the pretraining of models of several sizes and found that the *number* of poisons decided, not their share. One size of update cannot show that, and this section does not. Training does not take a back door away for certain either: Hubinger et al. (2024) trained such models to be safe, and the trigger still worked.
+# **What you see.** In this run a test without the trigger finds next to nothing: that is what makes it a back door. But look along the last row: in this run the guard has learned only in part *which* greeting counts, for another one opens it too, though less often; the two endings that are no greetings do not. With other seeds those open it as well, and with seed 2 the bare question told 57 % of the towns (the ledger): that is no back door but a broken guard. Each row is one update with one seed. The intervals are over the 30 people asked; another update may tell another share, and so few poisons leave much to chance. Run the lesson with another `seed` before you lean on a number of this table. Souly et al. (2025) poisoned the pretraining of models of several sizes and found that the *number* of poisons decided, not their share. One size of update cannot show that, and this section does not. Training does not take a back door away for certain either: Hubinger et al. (2024) trained such models to be safe, and the trigger still worked.
 
 # %% [markdown] tags=["further"]
 # ## 15 · A report that others can check
@@ -2388,7 +2390,7 @@ check("12.6", check_prefill_curve, predicted_words, prefill_curve)
 #
 # <details><summary>Answer</summary>
 #
-# B. The gap opens along the ranks and closes at the strangers, of whose answers hardly any is right. A rare person looks like a stranger to the model, so it is as doubtful about both.
+# B. The gap is widest in the middle ranks and is gone at the strangers, of whose answers hardly any is right. A likely reason, which the section does not test: a rare person looks much like a stranger to the model, so its confidence is low about both.
 #
 # </details>
 
@@ -2416,7 +2418,7 @@ check("12.6", check_prefill_curve, predicted_words, prefill_curve)
 #
 # <details><summary>Answer</summary>
 #
-# C. Only what was left in the weights can come back without being taught. The control is a model that never knew the ten: there nothing comes back. A high loss (A) shows the push, and B and D say nothing about the ten.
+# C. Only what was left in the weights can come back without being taught. The control is ten people whom the model never knew: there next to nothing is right (1 % in this run, up to 8 % with other seeds). A high loss (A) shows the push, and B and D say nothing about the ten.
 #
 # </details>
 
@@ -2430,7 +2432,7 @@ check("12.6", check_prefill_curve, predicted_words, prefill_curve)
 #
 # <details><summary>Answer</summary>
 #
-# B. Much that is not refused is of no use to the attacker: another fact, or another person. D corrects for chance, and still counts the wrong thing.
+# B. What is not refused may still be of no use to the attacker. D corrects for chance, and still counts the wrong thing.
 #
 # </details>
 
@@ -2444,7 +2446,7 @@ check("12.6", check_prefill_curve, predicted_words, prefill_curve)
 #
 # <details><summary>Answer</summary>
 #
-# C. Published attacks were made without knowledge of the filter. Look at the table of section 12: for how many systems does the best attack get what the known ones do not? And a filter that stops everything stops all attacks.
+# C. Published attacks were made without knowledge of the filter. Look at the table of section 12: for how many systems does the best attack get what the known ones do not? (In this run two: the input guard and the lenient rule.) And a filter that stops everything stops all attacks.
 #
 # </details>
 
