@@ -787,6 +787,7 @@ gaps = [(a - b).abs().max().item() for a, b in zip(averaged.parameters(), halfwa
 lesson.equal("halfway is torch's AveragedModel with decay 0.5", max(gaps), within=1e-6)
 del averaged
 outcomes["no replay, 1/2 of the way"] = kept_of(halfway)
+del halfway  # a GPU needs the room
 outcomes["no replay, 3/4 of the way"] = kept_of(interpolated(base, models["no replay"], 0.75))
 outcomes["replay 20 %, 3/4 of the way"] = kept_of(interpolated(base, models["with questions"], 0.75))
 show_table({name: [f"{found.accuracy:.0%}" for found in scores.values()] for name, scores in outcomes.items()},
