@@ -1060,7 +1060,8 @@ longer = recall_run("LSTM", 8, DRAWS[0], recall_rates["LSTM"][8], 5 * STEPS)[0].
 at_8 = recall_lines["LSTM"][1][BOXES.index(8)]
 print(f"LSTM, 8 boxes: {at_8:.0%} right after {STEPS} steps (three runs), {longer:.0%} after {5 * STEPS} (one run)")
 lesson.report(
-    "LSTM, 8 boxes: right after the steps of the transformer, and after five times as many", f"{at_8:.0%}, {longer:.0%}"
+    "LSTM, 8 boxes: right after the transformer's steps (mean of three runs), and after five times as many (one run)",
+    f"{at_8:.0%}, {longer:.0%}",
 )
 
 # %% [markdown]

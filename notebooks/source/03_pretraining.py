@@ -1363,7 +1363,7 @@ x, y = np.array(millions), np.array(record["loss"])
 near = (x > seen[place - 3]) & (x <= seen[place + 3])
 figure = plots.curve(
     {"": (x[near], y[near])},
-    title="Where in-context learning jumps, the loss bends a little",
+    title="Where in-context learning jumps, the loss bends at most a little",
     xlabel="tokens seen (millions)",
     ylabel="training loss (nats)",
 )
@@ -2106,7 +2106,7 @@ check("3.6", check_no_positions, no_positions, PREDICTION)
 # %% [markdown]
 # ## What we saw
 #
-# All numbers of this table were measured above, in this run.
+# The numbers of this table were measured above, in this run. Those named shima-4m are from the record of its training.
 
 # %%
 lesson.summary()
