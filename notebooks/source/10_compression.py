@@ -615,7 +615,7 @@ for label, (low, middle, high) in timings.items():
 show_table(rows, ["weights", "one token", "quartiles", "read at"])
 
 # %%
-alt = "Time of one token over the bytes of a layer: kernels lie near the line of 16 bits, unpacked codes far above."
+alt = "Time of one token over bytes of a layer: the 4-bit kernel is near the line of 16 bits, unpacked codes far above."
 figure = Figure(figsize=(7.2, 4.2))
 axes = figure.subplots()
 span = np.array([min(weights.values()), max(weights.values())]) / 1e6
@@ -634,7 +634,7 @@ for label, (low, middle, high) in timings.items():
 axes.set(xscale="log", yscale="log", xlabel="weights of the layer (MB)", ylabel="time of one token (ms)")
 axes.set_xlim(span[0] * 0.45, span[1] * 1.6)
 axes.set_xticks([2, 4, 8, 16])
-axes.set_title("From 16 bits down, a kernel's time falls with its bytes", loc="left")
+axes.set_title("From 16 to 8 to 4 bits, a kernel's time falls with its bytes", loc="left")
 for axis in (axes.xaxis, axes.yaxis):
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: "")
@@ -653,7 +653,7 @@ if ON_CPU:
                   f"{share:.2f}, {by_kernel[1] / times_16[1]:.2f}")  # fmt: skip
 
 # %% [markdown]
-# **Answer.** The file with 4-bit codes has 2.56 MB instead of 7.22, in memory 3.34 MB instead of 14.43 as loaded in 32 bits (half of that in 16). Whether that is faster is for the kernel to say. The 4-bit kernel takes about 0.3 of the time of 16 bits (the claim above), close to its 0.28 of the bytes. The same codes, unpacked with PyTorch's own operations, take many times as long as 16 bits. From 16 bits down the time of the kernels falls with their bytes, though not all of it is reading: the rates of the last column differ. (The dashed line goes through the dot of 16 bits, and 32 bits lie well below it: twice the bytes are not twice the time there.) So ask of a file of 4 bits which kernel will read it, and on which machine: these want a CPU that multiplies bfloat16.
+# **Answer.** The file with 4-bit codes has 2.56 MB instead of 7.22, in memory 3.34 MB instead of 14.43 as loaded in 32 bits (half of that in 16). Whether that is faster is for the kernel to say. The 4-bit kernel takes about 0.3 of the time of 16 bits (the claim above), close to its 0.28 of the bytes. The same codes, unpacked with PyTorch's own operations, take many times as long as 16 bits. From 16 to 8 to 4 bits the time of the kernels falls with their bytes, though not all of it is reading: the rates of the last column differ, and NF4, with the fewest bytes of all, is no faster than the 4-bit kernel. (The dashed line goes through the dot of 16 bits. A kernel on it reads its bytes as fast as 16 bits are read.) So ask of a file of 4 bits which kernel will read it, and on which machine: these want a CPU that multiplies bfloat16.
 
 
 # %% [markdown] tags=["core"]
@@ -1355,7 +1355,6 @@ lesson.claim("tokens by the rule: distance from the teacher's over that of its o
              far["the rule"] / far["p itself"], at_most=1.2,
              control=far["a wrong rule"] / far["p itself"], form=".2f")  # fmt: skip
 
-# %%
 starts = [row[:24].tolist() for row in text_test[: lesson.scaled(8, 2)]]
 ngrams, LENGTH = NgramDrafter(text_train), lesson.scaled(32, 8)
 plain_texts = [plain_decoding(base, start, LENGTH) for start in starts]
@@ -1484,7 +1483,9 @@ off = {name: max(abs(f["tokens"] / f[name] - 1) for f in real) for name in ("for
 lesson.claim("tokens a pass: largest error of the formula; control: without the stop at a refusal",
              off["formula"], at_most=0.25, control=off["no stop"], form=".0%")  # fmt: skip
 over = np.median([found["expected"] / np.median(found["speedup"]) for found in alike.values()])
-lesson.report("speed-up by the formula over that by the clock, median of all drafters", over, form=".2f")
+lesson.report(
+    "speed-up by the formula over that by the clock, median of n-grams and of all with k = 4", over, form=".2f"
+)
 print(f"speed-up by the formula over that by the clock, median of n-grams and all with k = 4: {over:.2f}")
 for label in ("n-grams", "student, hard labels", "random tokens"):
     found = tried[label, 4]
@@ -1602,7 +1603,7 @@ for place, (label, (size, above, speed)) in enumerate(results.items()):
                       markerfacecolor="white" if dense else None)  # fmt: skip
         where, side = PLACES[axes is right].get(label, ((8, 6), "left"))
         shown = "2:4, timed dense" if dense else label
-        axes.annotate(shown, (size, middle), where, fontsize=9,
+        axes.annotate(shown, (size, high if where[1] > 0 else low), where, fontsize=9,
                       textcoords="offset points", color=color, ha=side)  # fmt: skip
 left.set_yscale("symlog", linthresh=1e-3)
 left.set_ylabel("loss above the base (nats per token)")
@@ -1646,7 +1647,7 @@ upper_factor.cache_clear()
 assistant = assistant.cpu()  # no longer needed
 
 # %% [markdown]
-# **Answer.** Bits: of these eight versions the 4-bit ones save the most bytes for a loss that is hardly seen. (3 bits are missing because `pack_bits` cannot pack them, exercise 10.2; in section 4 GPTQ in groups had the same perplexity with 3 bits as rounding per row with 4, 2.308.) With 4 bits the file has 2.60 MB (the kernel's scales and offsets take 4 bytes a group instead of 3), little more than a third of that with 16 bits. The loss above the base is 0.0011 nats rounded and 0.0004 by GPTQ, and both intervals contain 0. On two of five seeds neither does, and on all five the loss is at most 0.0023 (the ledger). Three versions have files of about 4 MB: 8 bits lose nothing that can be seen, 2:4 loses 0.0193 nats, the student of half the layers 1.0379. (It was trained for sixteen steps; more would change its place.) The assistant answers 98 % of the questions rightly in 4 bits, as before, rounded or by GPTQ: no question of 120 differs. (So fewer than about 3 % do, and near 98 % there is little room above.) At 4 bits the divergence tells the two apart (section 4), the answers do not. At 2 bits both do: 92 against 82 % in this run, GPTQ more by 9.2 points (2.5 to 15.8). On one of five seeds the answers do not: -0.8 points (the ledger).
+# **Answer.** Bits: of these eight versions the 4-bit ones save the most bytes for a loss that is hardly seen. (3 bits are missing because `pack_bits` cannot pack them, exercise 10.2; in section 4 GPTQ in groups had the same perplexity with 3 bits as rounding in groups with 4, 2.308.) With 4 bits the file has 2.60 MB (the kernel's scales and offsets take 4 bytes a group instead of 3), little more than a third of that with 16 bits. The loss above the base is 0.0011 nats rounded and 0.0004 by GPTQ, and both intervals contain 0. On two of five seeds neither does, and on all five the loss is at most 0.0023 (the ledger). Three versions have files of about 4 MB: 8 bits lose nothing that can be seen, 2:4 loses 0.0193 nats, the student of half the layers 1.0379. (It was trained for sixteen steps; more would change its place.) The assistant answers 98 % of the questions rightly in 4 bits, as before, rounded or by GPTQ: no question of 120 differs. (So fewer than about 3 % do, and near 98 % there is little room above.) At 4 bits the divergence tells the two apart (section 4), the answers do not. At 2 bits both do: 92 against 82 % in this run, GPTQ more by 9.2 points (2.5 to 15.8). On one of five seeds the answers do not: -0.8 points (the ledger).
 #
 # Speed is another matter, and the clock is a poor witness. In the last two lines under the table the arithmetic is the same, and still, on four more seeds, the two versions of a pair differed by up to 1.68 times when paired on the same texts (the ledger). So read the last column of the table, and only its large differences. With a kernel 8 bits write 1.4 to 1.8 times as many tokens a second as 16 bits on those four seeds, and 4 bits 1.3 to 3.0 times: faster each time, but nothing here tells 8 from 4, perhaps because what Python does around the kernels counts as well in a model this small (compare with section 3, where one large layer was timed). Unpacked without a kernel, 2 bits are the slowest of all. With PyTorch's ordinary operations the student is about twice as fast as 16 bits.
 
