@@ -29,7 +29,7 @@ from helpers.colab import SETUP_CELL, badges
 
 CLOSING = ["What we saw", "In practice", "Read on"]
 MAX_LINES, MAX_SECONDS, MAX_GIGABYTES = 40, 180, 3.0
-MAX_CORE_CELLS = 46  # code cells of the core path, without exercises
+MAX_CORE_CELLS = 45  # code cells of the core path, without exercises
 COMMON_NAMES = {"admin", "colab", "jovyan", "localhost", "root", "runner", "student", "ubuntu", "user"}
 PROMPT = re.compile(r"\b[\w.-]+@[\w.-]+:[~/]")  # user@host:~
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
