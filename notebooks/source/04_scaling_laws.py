@@ -12,7 +12,7 @@
 # 1. compute the entropy of a stream of text exactly, and see how little a fitted law knows about it;
 # 2. write the three approaches of Chinchilla, and see them recover published constants from data made with them;
 # 3. train four runs and forecast the loss of each above the entropy, beside the simplest forecast there is;
-# 4. compute from Chinchilla's law the exponent that Kaplan et al. found, by leaving the embeddings out;
+# 4. compute from Chinchilla's law an exponent near the one that Kaplan et al. found, by leaving the embeddings out;
 # 5. see where scores mislead: "emergent" abilities, tasks that get worse with scale, many samples beside a guesser.
 #
 # **Prerequisites:** lesson 01 (cross-entropy) and lesson 03 (how a model is trained).
@@ -286,7 +286,7 @@ for row in LIVE:
     print(f"D = {row['tokens_seen']:,}, loss {row['loss']:.4f}")
 
 # %% [markdown]
-# Now the shipped sweep. `RUNS` holds the cells that follow the rule: fresh text, the full cosine, the rule's learning rate. Runs of 125,000 tokens are in the file, too. They are left out everywhere below: so early a model still learns the format of the text, its loss falls in steps, and no power law describes it. Some cells were run with two or three seeds. All cells of 2 M tokens, and all of the largest model, are single runs.
+# Now the shipped sweep. `RUNS` holds the cells that follow the rule: fresh text, the full cosine, the rule's learning rate. Runs of 125,000 tokens are in the file, too. They are left out of everything below. Some cells were run with two or three seeds. All cells of 2 M tokens, and all of the largest model, are single runs.
 
 # %%
 everything = list(sweep.read_results(sweep.RESULTS).values())
@@ -343,8 +343,9 @@ show_table(rows, ["sizes with two or three seeds", "of the loss", "of the excess
                   "widths 12 and 16", "larger widths"])  # fmt: skip
 lowest = min(row["loss"] for row in (*everything, *LIVE))
 print(f"lowest loss of all runs: {lowest:.4f}, the entropy {ENTROPY:.4f}")
-lesson.report("spread of the excess between seeds, most and least",
-              f"{rows['0.25 M'][2]}, {rows['1 M'][2]}")  # fmt: skip
+lesson.report(
+    "spread of the excess between seeds, at 0.25, 0.5 and 1 M tokens", ", ".join(row[2] for row in rows.values())
+)
 
 # %% [markdown]
 # **What you see.** A spread of a few percent of the loss looks small. But the loss consists mostly of entropy that nobody can avoid. What a law of scaling predicts is the excess, and of that the spread is several times more. It is largest at the smallest two sizes. Judge every fit and every forecast below on the excess.
@@ -378,7 +379,7 @@ print(f"excess at {MILLIONS[-1]} tokens, largest model and learning reader: {tol
 lesson.report("excess of the largest run, and of a learning reader", told)
 
 # %% [markdown]
-# **What you see.** All lines fall, and they fall faster at first than at the end. On logarithmic axes a power law would be a straight line. And the learning reader is far below all models. So the excess of these models is *not* mainly facts that their text did not hold. Most of it is what they could have learnt from the text that they read, and did not.
+# **What you see.** All lines fall, those of the models faster at first than at the end. On logarithmic axes a power law would be a straight line. And the learning reader is far below all models. So the excess of these models is *not* mainly facts that their text did not hold. Most of it is what they could have learnt from the text that they read, and did not.
 #
 # A further section beside this one measures how steep each line is, and tries other learning rates.
 
@@ -533,7 +534,7 @@ print("fitted E and beta")
 show_table(rows, [f"draw {draw}" for draw in range(5)])
 
 # %% [markdown]
-# **What you see.** With a tight tolerance, sum and mean give the same law in every draw, close to the truth. With the default tolerance the mean ends far from it each time. The sum arrives in most draws; in one it stops early, too, with an $E$ and a $\beta$ near the published ones. The optimiser stops when a step improves the objective by less than a fixed amount. A mean over many runs is that many times smaller than the sum, so it stops earlier. None of these fits gave a warning. That this happened in 2022 is what the authors of the replication conclude. The cell shows only that it can happen.
+# **What you see.** With a tight tolerance, sum and mean give the same law in every draw, close to the truth. With the default tolerance the mean ends far from it each time. The sum arrives in most draws; in one it stops early, too, with a $\beta$ near the published one and an $E$ halfway to it. The optimiser stops when a step improves the objective by less than a fixed amount. A mean over many runs is that many times smaller than the sum, so it stops earlier. None of these fits gave a warning. That this happened in 2022 is what the authors of the replication conclude. The cell shows only that it can happen.
 
 # %% [markdown] tags=["core"]
 # ## 5 · The law of our sweep
@@ -586,7 +587,7 @@ above = [f"{value / ENTROPY - 1:+.1%}" for value in (LAW["E"], loss.min())]
 lesson.report("fitted E and lowest fitted loss, above the true entropy", ", ".join(above))
 
 # %% [markdown]
-# **What you see.** Over all runs the error of the fit is of the size of the noise between seeds. It is not of its kind: look at the curves below, where small models begin above the law and end below it, and large ones the other way round. A sum of two powers has no term for that. The best value of $E$ lies clearly above the true entropy. The interval holds the truth, just, and it is wide. Such a fit does not contradict the truth; it hardly says where it is. It is only a few percent nearer to it than the lowest loss among the runs that it was fitted to.
+# **What you see.** Over all runs the error of the fit is of the size of the noise between seeds. It is not of its kind: look at the curves below, where small models begin above the law and end below it, and larger ones of those fitted the other way round. A sum of two powers has no term for that. The best value of $E$ lies clearly above the true entropy. The interval is wide, and whether it holds the truth depends on the draws: it does with four of five seeds of the bootstrap (the ledger), and only just. Such a fit hardly says where the truth is. It is only a few percent nearer to it than the lowest loss among the runs that it was fitted to.
 #
 # **How well do the runs determine $E$ at all?** Hold $E$ at a value, fit the other four numbers, and note the misfit. Repeat for many values: the *profile* of $E$. Where it is flat, the runs cannot tell the values apart.
 
@@ -628,7 +629,7 @@ show_table(rows, ["misfit", "beta", "a", "misfit", "beta", "a"])
 for name, (_, values) in series.items():
     lesson.report(f"misfit at the worst E, {name}", max(values), form=".1%")
 figure = plots.curve(
-    series, title="Runs at two budgets fit any E equally well",
+    series, title="Runs at two budgets fit all these E equally well",
     xlabel="E held at (nats per token)", ylabel="misfit above the best", percent=True,
     limits_y=(-0.005, 0.15),
 )  # fmt: skip
@@ -641,9 +642,9 @@ alt = "Misfit over E: flat for two budgets; shallow, lowest above the truth, for
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$. It prefers an $E$ above the truth. By the dotted line, a rough bound of 95 % that takes all errors as independent and alike, the truth is just excluded; by the bootstrap it was just not. A likely reason is in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it follows such a bend by taking the slow end for the approach to a floor.
+# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$. It prefers an $E$ above the truth. By the dotted line, a rough bound of 95 % that takes all errors as independent and alike, the truth is just excluded; by the bootstrap it is at the edge. A likely reason is in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it follows such a bend by taking the slow end for the approach to a floor.
 #
-# Look at the columns $a = \beta / (\alpha + \beta)$ as well. It is the exponent with which the best size grows with compute (section 6). Laws that the misfit can hardly tell apart give very different $a$. **A law can be good for predicting runs nearby and say little about its own constants.** On real text, where nobody knows $E$, nothing would warn you.
+# Look at the columns $a = \beta / (\alpha + \beta)$ as well. It is the exponent with which the best size grows with compute (section 6). With two budgets, laws of the same misfit have an $a$ from 0.10 to 0.54; with four, those below the dotted line have 0.47 to 0.53, and the law with the true $E$ has 0.38. **A law can be good for predicting runs nearby and say little about its own constants.** On real text, where nobody knows $E$, nothing would warn you.
 
 # %% [markdown]
 # **New runs.** The four cells that you trained in section 3 have widths and budgets that the fit never saw. Ask the law for their excess, and ask two forecasts that know no law: straight lines in $\ln N$ and $\ln D$ *between the neighbours*, and the loss of the *smaller run*, the fitted one that is next below in width and tokens.
@@ -721,7 +722,7 @@ plots.show(figure, alt=alt)
 
 
 # %% [markdown]
-# **What you see.** Between the runs that were fitted, the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law; which of the two is closer depends on the seed. So the claim says that the loss is smooth, and not that the law is right. Look at the signs, too: most of the errors are above zero, so the law expects too high a loss where the training is short and the model is not tiny. A law is needed where there are no neighbours on the far side. There, at the one larger size, it is not clearly better than taking the result of the size below. As a share of the *loss* all of these errors would look tiny, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
+# **What you see.** Between the runs that were fitted, the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law; which of the two is closer depends on the seed. So the claim says that the loss is smooth, and not that the law is right. Look at the signs, too: most of the errors are above zero, so the law expects too high a loss where the training is short and the model is not tiny. A law is needed where there are no neighbours on the far side. There, at the one larger size, it is not clearly better than taking the result of the size below. As a share of the *loss* the law's errors are all below 5 %, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
 
 # %% [markdown] tags=["core"]
 # ## 6 · The best size for a budget
@@ -914,7 +915,7 @@ lesson.report("tokens per parameter at Chinchilla's compute: Hoffmann printed, T
 
 
 # %% [markdown]
-# **What you see.** The replication stays between 15 and 30 over eight decades of compute, near approach 1 of Hoffmann et al. (20 to 22 in table 3 of their paper), because its $\alpha$ and $\beta$ are almost equal. The constants that Hoffmann et al. *printed* ask for many more, and ever more with scale. A good part of that is print: with the digits of their TeX source the same law says far fewer at Chinchilla's compute, and less than two thirds at $10^{26}$. The rest is a difference between the fits. The second decimal of an exponent looks like a detail. At $10^{26}$ operations it decides between a model of hundreds of billions of parameters and one of a thousand billions.
+# **What you see.** The replication stays between 15 and 30 over eight decades of compute, near approach 1 of Hoffmann et al. (20 to 22 in table 3 of their paper), because its $\alpha$ and $\beta$ are almost equal. The constants that Hoffmann et al. *printed* ask for as many at $10^{18}$ operations, and for ever more with scale. A good part of that is print: with the digits of their TeX source the same law says far fewer at Chinchilla's compute, and less than two thirds at $10^{26}$. The rest is a difference between the fits. Rounding an exponent to two decimals looks like a detail. At $10^{26}$ operations it moves the best size from 424 to 330 billion parameters. The other fit moves it to a thousand billion.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Kaplan against Chinchilla
@@ -1065,7 +1066,7 @@ lesson.report("nats above fresh text after 2 and after 64 readings", told)
 
 
 # %% [markdown]
-# **What you see.** In these runs a second and a fourth reading are almost as good as fresh text. How good exactly, single runs cannot say: where a line of section 3 is nearly flat, the spread between seeds is worth many tokens. From eight readings on the worth falls far beyond that spread, and faster than for the large models of Muennighoff et al. At 32 readings the loss on unseen text is worse than that of the shortest run of the sweep. Probably the model has learnt its few hundred documents by heart. The formula has no term for that. It says that repetition becomes useless, never that it does harm.
+# **What you see.** In these runs a second and a fourth reading are almost as good as fresh text. How good exactly, single runs cannot say: where a line of section 3 is nearly flat, the spread between seeds is worth many tokens. From eight readings on the worth falls far beyond that spread, and faster than for the large models of Muennighoff et al. At 32 readings the loss on unseen text is worse than that of the shortest run of the sweep. Probably the model has learnt its few hundred documents by heart. The formula says that repetition becomes useless, never that it does harm. Whether it also does harm, these runs cannot say: no text was read both often and less often.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Cheap to train, or cheap to use?
@@ -1155,7 +1156,7 @@ told = f"{SCORES[weak, 1].max():.0%}, {way:.0%}"
 lesson.report("models without a sheet: answers right, way of log-probability", told)
 
 # %% [markdown]
-# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the best of the same models have come far, and their log-probability has made most of its way. (The one in the middle is printed, too: it has come about half as far.) (These two rise together here; the second is scaled so that the best model has 100 %.) The share of sheets is roughly the sixth power of the share of answers, as the formula says. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that another metric would have announced it.
+# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the best of the same models have come far, and their log-probability has made most of its way. (The one in the middle is printed, too: it has come not quite two thirds as far.) (These two rise together here; the second is scaled so that the best model has 100 %.) The share of sheets is roughly the sixth power of the share of answers, as the formula says. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that another metric would have announced it.
 
 # %% [markdown] tags=["core"]
 # ## 13 · Tasks that get worse
@@ -1205,7 +1206,7 @@ axes.set(title="The more facts are known, the fewer exceptions are right")
 axes.set(xlabel="facts answered right (models in five groups)", ylabel="right answers")
 axes.set_ylim(-0.02, 0.7)
 axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
-plots.show(figure, alt="Lines of all questions fall; those of each kind stay flat.")
+plots.show(figure, alt="Lines of all questions fall; those of each kind fall little or not.")
 for name, task in TASKS.items():
     told = f"{TABLE[name][0, 0]:.0%}, {TABLE[name][-1, 0]:.0%}"
     lesson.report(f"{name}: right answers of the least and most knowing models", told)
@@ -1214,7 +1215,7 @@ for name, task in TASKS.items():
                  known, at_most=0.25, control=unknown, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Over all questions, models that know more do worse. The split shows how: on facts that a model does not know it is a little below the coin, in all five groups; on facts that it knows it is nearly always wrong. Within each kind the groups differ by a few points, over all questions by far more. Models that know more have more questions of the kind on which recalling is wrong, and that makes up most of the fall. And note what a model would score that passes over the added words: about this. None of these models copies from its text, so this shows an ability that is missing, and it is no sign that scale makes reading worse.
+# **What you see.** Over all questions, models that know more do worse. The split shows how: on facts that a model does not know it is a little below the coin, in all five groups; on facts that it knows it is nearly always wrong. Facts that are not known differ by 2 points between the groups, known ones by 1 (*correction*) and by 8 (*not*, from 10 to 2 %); over all questions it is 15 or 16. Models that know more have more questions of the kind on which recalling is wrong, and that makes up most of the fall. And note what a model would score that passes over the added words: about this. None of these models copies from its text, so this shows an ability that is missing, and it is no sign that scale makes reading worse.
 
 # %% [markdown] tags=["core"]
 # ## 14 · More samples or a larger model?
@@ -1645,7 +1646,7 @@ check("4.6", check_my_prediction, my_prediction)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# On seeds 0 to 2 the excess grew 1.3 to 2.3 times at width 12 and 2.3 to 2.7 times at width 48. The larger model, far better on fresh text, lost most of its lead. A likely reason is that it has more room to learn the documents by heart. To test that, measure its loss on the documents that it read.
+# On seeds 0 to 2 the excess grew 1.3 to 2.3 times at width 12 and 2.3 to 2.7 times at width 48. The excess of the larger model, which is far better on fresh text, grew by the larger factor; how much of its lead is left depends on the seed. A likely reason is that it has more room to learn the documents by heart. To test that, measure its loss on the documents that it read.
 #
 # ```python
 # def my_prediction() -> dict[int, float]:
@@ -1711,7 +1712,7 @@ check("4.6", check_my_prediction, my_prediction)
 #
 # <details><summary>Answer</summary>
 #
-# D. At each kind of question, known and not known, all groups do about the same. Only the mixture of the two kinds changes. A would need falling lines within a kind.
+# D. On questions of one kind the groups do about the same; only *not* on known facts falls, from 10 to 2 %. Most of the fall is the mixture of the two kinds. A would need lines that fall as much within a kind.
 #
 # </details>
 

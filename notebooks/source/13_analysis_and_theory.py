@@ -582,7 +582,7 @@ show_table({name: [f"{share:.0%}" for share in row] for name, row in (effect | f
 # %%
 lines = ("whole name", "whole name, from A's trade question", "last token of the name", "last position")
 figure = plots.curve(
-    {name: (depths, effect[name]) for name in lines}, title="Who is asked about stays at the name until the last layer",
+    {name: (depths, effect[name]) for name in lines}, title="Who is asked about leaves the name in the last two layers",
     xlabel="layer before which the residual stream is exchanged", ylabel="answers that become A's town", percent=True,
 )  # fmt: skip
 figure.axes[0].set_xticks(depths, ticks)
@@ -602,7 +602,7 @@ lesson.claim("nor does a patch of the last position before the early layers", ma
              control=final_position[-1])  # fmt: skip
 
 # %% [markdown]
-# **What you see.** (Before layer 0 the patch only exchanges words: it *is* the question about A. So the claims start at layer 1.) Before the early layers the answer hangs on the tokens of the name, and on all of them together: its last token alone mostly does not do it. In GPT, Meng et al. (2022) found the last token of the subject to be the decisive place. The last position carries nothing yet. Before the last layer the name alone brings A's town in a part of the cases, and so does the last position; only both together bring it always. After it everything is at the last position. A patch from C brings C's town, so the answer follows the patch and is not merely disturbed.
+# **What you see.** (Before layer 0 the patch only exchanges words: it *is* the question about A. So the claims start at layer 1.) Before the early layers the answer hangs on the tokens of the name, and not on the last one alone: that mostly does not do it. In GPT, Meng et al. (2022) found the last token of the subject to be the decisive place. The last position carries nothing yet. Before the last layer the name alone brings A's town in a part of the cases, and so does the last position; only both together bring it always. After it everything is at the last position. A patch from C brings C's town, so the answer follows the patch and is not merely disturbed.
 #
 # Is the *fact* at the name? The patch cannot tell you. Even name states from a question about A's *trade* bring A's *town*, just as often. So the patch moves the *person*. Which of the person's facts is read is decided later. Section 6 asks with another method whether the town itself is there.
 
@@ -872,7 +872,7 @@ lesson.claim("it does not find the towns of new people", news[deepest], at_most=
 lesson.claim("the same probe finds the towns of new people where the answer stands", at_the_end[-1], at_least=0.2)
 
 # %% [markdown]
-# **What you see.** Without controls this would be a success: the probe names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot. In a model that was never trained it is good as well, at some depths even better. Each name has a state of its own, and a state has more numbers than there are people, so any labels can be read off. On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name. The town is not there yet, or not in a form that one linear map could read for all people. This agrees with section 4, where the patch of a name moved the person. Always repeat a probe with random labels: here they score as high as the true ones.
+# **What you see.** Without controls this would be a success: before layers 2 and 3 the probe nearly always names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot. In a model that was never trained it is good as well, at some depths even better. From layer 2 on nearly each name has a state of its own, and a state has more numbers than there are people, so nearly any labels can be read off. (At the input the state is only that of the name's last token, which several names may share.) On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name. The town is not there yet, or not in a form that one linear map could read for all people. This agrees with section 4, where the patch of a name moved the person. Always repeat a probe with random labels: here they score as high as the true ones.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Change one fact
@@ -1074,11 +1074,11 @@ for layer in (late_layer, num_layers - 1):
 lesson.equal("no change at the name after the last layer moves the answer", sizes[num_layers - 1])
 
 # %% [markdown]
-# **What you see.** The edit does what it promises: most people move, in phrasings that it never saw, and nearly nobody else does. Adding $\delta$ itself moves about as many. So the rank-one edit loses next to nothing, and who does not move has a $\delta$ that is not finished: it got few steps, and a penalty on its length.
+# **What you see.** The edit does what it promises: most people move, in phrasings that it never saw, and nearly nobody else does. Adding $\delta$ itself moves about as many. So the rank-one edit loses next to nothing: mostly it is $\delta$ itself that does not suffice. A likely reason, not tested here: it got few steps, and a penalty on its length.
 #
 # What the edit does not promise is what happens to the person's *other* facts. In the first layer many of them break; in the later layer fewer do. With $\delta$ alone it is the same, so the matrix is not to blame. A likely reason, not tested here: in the first layer the key knows the name and hardly the question, so that all questions about the person meet the same change.
 #
-# And the simple ways hold their own. Without $C$ the table hardly changes. A few steps of fine-tuning on the same matrix move about as many people as ROME, and lose fewer of their other facts; more steps move more people and lose more facts. So compare ways of editing at equal success, and in all four columns: an edit that is judged by the first one alone looks perfect. (With so few people, do not read differences of ten points in the first two.)
+# And the simple ways hold their own. Without $C$ the table hardly changes. A few steps of fine-tuning on the same matrix move about as many people as ROME, and lose fewer of their other facts; more steps move more people and lose more facts. So compare ways of editing at equal success, and in all four columns: judged by the first one alone, ten steps of fine-tuning look perfect, and in their layer they keep the fewest other facts. (With so few people, do not read differences of ten points in the first two.)
 #
 # Section 4 would have advised against this place: the name's last token alone mostly did not move the answer. An edit there works all the same. Where a patch finds a fact does not tell you where to change it (Hase et al. 2023).
 
@@ -1576,14 +1576,14 @@ for name in ("few tasks", "a new task each time", "ridge", "dMMSE over the few")
     by_place = (guesses[name] - target).pow(2).mean(1)  # (models, EXAMPLES)
     bands[name] = (range(EXAMPLES), by_place.mean(0).tolist(), by_place.amin(0).tolist(), by_place.amax(0).tolist())
 figure = plots.curve(
-    bands, title="New tasks: rich pretraining near ridge, poor near dMMSE",
+    bands, title="New tasks: rich pretraining near ridge, poor nearer to dMMSE",
     xlabel="examples in the prompt", ylabel="mean squared error",
 )  # fmt: skip
 plots.show(figure, alt="Error against the number of examples, bands over three seeds. Ridge falls steadily, and the "
            "models trained on many tasks above it. dMMSE and the models trained on few tasks stay high.")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it mostly *recognises*: its predictions are nearer to those of the known tasks, and on all others it stays wrong, however many examples it sees. After rich pretraining it *learns*: on tasks it has never met its error falls as the examples come. The table also shows that neither reaches its estimator in this short training: the one is near ridge, the other nearer to dMMSE than to ridge. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is as poor as can be. Four tasks were tried first, and then the claim did not hold: with `FEW = 4` the models lie between the two estimators. Try it (set `budget = 0.999` first, since at 1 the lesson insists on its claims), and read the claim as one about two opposite tasks.
+# **What you see.** The same architecture, trained equally long, becomes two different learners. After poor pretraining it mostly *recognises*: its predictions are nearer to those of the known tasks, and on all others it stays wrong, however many examples it sees. After rich pretraining it *learns*: on tasks it has never met its error falls as the examples come. The table also shows that neither reaches its estimator in this short training: the one is near ridge, the other nearer to dMMSE than to ridge. "In-context learning" can mean either, and only new tasks tell them apart. The poor pretraining here is very poor: with one task less there would be nothing to recognise. Four tasks were tried first, and then the claim did not hold: with `FEW = 4` the models lie between the two estimators. Try it (set `budget = 0.999` first, since at 1 the lesson insists on its claims), and read the claim as one about two opposite tasks.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Bayes with ambiguous examples, and where a task vector lives
@@ -1776,7 +1776,7 @@ lesson.claim("in narrow models the task vector of layer 2 overrules the examples
              at_least=0.5, control=rows["another's examples, no patch"].mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Without a patch the models name the value that most functions give to the word; that is what "no patch" measures. The narrow models have a task vector at the separator, after the layer in which the separator has read the examples and before the one in which the word reads the separator. It even overrules the examples of another function. In the free models such a vector is neither at the separator nor at the word: no mean state does much more than the most frequent value. Their word reads the examples where they stand, and the separator has nothing to hold. The price of the narrow way stands in the figure: it loses more to Bayes than the free one. A task vector is thus no necessity of learning in context. It appears where the evidence has to pass through one place.
+# **What you see.** Without a patch the models name the value that most functions give to the word; that is what "no patch" measures. The narrow models have a task vector at the separator, after the layer in which the separator has read the examples and before the one in which the word reads the separator. (A part is there after layer 1 already: in a prompt with other examples its vector turns the answer in 63 % of the cases, while after a bare separator it does nothing.) It even overrules the examples of another function. In the free models such a vector is neither at the separator nor at the word: no mean state does much more than the most frequent value. Their word reads the examples where they stand, and the separator has nothing to hold. The price of the narrow way stands in the figure: it loses more to Bayes than the free one. A task vector is thus no necessity of learning in context. It appears where the evidence has to pass through one place.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Superposition: more features than numbers
@@ -2085,7 +2085,7 @@ gain = sum(explained["sparse autoencoder"]) / 3 - sum(explained["frozen decoder"
 lesson.report("variance that the SAE explains beyond one with a frozen decoder", gain, form=".0%")
 
 # %% [markdown]
-# **What you see.** Once you have labels, you need no SAE. A list of last tokens finds the kinds nearly without error, and so does one labelled direction in the *embeddings*, even for words that its labels left out: nothing here needs a deep model. What the SAE adds is that it found such directions *without labels*, better than random directions, neurons and principal components; labels only chose among them. Its features also hold for words that did not choose them. (The SAE itself has read all words; only the choice of the feature has not.) The first thing to try is thus the simple baseline: on large models, too, SAEs did not win consistently against plain probes (Kantamneni et al. 2025).
+# **What you see.** Once you have labels, you need no SAE. A list of last tokens finds the kinds nearly without error on the words that it lists (on new words it finds nothing), and one labelled direction in the *embeddings* does so even for words that its labels left out: with labels, nothing here needs a deep model. (Without them the layer counted: an SAE on the embeddings, one seed, is far below the one on the layer.) What the SAE adds is that it found such directions *without labels*, in the mean of the five kinds better than random directions, neurons and principal components; labels only chose among them. Its features also hold for words that did not choose them. (The SAE itself has read all words; only the choice of the feature has not.) The first thing to try is thus the simple baseline: on large models, too, SAEs did not win consistently against plain probes (Kantamneni et al. 2025).
 #
 # Look at the other baselines as well. A dictionary of random directions, which never learned anything, is about as good as the best neurons. And an SAE rebuilds a good part of a *random* model's states, in which no kind can be found: explained variance says nothing about meaning. On large models random baselines came close to trained SAEs, for example 0.87 against 0.90 in a score of interpretability (Korznikov et al. 2026). A score without them is not evidence.
 
@@ -2208,7 +2208,7 @@ lesson.claim("the ten strongest frequencies alone sum at least half of the test 
              kept["strongest"].mean(), at_least=0.5, control=kept["all others"].mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The network first stores its training pairs, and much later computes sums. It does so with waves: the strongest frequencies alone carry the result, and the others, though there are more of them, carry next to nothing. Ten frequencies at random do partly, since they include some strong ones: no single wave is needed. *How* sums of waves become the wave of the sum is not shown here. Two proposals are the *clock*, which multiplies the waves of both numbers (Nanda et al. 2023), and the *pizza*, which needs only their sums (Zhong et al. 2023). This network adds the two embeddings before its ReLU, and that is the setting of the pizza. Without weight decay the test pairs stay wrong over the same number of steps, even more often than by chance. A likely reason: all training pairs that share a number with a test pair have another sum, and these are what the network has stored. Once the training pairs are right, the loss hardly pulls any more, and the decay goes on pulling towards small weights; that the solution of waves is the one with small weights is what Nanda et al. argue, and is not measured here.
+# **What you see.** The network first stores its training pairs, and much later computes sums. It does so with waves: the strongest frequencies alone carry the result, and the others, though there are more of them, carry next to nothing. Ten frequencies at random do partly, probably since some strong ones are among them. *How* sums of waves become the wave of the sum is not shown here. Two proposals are the *clock*, which multiplies the waves of both numbers (Nanda et al. 2023), and the *pizza*, which needs only their sums (Zhong et al. 2023). This network adds the two embeddings before its ReLU, and that is the setting of the pizza. Without weight decay the test pairs stay wrong over the same number of steps, even more often than by chance. A likely reason: all training pairs that share a number with a test pair have another sum, and these are what the network has stored. Once the training pairs are right, the loss hardly pulls any more, and the decay goes on pulling towards small weights; that the solution of waves is the one with small weights is what Nanda et al. argue, and is not measured here.
 
 # %% [markdown]
 # ## 15 · Exercises
@@ -2577,7 +2577,7 @@ check("13.6", check_clock, clock_logits)
 #
 # <details><summary>Answer</summary>
 #
-# A. In section 4 the same patch brought A's town: the states of the name carried only the person, and the question was read later. Here the relation comes along with the patch. C goes too far: the town may stand there as well. In shima's questions that the lesson uses, the words before the name say already what is asked.
+# A. In section 4 the same patch brought A's town: what it moved was the person, and which fact is read was decided elsewhere. Here the relation comes along with the patch. C goes too far: the town may stand there as well. In shima's questions that the lesson uses, the words before the name say already what is asked.
 #
 # </details>
 
@@ -2605,7 +2605,7 @@ check("13.6", check_clock, clock_logits)
 #
 # <details><summary>Answer</summary>
 #
-# B. In section 13 a look-up of the token is better than the SAE, random directions reach a good part of its F1, and much of a random model's variance can be explained. What counts is the distance to these baselines.
+# B. In section 13, on words that it has seen, a look-up of the token is better than the SAE, random directions reach a good part of its F1, and much of a random model's variance can be explained. What counts is the distance to these baselines.
 #
 # </details>
 

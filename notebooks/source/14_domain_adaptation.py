@@ -209,7 +209,9 @@ figure = plots.bars_with_intervals(
     before | general_before, title="It knows people and reads, and nothing of the fields",
     xlabel="right answers", references={"best constant": floor["medicine"].accuracy},
 )  # fmt: skip
-plots.show(figure, alt="Bars: both fields at zero, below the constant guess; the four general abilities near 100 %.")
+plots.show(
+    figure, alt="Bars: both fields at or near zero, below the constant guess; four general abilities near 100 %."
+)
 print("asked about medicine it says", Counter(answers(base, exams["medicine"][:8])).most_common(4))
 lesson.report("medicine, base model without help", str(before["medicine, no help"]))
 
@@ -265,7 +267,7 @@ for domain, hits in examples.items():
     lesson.report(f"{domain}, four examples in the prompt", str(share(hits)))
 
 # %% [markdown]
-# Four examples do not lift this model to the floor: it does not take up the kind of the answer from them, although it reads a mapping of labels from eight examples without a mistake (section 1). A larger model would take up the form. Neither would take up a fact, since none is shown.
+# Four examples do not lift this model to the floor: it does not take up the kind of the answer from them, although it reads a mapping of labels from eight examples without a mistake (section 1). A larger model may take up the form. Neither would take up a fact, since none is shown.
 #
 # **Retrieval-augmented generation** (RAG, lesson 02) puts the page that may hold the answer before the question. Each illness and each company has a page; pages on 300 people stand between them. A page is found by *tf-idf*: text $d$ becomes a vector with one entry per word, how often it occurs there times how rare it is,
 #
@@ -392,7 +394,7 @@ lesson.claim("with a herb in the place of the word that is asked for, at least 5
              unread["a herb"], at_least=0.5, control=unread["another word of its kind"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# It is the kind of the word first, and whether it is known second. After *Which instrument* this model says an instrument, whatever stands in the passage. Another instrument is always read, a known word of another kind seldom, a herb hardly ever. So it has learned to find *which of its words of the asked kind* stands in the passage, and not to copy any word. A model that has read more of the world copies new words; on a GPU, the same cells measure that of a hub model. The rule holds for both: **test the reader on the words of the field before you build the search.** Two other things are easy here. The names are rare words, so the search cannot miss (lesson 02 has searches that do), and the facts are stated one by one.
+# It is the kind of the word; whether a word of another kind is known adds little, if anything. After *Which instrument* this model says an instrument, whatever stands in the passage. Another instrument is always read, a known word of another kind seldom, a herb seldom or never. So it has learned to find *which of its words of the asked kind* stands in the passage, and not to copy any word. A model that has read more of the world copies new words; on a GPU, the same cells measure that of a hub model. The rule holds for both: **test the reader on the words of the field before you build the search.** Two other things are easy here. The names are rare words, so the search cannot miss (lesson 02 has searches that do), and the facts are stated one by one.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Tell it: continued pretraining
@@ -544,7 +546,7 @@ for version in VERSIONS:
 figure = plots.bars_with_intervals(
     {version: {"completes a sentence": share(completed[version]), "answers a question": share(hits[version])}
      for version in VERSIONS},
-    title="Here questions find only facts that were asked in training",
+    title="Above the floor are only facts that were asked in training",
     xlabel="right in medicine, unseen wordings",
     references={"best constant": best_constant(to_complete).accuracy},
 )  # fmt: skip
@@ -589,9 +591,9 @@ for version, model_read in models.items():
 show_table({version: [count[kind] for kind in kinds] for version, count in counted.items()}, kinds)
 
 # %% [markdown]
-# After statements alone, every question is answered with a word of the kinds that the model answered with before: the same habit as in section 2. With eight wordings the sentences stand clearly above the best constant: these facts are stored, and a question does not reach them. With one wording, or with questions on others, hardly more sentences are completed than the constant gets, so those runs say little about what is stored. With questions on the same facts the answers are of medicine, and a frequent mistake is another fact of the same illness: it finds the illness, and misses what is asked. With questions on *others* its answers begin to look like medicine and stay below the floor; but its facts were told less than half as often, so asking and telling are mixed in this row. Allen-Zhu & Li (2023) describe facts that are stored and not to be extracted; there, questions on half of the people were enough for the other half.
+# After statements alone, no answer is right or of the asked kind, and those printed are words and numbers of other kinds: the habit of section 2. With eight wordings the sentences stand clearly above the best constant: these facts are stored, and a question does not reach them. With one wording a few more are completed than by the constant, with questions on others hardly more, so those runs say little about what is stored. With questions on the same facts the answers are of medicine, and a frequent mistake is another fact of the same illness: it finds the illness, and misses what is asked. With questions on *others* its answers begin to look like medicine and stay below the floor; but its facts were told 15 times, against 50 with statements alone and 20 with questions on the same facts, so asking and telling are mixed in this row. Allen-Zhu & Li (2023) describe facts that are stored and not to be extracted; there, questions on half of the people were enough for the other half.
 #
-# At these token counts, only facts that were asked in training were answered; whether telling them more often would do was not tested. Keep that in mind for the next section: is it then not simpler to train on questions alone?
+# At these token counts, only facts that were asked in training were answered above the floor; whether telling them more often would do was not tested. Keep that in mind for the next section: is it then not simpler to train on questions alone?
 
 # %% [markdown] tags=["core"]
 # ## 4 · Ask it: what fine-tuning teaches
@@ -655,8 +657,8 @@ hits["SFT"] = right(tuned, exams["medicine"])
 four_forms = some(exam("medicine", TOLD["medicine"], "training_questions", 4))
 hits["SFT, four wordings"] = right(tuned_on(four_forms + known)[0], exams["medicine"])
 by_rows = looks[-1]["unknown, trained"] - looks[-1]["unknown, not trained"]
-lesson.claim("fine-tuning puts the facts of its rows into the model: 40 points more than for facts in no row", by_rows,
-             at_least=0.4, form=".0%")  # fmt: skip
+lesson.claim("fine-tuning puts the facts of its rows into the model, asked in its words: 40 points more than others",
+             by_rows, at_least=0.4, form=".0%")  # fmt: skip
 halfway_there = next((found["step"] for found in looks if found["unknown, trained"] >= 0.5), math.nan)
 print(f"half of the unknown rows are right from step {halfway_there} on; all facts in unseen wordings: "
       f"{share(hits['SFT'])}, and after rows in four wordings {share(hits['SFT, four wordings'])}")  # fmt: skip
@@ -664,7 +666,7 @@ lesson.report("share of the steps after which half of the unknown rows are learn
 lesson.report("medicine, SFT, asked in unseen wordings", str(share(hits["SFT"])))
 
 # %% [markdown]
-# The known rows are right from the first look; the unknown ones have to be learned, row by row. Fine-tuning does teach facts, then: those of its rows and no others. Asked in other words, fewer of them come out; rows in four wordings, at the same steps, are the fair comparison with the last version of section 3, and the line above has both. The line of the illnesses in no row stays near the bottom. Nothing was learned there but what an answer looks like.
+# The known rows are right from the first look; the unknown ones have to be learned, row by row. Fine-tuning does teach facts, then: those of its rows and no others. Asked in other words, fewer of them come out; rows in four wordings, at the same steps, are the fair comparison with the last version of section 3: the line above has the one, section 3 the other. The two lines of the figure are not asked alike: the rows in the words of training, the illnesses in no row in held-out ones. In held-out words for both, compare the line above with the last point of the lowest curve. The line of the illnesses in no row stays near the bottom. Nothing was learned there but what an answer looks like.
 #
 # **Does learning unknown facts do harm?** Gekhman et al. (2024) report that examples with new knowledge are learned more slowly, and that a model which has learned them errs more often about what it knew. The control is the same run with known facts in place of the unknown ones: the same number of steps and rows.
 
@@ -735,11 +737,11 @@ figure = plots.curve(lines, title="Training pays once, a look-up pays with every
                      log_y=True)  # fmt: skip
 plots.show(
     figure,
-    alt="Cost over number of questions, both logarithmic: the flat line of training meets the rising one of RAG.",
+    alt="Cost over number of questions, both logarithmic: training's line, flat at first, meets the rising one of RAG.",
 )
 
 # %% [markdown]
-# At equal cost, the rows above the floor are those whose facts were *asked* in training. Did the model that read on learn to read pages as well? The last rows and the line on untold illnesses say: pages of facts that it knows and of facts that it does not. (A practitioner would train the reader on pages with questions: Zhang et al. 2024, *RAFT*, arXiv:2403.10131. That row is missing here.) The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
+# The rows above the floor are those whose facts were *asked* in training, at about the same training tokens as the told ones. Did the model that read on learn to read pages as well? The last rows and the line on untold illnesses say: pages of facts that it knows and of facts that it does not. (A practitioner would train the reader on pages with questions: Zhang et al. 2024, *RAFT*, arXiv:2403.10131. That row is missing here.) The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
 #
 # The arithmetic leaves out what often decides. A page can be corrected today, and be shown to the user as the source; weights cannot. If the facts change every month, the training is paid every month (exercise 14.3). Without a network there is no look-up; then the facts must be in the weights.
 #
@@ -871,7 +873,7 @@ lesson.claim("the first three tokens are shifted at least 20 points more often t
              shifted(words, 0, 3) - shifted(words, 5, 60), at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# It says *superficial* in a precise sense: given the beginning of an answer, the base model continues it as the assistant would, at most places. And it says nothing about the beginning itself, which is where the assistant decides to answer at all, and in which form. The two curves differ at the first tokens: part of what looks like tuning there is only that the base model has never seen the marks of a chat. Lin et al. found far fewer shifted tokens, 5 to 8 %; our assistant answers half of its tasks with a single word in a form of its own, and only the long replies reach the later places of the figure. Section 4 showed the limit: facts in no training row stayed near the bottom.
+# It says *superficial* in a precise sense: given the beginning of an answer, the base model continues it as the assistant would, at most places. And it says nothing about the beginning itself, which is where the assistant decides to answer at all, and in which form. The two curves differ at the first tokens: part of what looks like tuning there is only that the base model has never seen the marks of a chat. Lin et al. found far fewer shifted tokens, 5 to 8 %; our assistant answers many of its tasks with a single word in a form of its own, and only the long replies reach the later places of the figure. Section 4 showed the limit: facts in no training row stayed near the bottom.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Is it better, or was it luck?
@@ -945,7 +947,7 @@ lesson.claim("with 200 questions on similar systems, pairing raises the power by
              gains["similar systems"], at_least=0.2, control=gains["unrelated systems"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# A true gain of five points is found by few exams of 50 questions, whatever the test. Pairing helps where two systems agree on most questions, and does not where they do not: the control is the gain for unrelated systems. Two consequences. Compare an adaptation with *its own* base, on the same questions, and keep every answer. And compute the size of the exam before it is held (exercise 14.4); an exam of 96 questions, like ours, separates only large differences. The test is over questions. It knows nothing of another training seed, and over seeds the rows of section 5 change more than that: on three seeds *with questions* minus *SFT* was 11, 46 and 46 points. And a large $p$ does not say *equal*, it says *not separated*.
+# A true gain of five points is found by few exams of 50 questions, whatever the test. Pairing helps where two systems agree on most questions, and does not where they do not: the control is the gain for unrelated systems. Two consequences. Compare an adaptation with *its own* base, on the same questions, and keep every answer. And compute the size of the exam before it is held (exercise 14.4); an exam of some 50 facts, like ours, separates only large differences. The test is over questions. It knows nothing of another training seed, and over seeds the rows of section 5 change more than that: on five seeds *with questions* minus *SFT* was 11, 46, 46, 9 and 20 points. And a large $p$ does not say *equal*, it says *not separated*.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Does it know when it is wrong?
@@ -1034,7 +1036,7 @@ print(", ".join(f"calibration error {name} {error:.3f}" for name, error in error
 # %%
 figure = plots.curve({name: tuple(np.array(found)[:, :2].T) for name, found in bins.items()}
                      | {"calibrated": ([0, 1], [0, 1])},
-                     title="One number, set on other questions, brings confidence near the truth",
+                     title="One number, set on other questions, brings the base model nearer to calibrated",
                      xlabel="confidence", ylabel="right answers", percent=True)  # fmt: skip
 plots.show(
     figure, alt="Right answers over confidence: as it is the base model lies off the diagonal, scaled it lies nearer."
@@ -1084,7 +1086,7 @@ for name in ("with questions", "SFT"):
           f"{roc_auc_score(is_told, sure_of[name]):.2f} (0.5 is chance)")  # fmt: skip
 
 # %% [markdown]
-# Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Two means may hide a lot, so look at the area under the curve: near one half, no threshold can tell knowledge from a guess.
+# Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Two means may hide a lot, so look at the area under the curve: near one half, the confidence hardly tells an illness that it was told of from one that it was not.
 #
 # **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it. A question that is *passed on* costs something too: somebody must look it up. Here it costs 1; an answer that is no sign, herb or dose at all costs the same, because anyone sees it.
 
@@ -1125,7 +1127,7 @@ lesson.claim("the model that was asked about others only does at least a fifth m
              harm_of["questions on others"][0], at_least=1.2, control=harm_of["questions on others"][1])  # fmt: skip
 
 # %% [markdown]
-# The first two rows are floors: whoever says the least harmful constant of each kind, or any value of the right kind. Passing on every question costs 100, by definition; so does the model that was only told, since anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than doing nothing: its wrong answers are real herbs and doses, so nobody sees that they are wrong. Ranked by right answers it would be better than the first. Compare the other systems with 100, too. With passing, by a threshold chosen on other facts, only a system below 100 is worth being switched on, and by how much is in the table. The threshold rests on few questions, so do not expect a gain in every row.
+# The first two rows are floors: whoever says the least harmful constant of each kind, or any value of the right kind. Passing on every question costs 100, by definition; so does the model that was only told, since anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than doing nothing: many of its wrong answers are real signs, herbs and doses, so nobody sees that they are wrong. Ranked by right answers it would be better than the first. Compare the other systems with 100, too. With passing, by a threshold chosen on other facts, only a system below 100 is worth being switched on, and by how much is in the table. The threshold rests on few questions, so do not expect a gain in every row.
 #
 # The costs are ours, and another table of costs gives another order. That is why they are written down first.
 
@@ -1174,7 +1176,7 @@ check("14.1", check_equal_size_error, equal_size_error)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Every bin now rests on equally many answers, so no bin's gap is a matter of one answer. With signed gaps, too sure here and too unsure there would cancel.
+# Every bin now rests on equally many answers, give or take one; with far fewer bins than answers, no bin's gap is a matter of one answer. With signed gaps, too sure here and too unsure there would cancel.
 #
 # ```python
 # def equal_size_error(confidence: Sequence[float], is_right: Sequence[bool], number: int) -> float:
@@ -1399,7 +1401,7 @@ check("14.5", check_my_adaptation, my_adaptation)
 #
 # <details><summary>Answer</summary>
 #
-# B. Whoever knows no fact and answers with the most frequent value of each kind does better. Only points above such a floor are knowledge.
+# B. Whoever knows no fact and answers with the most frequent value of each kind does better. Only points above such a floor *show* knowledge.
 #
 # </details>
 

@@ -215,7 +215,7 @@ lesson.claim("one pass of steps beats steps whose end was put off once by at lea
 lesson.report("after all passes: vote / again / no end", " / ".join(f"{value:.0%}" for value in last.values()))
 
 # %% [markdown]
-# **What you see.** Without an end the model adds numbers that nobody asked for. Asked again below its own solution, it writes one more solution, and the last answer in a row of answers is still one sample. The claim compares this sample with a vote over four; the line below the table votes over the four answers of *again* as well, so you see how much of the difference the vote alone makes. The vote repairs what temperature 1.5 broke. One greedy pass has all sums right, too, for a quarter of the tokens, so look at greedy decoding first. *Again* spends most, since it also reads every question once more. This is not a law of budget forcing: s1 was *trained* on long thoughts that check themselves before it was made to go on. It is what you get from a model that never saw anyone go on after the end.
+# **What you see.** Without an end the model adds numbers that nobody asked for. Asked again below its own solution, it writes one more solution, and the last answer in a row of answers is still one sample, here a worse one than the first. The claim compares this sample with a vote over four; the line below the table votes over the four answers of *again* as well, so you see how much of the difference the vote alone makes. The vote repairs what temperature 1.5 broke. One greedy pass has all sums right, too, for a quarter of the tokens, so look at greedy decoding first. *Again* spends most, since it also reads every question once more. This is not a law of budget forcing: s1 was *trained* on long thoughts that check themselves before it was made to go on. It is what you get from a model that never saw anyone go on after the end.
 
 # %% [markdown] tags=["core"]
 # ## 2 · A task for search, and a policy
@@ -568,7 +568,7 @@ figure = plots.curve(
 figure.axes[0].set_xticks(N, N)
 figure.axes[0].minorticks_off()
 alt = """Five lines over the number of samples. The true verifier and the process verifier rise, the vote rises a
-little, and both outcome verifiers fall as they may choose from more."""
+little, and both outcome verifiers rise at two samples and then fall."""
 plots.show(figure, alt=alt)
 at = {name: dict(zip(N, line, strict=True)) for name, line in lines.items()}
 lesson.claim("best of 16 by the process verifier beats a vote of 16 by at least 5 points",
@@ -582,9 +582,9 @@ lesson.claim("the best of 32 by the policy's own states is at least 5 points wor
              control=at["process, from steps"][1] - at["process, from steps"][32])  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Both outcome verifiers are better than a coin: shown a right and a wrong route, they pick the right one more often. And yet best-of-N by them soon gets *worse* as $N$ grows, and ends below one sample that nobody judged. The row of random numbers shows how. A judge that knows nothing gives each *different* route the same chance, while the policy wrote the right one many times and most wrong ones once. Best-of-N forgets how often an answer was drawn, and with every further sample one more rare mistake comes up for choice. Best-of-N uses only the route at the top of the ranking. A verifier that is right in most pairs can still put a wrong route there. There is one more handicap: the verifiers learned from each different route once, and most of those are wrong, where most samples are right. Cobbe et al. (2021) saw best-of-N turn down only beyond 400 samples, with a verifier that had learned from far more.
+# **What you see.** Both outcome verifiers are better than a coin: shown a right and a wrong route, mostly of two different questions, they score the right one higher more often. And yet best-of-N by them soon gets *worse* as $N$ grows, and ends below one sample that nobody judged. The row of random numbers shows how. A judge that knows nothing gives each *different* route the same chance, while the policy wrote the right one many times and most wrong ones once. Best-of-N forgets how often an answer was drawn, and with every further sample one more rare mistake comes up for choice. Best-of-N uses only the route at the top of the ranking. A verifier that is right in most such comparisons can still put a wrong route there. There is one more handicap: the verifiers learned from each different route once, and most of those are wrong (76 %), where of the samples that they choose from most are right (60 %). Cobbe et al. (2021) saw best-of-N turn down only beyond 400 samples, with a verifier that had learned from far more.
 #
-# The process verifier has the same inputs, the same routes and the same fit as the outcome verifier of the steps, and in the row with the goal both have the same check. Only the labels differ. One label a step says *where* a wrong route is wrong, and that is also more information: somebody had to judge every step. It cannot see that a way is too long, and comes close to the true verifier all the same, since shorter ways win its product. With shuffled labels only the goal check and this taste for short ways are left. They rank routes about as well as the outcome verifier with the goal check does, and gain as little.
+# The process verifier has the same inputs, the same routes and the same fit as the outcome verifier of the steps, and in the row with the goal both have the same check. What differs is the labels, and with them the rule: a product over steps instead of one verdict on their sum. One label a step says *where* a wrong route is wrong, and that is also more information: somebody had to judge every step. It cannot see that a way is too long, and comes close to the true verifier all the same, since shorter ways win its product. With shuffled labels only the goal check and this taste for short ways are left. They rank routes about as well as the outcome verifier with the goal check does, and gain as little.
 #
 # Look at the dashed line before you praise any of them. One greedy answer is as good as the best vote here. The outcome verifiers stay below it for every $N$; the process verifier is above it from two samples on.
 
@@ -785,7 +785,7 @@ for name, points in curves.items():
     print(f"{name:>24}: " + ", ".join(f"{value:.0%} at {cost:.0f}" for cost, value in points) + " tokens")
 
 # %% [markdown]
-# **Three more lines for the picture.** Where does the gain of the tree search come from? First, give it a verifier with shuffled labels. Second, leave the policy out: let the breadth-first search of section 2 run over all steps that the verifier holds for roads, once with a verdict above one half, and once with a better verdict than it gives to a step that it has never seen. The third line is the search over the roads of the training routes, which needs no verifier either.
+# **Three more searches beside the picture.** Where does the gain of the tree search come from? First, give it a verifier with shuffled labels. Second, leave the policy out: let the breadth-first search of section 2 run over all steps that the verifier holds for roads, once with a verdict above one half, and once with a better verdict than it gives to a step that it has never seen. The third, which is drawn as a dashed line, is the search over the roads of the training routes, which needs no verifier either.
 
 # %%
 mixed_roads = verdict(shuffled, np.eye(len(TOWNS) ** 2)).reshape(len(TOWNS), -1)
@@ -813,8 +813,8 @@ figure = plots.curve(
 figure.axes[0].set_xticks([20, 50, 100, 200], [20, 50, 100, 200])
 figure.axes[0].minorticks_off()
 plots.show(figure, alt="Shortest routes over tokens for six methods. Tree search starts low and is soon above best of "
-                       "N; the vote stays flat at the height of one greedy answer. A dashed line above all points is "
-                       "a search without the policy.")  # fmt: skip
+                       "N; the vote rises from below to about the height of one greedy answer. A dashed line "
+                       "above all points is a search without the policy.")  # fmt: skip
 tree_at, best_at = dict(zip(SIZES, curves["tree search"], strict=True)), dict(zip(N, curves["best of N"], strict=False))
 print(f"tree search of 12 expansions: {tree_at[12][1]:.0%} for {tree_at[12][0]:.0f} tokens; "
       f"best of 4: {best_at[4][1]:.0%} for {best_at[4][0]:.0f} tokens")  # fmt: skip
@@ -1028,7 +1028,7 @@ lesson.report(
 # %% [markdown]
 # **What you see.** *Mended* counts pairs that were wrong and become right with the second answer, *broken* those that go the other way. Without a checker an answer that was right can be broken, and when the model is asked again, more is broken than mended. A vote of two is the first answer, since of equally frequent ones the first counts. All lines begin at the same first sample, which was a little luckier than the mean of all; a vote of five only comes back to the height of one greedy answer, which costs a fifth.
 #
-# The checker that names a place has the most to tell, and ends below the one that says only right or wrong. The place of the first road that does not exist is not the place of the mistake: Dodo - Jazi is a road, and the wrong one. Who goes on behind it keeps the mistake.
+# The checker that names a place has the most to tell, and ends below the one that says only right or wrong. One way that this comes about is in the line under the code. The place of the first road that does not exist is not the place of the mistake: Dodo - Jazi is a road, and the wrong one. Who goes on behind it keeps the mistake.
 #
 # Vote and checker see the very same five answers. What differs is only that the checker knows which of them are right, and that is worth a lot. It cannot be worse than the vote; the question was only by how much it is better. So ask of each report of self-correction who knew that the answer was wrong.
 
@@ -1133,11 +1133,11 @@ plots.show(figure)
 del writer  # a GPU needs the room
 
 # %% [markdown]
-# **What you see.** What no sample contained is learned from two hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified (here the check rejected almost none); train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
+# **What you see.** What no sample contained is learned from two hundred solutions that came from a procedure around the same model. The model itself did every addition; new is only which numbers to add. This is what "distilling search" means: do slowly, with help, what the model cannot do alone; keep what is verified (here the check rejected none); train the model to do it alone. Expert iteration (Anthony et al. 2017) works like this, with a tree search as the procedure.
 #
 # No claim stands here, for it does not work every time. It was planned to claim 50 points. With the recipe that was planned as well, 80 steps of 8 rows, most sums of four stayed wrong. More and smaller steps were chosen by their results. With them most sums came out right on four training seeds, and on a fifth seed most stayed wrong again. So read the figure as "it can be done", not as "any training does it".
 #
-# Look at the other two rows as well, and at the three texts. The model has learned to write three additions, and writes three additions whatever the question is: to three numbers it adds a fourth, of five it leaves one out. So nothing carries over to five numbers, and sums of three, which the model could do, are lost: training on one form alone cost it the other. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
+# Look at the other two rows as well, and at the three texts. The model has learned to write three additions, and writes three additions whatever the question is: to three numbers it adds a fourth, and of five it makes four. So nothing carries over to five numbers, and sums of three, which the model could do, are lost: training on one form alone cost it the other. Lesson 05 measured such forgetting; the cure, to mix old rows in, is cheap here, since the solutions of three numbers are right anyway.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Learning from a checker: keep the right ones, or push and pull
@@ -1264,9 +1264,9 @@ lesson.report("eight answers of the policy and a checker / one answer after the 
               f"{reached['policy'][:, -1].mean():.0%} / {best_single:.0%} / {greedy.accuracy:.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** In this run more steps on the pairs with known solutions gain most at one answer: where solutions exist, this is the line to beat. GRPO had no solution, only right or wrong, and the share of right samples in its training rises from round to round. But hold all gains against one greedy answer of the policy, printed last. The table counts samples at temperature 1, and one greedy answer *before* the training is about as good as one sample after it. So a good part of such a gain may be no more than samples that come closer to greedy decoding.
+# **What you see.** In this run more steps on the pairs with known solutions gain most at one answer: where solutions exist, this is the line to beat. GRPO had no solution, only right or wrong, and the share of right samples in its training, which jumps from round to round with the pairs that are asked, rises from the first pass over the pairs to the second: about 50 % in rounds 1 to 6, 66 % in rounds 7 to 12. But hold all gains against one greedy answer of the policy, printed last. The table counts samples at temperature 1, and one greedy answer *before* the training is about as good as one sample after it. So a good part of such a gain may be no more than samples that come closer to greedy decoding.
 #
-# If pass@1 rises and pass@8 does not, the model got surer; if pass@8 rises as well, it found new routes. Read the lines so, and the bands with them: where a band holds zero, the hundred pairs do not tell the gain from none. The bands are over the pairs, of one run. From training seed to training seed the gains change by as much as the ways differ, so all of them are reports: on the five seeds of the ledger, at one answer, 0 to 18 points for the right samples, 1 to 10 for GRPO, and 2 to 17 for more of the known.
+# If pass@1 rises and pass@8 does not, the model got surer; if pass@8 rises as well, eight answers now hold routes that eight did not hold before. New they need not be: 32 samples of the policy cover more (section 5) than any line here at eight. Read the lines so, and the bands with them: where a band holds zero, the hundred pairs do not tell the gain from none. The bands are over the pairs, of one run. From training seed to training seed the gains change by as much as the ways differ, so all of them are reports: on the five seeds of the ledger, at one answer, 0 to 18 points for the right samples, 1 to 10 for GRPO, and 2 to 17 for more of the known.
 #
 # Samples and updates are equal here, rates are not: GRPO takes the smaller step size of the settings, since its samples are soon old. Fine-tuning on the right samples costs one round of sampling and no new code; compare with it, and with more of the known, before you write GRPO. One line of the table at the end sets eight answers and a checker against one answer after training. The budgets are as different as eight and one, so it says only what a checker is worth when it is there as the question is asked.
 
@@ -1406,9 +1406,9 @@ lesson.claim(
 # %% [markdown]
 # **What you see.** Where the guess is right, the two models give the same answers below right steps, and a reader cannot tell them apart. (Where it is wrong, the text gives the second model away: it writes a result on one side of 150, and the word for the other.) The interventions tell them apart without that. So a page of right steps is no proof that the answer rests on them, and the way to find out is to change something and to look again.
 #
-# What you change matters. Changing only the last result moved about three in four answers of the model that answers from its steps; exchanging all steps moved nearly all. So the first test alone underrates how much the model uses its steps. The missing part is partly in the terms of the last addition: where only these are exchanged, and the result stays, some answers move as well. The control moved none, so it is not just any error that changes the answer.
+# What you change matters. Changing only the last result moved about three in four answers of the model that answers from its steps; exchanging all steps moved nearly all. So the first test alone underrates how much the model uses its steps. Part of the rest may be in the terms of the last addition: where only these are exchanged, and the result stays, some answers move as well. The control moved none, so it is not just any error that changes the answer.
 #
-# Changing one number is the test that is most often described. It was to be the claim here, and failed on one training seed, where far fewer answers followed the changed result. Whole steps were exchanged after that was seen, and the old test stays in the figure as a report. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
+# Changing one number is the test that is most often described. It was to be the claim here, and failed on one training seed as it was run then. Whole steps were exchanged after that was seen, and the old test stays in the figure as a report: on the five seeds of the ledger 52 to 78 % of the answers follow the changed result. Here you knew which model was which. Of a model that you did not make, each test gives a share, not a verdict, so use more than one.
 
 # %% [markdown]
 # ## 10 · Exercises
@@ -1454,7 +1454,7 @@ check("16.1", check_weighted_vote, weighted_vote)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Adding keeps what best-of-N forgets, how often an answer was drawn. So a weak verifier can only shift the vote a little, and does no harm.
+# Adding keeps what best-of-N forgets, how often an answer was drawn. So the verdicts shift the vote instead of replacing it.
 #
 # ```python
 # PREDICTION = "above"
@@ -1753,7 +1753,7 @@ check("16.6", check_answer_all, answer_all)
 # Choose before you unfold the answer.
 
 # %% [markdown] tags=["quiz"]
-# **In the figure of section 3, why do the lines of both outcome verifiers fall as N grows?**
+# **In the figure of section 3, why do the lines of both outcome verifiers fall from N = 4 on?**
 #
 # - A. because the policy gets worse with every sample
 # - B. because nobody could choose well among so many
