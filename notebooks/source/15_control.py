@@ -573,18 +573,18 @@ lesson.report("with a quarter of the rows: language model, table, and table that
               f"{model_first:.0%}, {table_first:.0%}, {guess_first:.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** A model that had never read about a robot takes mostly best moves on floors that nobody showed it. The first lines look as if it learned from fewer examples than the table. It does not: that table answers nothing to an unknown text, and such an answer counts as wrong. Let it guess a free direction there, and the head start is gone. On unknown texts the model is better than a guess, but they are only a small part. The rule of thumb is better than the model, and it took one line. A decision tree, on the same facts as six numbers, gets there with fewer rows, and simply looking up the nearest example comes as far. Where a state *is* six numbers, words bring no saving. What they buy comes next: the same model also says plans and knows what users want, with no second interface. (The curve's points before the last are from the middle of a run whose learning rate is still high; table and tree are fitted anew for each point.)
+# **What you see.** A model that had never read about a robot takes mostly best moves on floors that nobody showed it. The first lines look as if it learned from fewer examples than the table. It does not: that table answers nothing to an unknown text, and such an answer counts as wrong. Let it guess a free direction there, and the head start is gone. On unknown texts the model is better than a guess in this run and with four of the ledger's five seeds, but they are only a small part. The rule of thumb is better than the model, and it took one line. A decision tree, on the same facts as six numbers, gets there with fewer rows, and simply looking up the nearest example comes as far. Where a state *is* six numbers, words bring no saving. What they buy comes next: the same model also says plans and knows what users want, with no second interface. (The curve's points before the last are from the middle of a run whose learning rate is still high; table and tree are fitted anew for each point.)
 
 # %% [markdown] tags=["core"]
 # ## 4 · A plan, or one move at a time?
 #
 # **Question.** The model can say a whole plan at once, or be asked again after each move. Plans are cheaper. What do they cost?
 #
-# *Open loop*: decide everything now, then act with closed eyes. *Closed loop*: look, act, look again. On a floor that never slips both are the same. With slip a plan of $L$ moves comes out as meant only if no move slips, which has the probability
+# *Open loop*: decide everything now, then act with closed eyes. *Closed loop*: look, act, look again. On a floor that never slips both are the same, if the plan is right. With slip a plan of $L$ moves comes out as meant only if no move slips, which has the probability
 #
 # $$(1 - p)^L$$
 #
-# A plan with a slip in it may still end at the goal, so this is a lower bound. (Exercise 15.1 asks for the exact number.) The closed loop sees where it has landed. Its errors do not add up, they are only longer ways.
+# A right plan with a slip in it may still end at the goal, so for right plans this is a lower bound. (Exercise 15.1 asks for the exact number.) The closed loop sees where it has landed. Its errors do not add up, they are only longer ways.
 #
 # Take the open floor, where a plan needs no walls. First: does the robot know plans? A fifth of the goals was kept out of all training plans.
 
@@ -745,7 +745,7 @@ lesson.report("with walls, goals reached on a dry floor and at slip 0.2",
               f"{arrived['language model'][0]:.0%}, {arrived['language model'][SLIPS.index(0.2)]:.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The line of one plan follows $(1 - p)^L$. With a look after every move slip hardly matters. What lies between is not all feedback. The plans here were made for a dry floor, and fail on a wet one though nearly all are right. Repeating them blindly brings a good part of the goals back. A blind plan that reckons with slip brings back most of the rest. What only a look can give is the distance from there to the top, and it is largest where the floor is most slippery. But note what the careful plan needed: it had to know the slip. A robot that looks does not.
+# **What you see.** The line of one plan follows $(1 - p)^L$ (it begins a little below, since a few of the model's plans are wrong). With a look after every move slip hardly matters. What lies between is not all feedback. The plans here were made for a dry floor, and fail on a wet one though nearly all are right. Repeating them blindly brings a good part of the goals back. A blind plan that reckons with slip brings back most of the rest. What only a look can give is at most the distance from there to the top, since a cleverer blind plan may do better still; it is largest where the floor is most slippery. But note what the careful plan needed: it had to know the slip. A robot that looks does not.
 #
 # How often must one look? On the open floor a look after each *whole plan* reaches about as many goals, with a fraction of the questions, and hardly more moves. (A question about a plan is answered with several words and a stop, so about as much is written; what is saved is prompts that must be read.) Here a slip can be made good at any later time, so nothing is lost by noticing it late. Where a late correction is dear, near an edge or in traffic, it is not so; measure it for your own task.
 #
@@ -1083,7 +1083,7 @@ for way in ("DAgger", "own successes"):
 #
 # What repairs it is labels on *other* states. The column "new texts" says how many of each way's labels were about texts that no demonstration had: the two ways with hardly any stay where the clone was, the three with more rise, with as many labels. Among these three the column does not tell which gains most: DAgger has fewer new texts than states drawn at random, and ends about as high in this run. DAgger needs nobody to know beforehand which states to label: the learner shows them, one kind after another, since it comes to new places only once it is out of the old ones. A wet demonstration brings few, since the expert corrects a slip at once.
 #
-# Three warnings. Look at the line of fixed answers: `west` or `south` in place of `east` in unknown texts already buys part of the gain. Look at the last column: where the table does better than the learner, the labels held more than a few steps of training took from them. And the bands are wide: how far a way gets differs from run to run, and all runs start from one clone. We first claimed ten points for the mean of the three ways. On five training seeds it lies between seven and sixteen points, so it is a report now, and the ledger of claims has its values. (We first expected DAgger alone to do at least as well.) The price of DAgger stands in no table: an expert must be at hand while the learner drives, and the learner drives badly at first.
+# Three warnings. Look at the line of fixed answers: `west` or `south` in place of `east` in unknown texts already buys half of DAgger's gain, and nearly all of that of wet demonstrations. Look at the last column: where the table does better than the learner, the labels held more than a few steps of training took from them. And the bands are wide: how far a way gets differs from run to run, and all runs start from one clone. We first claimed ten points for the mean of the three ways. On five training seeds it lies between seven and sixteen points, so it is a report now, and the ledger of claims has its values. (We first expected DAgger alone to do at least as well.) The price of DAgger stands in no table: an expert must be at hand while the learner drives, and the learner drives badly at first.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Tool calls that cannot be malformed
@@ -1619,9 +1619,9 @@ lesson.report("temperature 1.2: more right and more wrong calls in place of unre
               f"{in_place[0]} and {in_place[1]} in place of {free['unreadable']}, of {len(wanted)}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. But not all of the unreadable calls become right ones. Some do, where one slip in a brace had lost a call whose dish and number were right. Others become *valid and wrong*: another argument, or another tool, in perfect form. The printed line counts both for the higher temperature. That is the price of the mask. An unreadable call does nothing, and can be asked for again. A wrong one is carried out, and no parser finds it. (Section 8 tries a number that may.)
+# **What you see.** Under the mask every call can be read; that is guaranteed, for any model and any temperature. In place of most unreadable calls stand right ones. But in place of some stands a call that is *valid and wrong*: another argument, or another tool, in perfect form. The printed line counts both for the higher temperature; the two rows are separate samples, so it is a balance and not the fate of single calls. That is the price of the mask. An unreadable call does nothing, and can be asked for again. A wrong one is carried out, and no parser finds it. (Section 8 tries a number that may.)
 #
-# Look at the rule of keywords, too: for requests as regular as these you need no model. And look at the line by tool. The tools are not equally easy in new wordings, and how far they lie apart differs from run to run; a mean over tools hides it.
+# Look at the rule of keywords, too: for requests as regular as these you need no model. And look at the line by tool. Here one call separates the tools; in other runs more may, and a mean over tools would hide it.
 
 # %% [markdown] tags=["further"]
 # ## 8 · A closer look: two libraries, and probabilities
@@ -1740,9 +1740,9 @@ lesson.report("AUROC of right against wrong calls under the mask, greedy and at 
               "; ".join(", ".join(values) for values in lights.values()))  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The automaton is that of both libraries, in every state. Sampling under a mask is another distribution than sampling until valid, and in the small example it favours the other number: the mask does not refuse, it sends something else, in perfect form.
+# **What you see.** The masks are those of outlines_core in every state, and Python's regular expressions agree on all of the thousand texts. Sampling under a mask is another distribution than sampling until valid, and in the small example it favours the other number: the mask does not refuse, it sends something else, in perfect form.
 #
-# The product of the shares is a good warning light for these calls: a right call has the larger number in most pairs. But the plain probability of the call is as good, so the light is nothing that only a mask has. Either comes with the logits. Log it, choose a threshold on calls of your own, and ask the user before a call below it is carried out. These are a few wrong calls of one small model.
+# At temperature 1.2 a right call has the larger product in most pairs, so the product of the shares is a warning light. But the plain probability of the call is the better one there, in four of the ledger's five seeds, and in the fifth as good. Greedily the product was once below chance. So take the probability: it comes with the logits, with or without a mask. Log it, choose a threshold on calls of your own, and ask the user before a call below it is carried out. These are a few wrong calls of one small model.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Call, result, and when the tool says no
@@ -1829,7 +1829,7 @@ print(solve(recovering, hard_tasks[:1], test_book)[0]["text"])
 # %% [markdown]
 # **What you see.** An answer at once can only be a guess, since every directory is invented. The bars are about questions with a trouble in them. Between the first two only the last traces of the training differ, equal in tokens. The table's first rows show whether training on troubles cost anything where nothing goes wrong.
 #
-# The dashed line is the most that anyone can reach if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. How far the second bar gets above the line differed much between our training runs, so it is a report. Where it stayed low, the model had followed the message and lost its place in the task: it asked for a dish before it had the twin. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next.
+# The dashed line is the most that anyone can reach, luck aside, if the directory only says *error*, whatever the training: a busy directory answers when it is called again, and a new name cannot be guessed. The third bar is the same model after a bare *error*, which it has never met, so it may lie below the line. With the five seeds of the ledger the second bar stands at 98 to 100 %. In earlier versions of this lesson it sometimes stayed low: there the model had followed the message and lost its place in the task. So let your tools say what is wrong, and what would be right. Our first directory said *Guze is now Fegu*, and the model often went on with a wrong name: a message is easier to use if it holds only what is needed next.
 
 # %% [markdown] tags=["further"]
 # ## 10 · A shop behind a browser
@@ -2143,7 +2143,7 @@ lesson.report(
 
 # %%
 def with_chromium(wishes: Sequence[tuple]) -> tuple[list[list[tuple]], bytes]:
-    """The steps of each wish in Chromium, and a picture of the last page but one."""
+    """The steps of each wish in Chromium, and a picture of the second page of the first."""
     browser, steps, pictures = ChromiumBrowser(), [], []
     try:
         for wish in wishes:
@@ -2175,12 +2175,12 @@ if CHROMIUM and importlib.util.find_spec("playwright"):
     axes.imshow(plt.imread(BytesIO(picture)))
     axes.set_title("A page of the shop in Chromium")
     axes.axis("off")
-    plots.show(figure, alt="A page of the shop in Chromium: plain text, links, and where one is needed a button.")
+    plots.show(figure, alt="A menu page of the shop in Chromium: its links in one line.")
 else:
     print("Chromium or playwright is not installed: the text browser is the only one here.")
 
 # %% [markdown]
-# **What you see.** Both browsers saw the same on every page, whatever the model did there. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed. In most of our runs the clerk ordered nearly all dishes that the demonstrations of this site ordered, and of the others fewer, in some runs hardly any: there it clicks a dish that it knows, even one that is not on the page. It has learned which words are clicked, and only in part to copy the word of the task. With fewer demonstrations it got through no order at all. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. How far it gets differs from run to run, so these numbers are reports, and the dishes of a kind are only a few.
+# **What you see.** Both browsers saw the same on every page that was looked at. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed. In most of our runs the clerk ordered nearly all dishes that the demonstrations of this site ordered, and of the others fewer, in some runs hardly any: there it clicks a dish that it knows, even one that is not on the page. It has learned which words are clicked, and only in part to copy the word of the task. With fewer demonstrations it got through no order at all. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. How far it gets differs from run to run, so these numbers are reports, and the dishes of a kind are only a few.
 #
 # **A page can lie.** Whoever writes the page writes into the model's prompt; lesson 12 has attacks and defences. The prompt has no place where only the user can write, so what an action may do has to be limited outside of the model. Here `act` can click and type, and both browsers reach this site and no other. That is not enough: no link of this site orders anything, but a button that says `help` may send the form that pays. What must not happen by one click, the server has to ask about, and the user has to confirm.
 
@@ -2732,7 +2732,7 @@ check("15.6", check_forced, forced)
 #
 # <details><summary>Answer</summary>
 #
-# B. What it did right, it can do already. In the states where it fails there is no success to imitate; an expert's label, or a reward and a search, would have to say what to do there.
+# B. What it did right, it can do already. In the states where it fails there is hardly a success to imitate; an expert's label, or a reward and a search, would have to say what to do there.
 #
 # </details>
 
