@@ -1109,7 +1109,7 @@ speed_up = times["fp32"] / times[sixteen_bit]
 lesson.report("speed-up by 16 bits here, small model", f"{speed_up:.1f} x")
 
 # %% [markdown]
-# **What you see.** The two lines hold for this machine, this model and batches of this size: each is the median of six steps. The table at the end keeps their ratio; on five seeds it lay between 1.6 and 1.8. They say nothing about the loss after a training in 16 bits, nor about a model of billions of weights.
+# **What you see.** The two lines hold for this machine, this model and batches of this size: each is the median of six steps. The table at the end keeps their ratio; on five seeds it lay between 1.4 and 1.8. They say nothing about the loss after a training in 16 bits, nor about a model of billions of weights.
 
 # %% [markdown] tags=["further"]
 # ## 6 · Which part of the text is hidden?
