@@ -379,7 +379,7 @@ print(f"excess at {MILLIONS[-1]} tokens, largest model and learning reader: {tol
 lesson.report("excess of the largest run, and of a learning reader", told)
 
 # %% [markdown]
-# **What you see.** All lines fall, those of the models faster at first than at the end. On logarithmic axes a power law would be a straight line. And the learning reader is far below all models. So the excess of these models is *not* mainly facts that their text did not hold. Most of it is what they could have learnt from the text that they read, and did not.
+# **What you see.** All lines fall, those of the models faster at first than at the end. With size they fall, too, but neighbouring sizes cross within the noise. On logarithmic axes a power law would be a straight line. And the learning reader is far below all models. So the excess of these models is *not* mainly facts that their text did not hold. The rest is facts that they read and did not learn, and what this reader is given: the language, the names and how often each is asked.
 #
 # A further section beside this one measures how steep each line is, and tries other learning rates.
 
@@ -587,7 +587,7 @@ above = [f"{value / ENTROPY - 1:+.1%}" for value in (LAW["E"], loss.min())]
 lesson.report("fitted E and lowest fitted loss, above the true entropy", ", ".join(above))
 
 # %% [markdown]
-# **What you see.** Over all runs the error of the fit is of the size of the noise between seeds. It is not of its kind: look at the curves below, where small models begin above the law and end below it, and larger ones of those fitted the other way round. A sum of two powers has no term for that. The best value of $E$ lies clearly above the true entropy. The interval is wide, and whether it holds the truth depends on the draws: it does with four of five seeds of the bootstrap (the ledger), and only just. Such a fit hardly says where the truth is. It is only a few percent nearer to it than the lowest loss among the runs that it was fitted to.
+# **What you see.** Over all runs the error of the fit is of the size of the noise between seeds. It is not of its kind: look at the curves below, where small models begin above the law and end below it, and those of widths 48 and 64 the other way round. A sum of two powers has no term for that. The best value of $E$ lies clearly above the true entropy. The interval is wide, and whether it holds the truth depends on the draws: it does with four of five seeds of the bootstrap (the ledger), and only just. Such a fit hardly says where the truth is. It is 8.9 % above the truth, the lowest loss among the runs that it was fitted to 11.4 %: more than three quarters of that distance remain.
 #
 # **How well do the runs determine $E$ at all?** Hold $E$ at a value, fit the other four numbers, and note the misfit. Repeat for many values: the *profile* of $E$. Where it is flat, the runs cannot tell the values apart.
 
@@ -1066,7 +1066,7 @@ lesson.report("nats above fresh text after 2 and after 64 readings", told)
 
 
 # %% [markdown]
-# **What you see.** In these runs a second and a fourth reading are almost as good as fresh text. How good exactly, single runs cannot say: where a line of section 3 is nearly flat, the spread between seeds is worth many tokens. From eight readings on the worth falls far beyond that spread, and faster than for the large models of Muennighoff et al. At 32 readings the loss on unseen text is worse than that of the shortest run of the sweep. Probably the model has learnt its few hundred documents by heart. The formula says that repetition becomes useless, never that it does harm. Whether it also does harm, these runs cannot say: no text was read both often and less often.
+# **What you see.** In these runs a second and a fourth reading are almost as good as fresh text. How good exactly, single runs cannot say: where a line of section 3 is nearly flat, the spread between seeds is worth many tokens. From eight readings on the worth falls far beyond that spread, and faster than for the large models of Muennighoff et al. At 32 readings the loss on unseen text is worse than that of the shortest run of this width on fresh text. Probably the model has learnt its few hundred documents by heart. The formula says that repetition becomes useless, never that it does harm. Whether it also does harm, these runs cannot say: no text was read both often and less often.
 
 # %% [markdown] tags=["further"]
 # ## 11 · Cheap to train, or cheap to use?
@@ -1102,7 +1102,7 @@ off = abs(6 * n0 * d0 / 5.76e23 - 1)
 lesson.equal("without use, the cheapest model is compute-optimal", off, within=0.01)
 
 # %% [markdown]
-# **What you see.** Under this law, the more tokens are served, the smaller the cheapest model. Little is saved while no more tokens are served than the model was trained on, and much at ten times as many. The last column is saved against the compute-optimal model with the same use. Training beyond the compute-optimal point is called *overtraining*, though nothing is overdone. (All of it is arithmetic on one published law, far outside of the ratios that it was fitted to.)
+# **What you see.** Under this law, the more tokens are served, the smaller the cheapest model. Little is saved (2 %) while fewer tokens are served than the compute-optimal model was trained on, and much (29 %) at 7.5 times as many. The last column is saved against the compute-optimal model with the same use. Training beyond the compute-optimal point is called *overtraining*, though nothing is overdone. (All of it is arithmetic on one published law, far outside of the ratios that it was fitted to.)
 
 # %% [markdown] tags=["core"]
 # ## 12 · Abilities that seem to emerge
@@ -1156,7 +1156,7 @@ told = f"{SCORES[weak, 1].max():.0%}, {way:.0%}"
 lesson.report("models without a sheet: answers right, way of log-probability", told)
 
 # %% [markdown]
-# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the best of the same models have come far, and their log-probability has made most of its way. (The one in the middle is printed, too: it has come not quite two thirds as far.) (These two rise together here; the second is scaled so that the best model has 100 %.) The share of sheets is roughly the sixth power of the share of answers, as the formula says. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that another metric would have announced it.
+# **What you see.** Judged by sheets, many models can do nothing at all, and then the score shoots up. Judged by single answers, the best of the same models have come far, and their log-probability has made most of its way. (The one in the middle is printed, too: it has come about two thirds as far.) (These two rise together here; the second is scaled so that the best model has 100 %.) The share of sheets is roughly the sixth power of the share of answers, as the formula says. That does not make all jumps an illusion: if only sheets without a mistake are worth anything, the jump is real for you. It means that another metric would have announced it.
 
 # %% [markdown] tags=["core"]
 # ## 13 · Tasks that get worse
@@ -1370,7 +1370,7 @@ if off:
     print(f"half of these lie within {np.median(off):.0f} of the right sum")
 
 # %% [markdown]
-# **What you see.** Against a guesser that never read the question, samples look like a lot. Now look at the line *adds the tens*: someone who adds the tens only, and tries the possible sums of the units, the likeliest first. With a few tries the model is about level with it, with many it is behind. So what pass@k shows here is that the model knows roughly how large the sum is, and guesses in that range. It needs a verifier to pick the right one out. The vote, which needs none, is about as good as one greedy answer: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
+# **What you see.** Against a guesser that never read the question, samples look like a lot. Now look at the line *adds the tens*: someone who adds the tens only, and tries the possible sums of the units, the likeliest first. With up to four tries the model is a few points ahead of it in this run, from eight on it is behind. So what pass@k shows here is that the model knows roughly how large the sum is, and guesses in that range. It needs a verifier to pick the right one out. The vote, which needs none, is about as good as one greedy answer: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
 
 # %% [markdown]
 # ## 15 · Exercises
