@@ -234,7 +234,7 @@ lesson.report("the assistant before: right answers", str(full_accuracy))
 #
 # $n$ is the *code*, and $\hat w = s\,n$ or $s\,(n - z)$ is what the model computes with afterwards; $z = \mathrm{round}(-\min w / s)$ is the code of zero. Absmax is symmetric: where the weights lie mostly on one side, as in the example below, it wastes codes. The zero point uses all codes and costs one more number a block.
 #
-# The error of a weight is at most $s/2$ (with a zero point up to $s$ at the ends, since $z$ is rounded as well), so **the largest weight of a block sets the step for all others**. That is why the size of the block matters: one for the whole tensor, one for each row (*channel*: all weights of one output), or one for each group of 64 along a row.
+# The error of a weight is at most $s/2$ (with a zero point as well: rounding $z$ moves the ends by at most half a step), so **the largest weight of a block sets the step for all others**. That is why the size of the block matters: one for the whole tensor, one for each row (*channel*: all weights of one output), or one for each group of 64 along a row.
 
 # %%
 def absmax(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -1195,7 +1195,7 @@ lesson.report("hard labels against no teacher: best token as the teacher's, more
 print(f"hard labels: best token as the teacher's more often than without a teacher by {shown}")
 
 # %% [markdown]
-# **Answer.** From the teacher, after sixteen steps at one rate; from which of its signals depends on what the student is for. (All are still far from it: 6.2 to 9.7 in perplexity against 2.31.) One dot is one run. Logits lower the loss by 0.103, 0.116 and 0.133 nats against the text alone. The hidden states lower it a little further, by 0.043, 0.012 and 0.008 nats. In perplexity the hard labels are worse than no teacher, 9.10 to 9.69 against 7.22 to 7.44. (A likely reason, which nothing here tests: they say "certain" wherever the teacher was not.) But the student of hard labels has the teacher's best token more often than that of the text, by 5.3, 4.7 and 5.6 points, and that is what a greedy drafter is kept for in the next section.
+# **Answer.** From the teacher, after sixteen steps at one rate; from which of its signals depends on what the student is for. (All are still far from it: 6.2 to 9.7 in perplexity against 2.31.) One dot is one run. Logits lower the loss by 0.103, 0.116 and 0.133 nats against the text alone. In this run the hidden states lower it a little further, by 0.043, 0.012 and 0.008 nats; on two of five seeds the three runs do not all agree in sign (the ledger). In perplexity the hard labels are worse than no teacher, 9.10 to 9.69 against 7.22 to 7.44. (A likely reason, which nothing here tests: they say "certain" wherever the teacher was not.) But the student of hard labels has the teacher's best token more often than that of the text, by 5.3, 4.7 and 5.6 points, and that is what a greedy drafter is kept for in the next section.
 
 # %% [markdown] tags=["core"]
 # ## 7 · Speculative decoding: another drafts, the teacher decides
