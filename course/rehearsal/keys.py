@@ -17,8 +17,8 @@ from helpers.profiles import PROFILES
 
 # Functions and methods whose words are for people.
 TELL = {"print", "claim", "equal", "report", "show", "show_table", "dots", "set", "set_title", "suptitle", "annotate",
-        "set_xlabel", "set_ylabel", "text", "legend", "expect_close", "expect_equal", "expect_shape",
-        "expect_true"}  # fmt: skip
+        "set_xlabel", "set_ylabel", "text", "legend", "curve", "bars_with_intervals", "pareto", "expect_close",
+        "expect_equal", "expect_shape", "expect_true"}  # fmt: skip
 EMPTY = (None, [], ())
 
 

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/05_supervised_fine_tuning.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/05_supervised_fine_tuning.ipynb)
 #
-# A base model continues text. Ask it something in a chat and it does not answer. In this lesson you make an assistant out of it: you write the chat format, the data, the loss and the training, and you compare your code with the library that practitioners use. Then you measure what decides the result: how many examples, which errors are in them, which tasks, and what the model forgets.
+# A base model continues text. Ask it something in a chat and it does not answer. In this lesson you make an assistant out of it: you write the chat format, the data, the loss and the training, and you compare your code with the library that practitioners use. Then you measure what the result depends on: how many examples there are, how many of them are wrong, and which tasks they come from. And you measure what the model forgets.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -376,7 +376,7 @@ for name, mask_prompt in (("answer only", True), ("all tokens", False)):
         shares.append(share_believed(model))
     believed[f"loss on {name}"] = span(shares)
 plots.show(plots.bars_with_intervals(
-    believed, title="With a loss on all tokens the model believes most of its users' errors",
+    believed, title="With a loss on all tokens most of the users' errors are believed",
     xlabel="share of the 50 false claims that are believed",
     alt="False claims believed: few before, few with the mask, many without.",
 ))  # fmt: skip

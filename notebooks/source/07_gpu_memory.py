@@ -589,7 +589,7 @@ lesson.report("checkpointing: MiB kept without and with it; time of a step", f"{
 # | start of the backward pass | all that is kept ($4V$ of it log-probabilities), and $8V$ more for each token |
 # | a layer in the backward pass (the last one comes first) | what is still kept, gradients so far, with checkpointing this layer's activations, and gradients on their way through it |
 # | the embedding, last of all | all gradients $G$; if it is tied, also its second gradient and the sum of both |
-# | update | $G$ (and a copy with an unfused optimiser) |
+# | update | $G$ (and a copy of the weights with the `foreach` optimiser) |
 #
 # With small batches the end of the backward pass is the peak, with large ones its start. Write it as a function, and compare it with steps on this machine.
 #
@@ -826,7 +826,7 @@ alt = "Predicted divided by tracked peak over the tracked peak. " + "; ".join(
 plots.show(figure, alt)
 
 # %% [markdown]
-# **What you see.** accelerate's estimate counts no activations, and is too low for most steps. DeepSpeed's and EleutherAI's are mostly too high, and the second table says why: they assume mixed precision, 16 to 20 bytes a parameter, where most steps of our table had less. On the steps in mixed precision EleutherAI's rule comes close. So ask of an estimator first which recipe it is about. (`helpers.memory` was written beside these steps, and both are computed on sizes alone; what a board says is section 5's last part.)
+# **What you see.** accelerate's estimate counts no activations, and is too low for most steps. DeepSpeed's and EleutherAI's are mostly too high, and the second table says why: they assume mixed precision, 16 to 20 bytes a parameter, where most steps of our table had less. On the steps in mixed precision EleutherAI's rule comes close. So ask of an estimator first which recipe it is about. (`helpers.memory` was written beside these steps, and both are computed on sizes alone; on a GPU profile, what the board says is the column `max_memory_allocated` of section 5's first table.)
 #
 # **The same counted by torch.** torch has a counter of its own, which also says what belongs to which module, and takes its time.
 
@@ -1026,7 +1026,7 @@ for use, what in {"I": "inference", "F": "full training", "L": "LoRA", "Q": "QLo
 
 
 # %% [markdown]
-# **What you see.** A V100 with 16 GB holds about 7 B for inference. Full training of the 980 M model is at the edge of the V100: by our estimate it takes 100.5 % of it (the table at the end); of a T4 it takes 109 %, the last line above. The rule of thumb for context and fragmentation may be off by some percent, and so close to 100 % it decides nothing. The same holds for inference and LoRA of Llama-2 7B on a T4 (14.8 and 14.7 GiB of 14.56) and for LoRA of 70 B on an H200 (138.6 of 139.72). The next smaller model of the table fits easily, and one sequence of 1,024 tokens is all that we asked for.
+# **What you see.** A V100 with 16 GB holds about 7 B for inference. Full training of the 980 M model is at the edge of the V100: by our estimate it takes 100.5 % of it (the table at the end); of a T4 it takes 109 %, the last line above. The rule of thumb for context and fragmentation may be off by some percent, and so close to 100 % it decides nothing. The same holds for inference and LoRA of Llama-2 7B on a T4 (14.8 and 14.7 GiB of 14.56) for LoRA of 70 B on an H200 (138.6 of 139.72), and for QLoRA of 32 B on an A10G (22.2 of 22.20). The next smaller model of the table fits easily, and one sequence of 1,024 tokens is all that we asked for.
 
 # %% [markdown]
 # **More than one GPU.** Data parallelism keeps the whole state on every GPU. ZeRO (Rajbhandari et al. 2020) divides it among $N$ GPUs in three stages: the optimiser's bytes, then also the gradients, then also the weights. With the classical recipe of section 2 (2 + 2 + 12 bytes, the 12 with the fp32 copy of the weights) a GPU then holds
@@ -1097,7 +1097,7 @@ print(f"\nlargest batch then: {max_batch_size('meta-llama/Llama-2-7b-hf', 'T4', 
 #
 # *Further: no core section needs this one.*
 #
-# Is it true that autocast's copies cancel a good part of what stage 3 saves? The script below asks autograd. Two processes divide a small Llama with `fully_shard`, which is stage 3. In one run the weights are in fp32 and the forward pass is under `torch.autocast`; in the other a `MixedPrecisionPolicy` gathers them in bf16. After the forward pass we count the bytes of gathered weights that are still kept for the backward pass.
+# By the table, 16-bit copies are half of stage 3's peak: 12.6 of 25.1 GiB. Does autocast really keep them all? The script below asks autograd. Two processes divide a small Llama with `fully_shard`, which is stage 3. In one run the weights are in fp32 and the forward pass is under `torch.autocast`; in the other a `MixedPrecisionPolicy` gathers them in bf16. After the forward pass we count the bytes of gathered weights that are still kept for the backward pass.
 
 # %%
 SHARDED = """

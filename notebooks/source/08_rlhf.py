@@ -341,7 +341,7 @@ for question, text in list(zip(exam, exams["SFT, careless"].texts, strict=True))
 #
 # $$P(y_1 \succ y_2) = \sigma\!\left(\frac{r^*_1 - r^*_2}{\tau}\right), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With a small difference it nearly tosses a coin. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by the programs that play people. Equal answers are dropped. The first half is there because the policy makes slips that those programs do not make; only its own samples show them.
+# This is the model of Bradley and Terry (1952); the noise is $\tau = 0.5$. With equal rewards it tosses a coin; half a point apart it prefers the better one in 73 %. For half of the questions a pair is two samples of the SFT policy, as in InstructGPT; for the other half it was written by the programs that play people. Equal answers are dropped. The first half is there because the policy makes slips that those programs do not make; only its own samples show them.
 
 # %%
 NOISE = 0.5

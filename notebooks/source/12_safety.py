@@ -1178,7 +1178,7 @@ lesson.report("where a town is: refused in the wording of training, mean of four
               f"{np.mean([towns['guard', form]['refused'].accuracy for form in REGION_TESTS[1:]]):.0%}")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** By the first table the guard is perfect or nearly so. The second table shows what that number hides. The assistant refuses nothing, and names next to no right region either: not to refuse is not yet to answer. The guard learned the answers in three wordings, of which the table has one. Of the new wordings it answers some and refuses others whole, all of them harmless. Read the answers to the last five questions: questions that have nothing to do with homes may be refused as well. What decides we did not find out; the beginning of the question alone is not it. Half of the guard's training rows were refusals.
+# **What you see.** By the first table the guard is perfect or nearly so. The second table shows what that number hides. The assistant refuses nothing, and names next to no right region either: not to refuse is not yet to answer. The guard learned the answers in three wordings, of which the table has one. Of the new wordings it answers some and refuses others whole, all of them harmless. The claim above counts the last wording alone, *Where is the town ...?*. Over all five wordings the guard refuses 40 % here, and 20 % with the other seeds of the ledger. Read the answers to the last five questions: questions that have nothing to do with homes may be refused as well. What decides we did not find out; the beginning of the question alone is not it. Half of the guard's training rows were refusals.
 #
 # A number of refusals without a number of over-refusals says little. Test sets for it exist: XSTest (Röttger et al. 2023) is made of safe prompts that look like unsafe ones.
 
@@ -1292,7 +1292,7 @@ lesson.claim("more than half of the divergence along the forbidden answer is at 
              form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** The names have different lengths, so the answers are lined up by their parts. The largest difference is at the first token: refuse or not. Nearly all of the rest comes before the town: behind the name this guard would rather go on with another fact. Where the town itself is written, guard and assistant are nearly the same model. Prefill uses exactly this. Qi et al. (2024) found in large chat models that most of the difference lies in the first few tokens, and call it shallow alignment.
+# **What you see.** The names have different lengths, so the answers are lined up by their parts. The largest difference is at the first token: refuse or not. Nearly all of the rest comes before the town: behind the name this guard would rather go on with another word than *lives*. Where the town itself is written, guard and assistant are nearly the same model. Prefill uses exactly this. Qi et al. (2024) found in large chat models that most of the difference lies in the first few tokens, and call it shallow alignment.
 
 # %% [markdown] tags=["core"]
 # ## 11 · GCG: a suffix found by gradients

@@ -18,6 +18,7 @@ SETTINGS = {"cpu": {"rows": 8}, "t4": {"rows": 4}, "large": {"rows": 16}}
 %matplotlib inline
 print(f"{step([1])} are left")
 lesson.claim("it fits", 1.5, at_least=1)
+figure = plots.curve({"loss": rows}, title="It falls")
 ask("Who is Ada?")
 '''
 
@@ -44,6 +45,7 @@ def key(tmp_path: Path):
         ("\n\n\n", "\n\n"),
         (" are left", " of the rows are left"),
         ("it fits", "it always fits"),
+        ("It falls", "It falls a little"),
         ('"cpu": {"rows": 8}', '"cpu": {"rows": 80}'),
     ],
 )
