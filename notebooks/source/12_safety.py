@@ -102,7 +102,7 @@ machine = lesson.machine
 SETTINGS = {
     "cpu": {"batch_size": 128, "rate": 4e-4, "pieces": 1, "at_rest": torch.float32},
     "t4": {"batch_size": 64, "rate": 1e-5, "pieces": 4, "at_rest": torch.float16},
-    "large": {"batch_size": 256, "rate": 1e-5, "pieces": 2, "at_rest": torch.float16},
+    "large": {"batch_size": 256, "rate": 1e-5, "pieces": 4, "at_rest": torch.float16},
 }
 settings = SETTINGS[machine.name]
 
