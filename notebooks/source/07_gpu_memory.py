@@ -902,7 +902,7 @@ for model_name in several:
     series[label] = contexts, [kv_cache(config, n, 1, 2) / GIB for n in contexts]
 figure = plots.curve(
     series,
-    title="Llama-3 8B: a quarter of Llama-2's key-value heads, a quarter of the cache",
+    title="Llama-3 8B: a quarter of the heads, a quarter of the cache",
     xlabel="tokens of context, one sequence",
     ylabel="KV cache in 16 bit (GiB)",
     log_x=True,

@@ -1036,7 +1036,7 @@ print(", ".join(f"calibration error {name} {error:.3f}" for name, error in error
 # %%
 figure = plots.curve({name: tuple(np.array(found)[:, :2].T) for name, found in bins.items()}
                      | {"calibrated": ([0, 1], [0, 1])},
-                     title="One number, set on other questions, brings the base model nearer to calibrated",
+                     title="One number brings the base model nearer to calibrated",
                      xlabel="confidence", ylabel="right answers", percent=True)  # fmt: skip
 plots.show(
     figure, alt="Right answers over confidence: as it is the base model lies off the diagonal, scaled it lies nearer."
