@@ -94,7 +94,7 @@ TASKS = ("fact", "mood", "describe")  # what the assistant is taught
 ALL_TASKS = (*TASKS, "pairs")
 
 # %% [markdown]
-# A few helpers for the whole lesson. `training_rows` and `unseen_rows` give instructions with their right answers: the unseen ones use names, sums, words or phrasings that no training row has. `base` stays in main memory, and `fresh()` puts a copy of it where it computes, so that a GPU never holds more than it needs. Where three trainings are compared, `span` gives their mean, with the lowest and the highest as ends. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# A few helpers for the whole lesson. `training_rows` and `unseen_rows` give instructions with their right answers: the unseen ones use names, sums, words or phrasings that no training row has. `base` stays in main memory, and `fresh()` puts a copy of it where it computes, so that a GPU never holds more than it needs; the assistant that you train goes to main memory, too, while others train. Where three trainings are compared, `span` gives their mean, with the lowest and the highest as ends. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 
 # %%
 world = World()
@@ -103,9 +103,9 @@ base = base.float().cpu()  # weights in 32 bits; on a GPU the steps compute in 1
 Row = dict[str, str]  # "instruction", "answer"
 
 
-def fresh() -> nn.Module:
-    """A copy of the base model where it computes."""
-    return copy.deepcopy(base).to(machine.device)
+def fresh(model=None) -> nn.Module:
+    """A copy of a model, the base if none is given, where it computes."""
+    return copy.deepcopy(model or base).to(machine.device)
 
 
 def training_rows(number: int, tasks=TASKS, stream: int = 0) -> list[Row]:
@@ -469,6 +469,7 @@ print(f"facts whose answer stands in some training row: {known:.0%}")
 print(f"generated text and the forward pass agree on {agree} of {total} answers")
 off = 1 - agree / total
 lesson.equal("one forward pass agrees with generating: 98 %", off, within=0.02)
+assistant = assistant.cpu()  # to main memory: a GPU needs the room for the next trainings
 
 # %% [markdown]
 # **What you see.** A short training turns empty answers into whole ones, in three forms. Look at the bars one by one, not only at their mean. Only the names of a few well-known persons were kept for the test of *describe*, so its interval is wide, and a description counts only if all its five sentences are right. And be careful with *facts*: the questions are new, but nearly all of their answers stand in some training row, as a line above says, often in a description. So this score does not tell facts that the base model knew from facts that the training told. Section 10 asks for facts that were mostly not told.
@@ -635,6 +636,7 @@ print(tokenizer.decode(example["input_ids"]))
 print("learned:", repr(tokenizer.decode(said)))
 
 # %%
+assistant = assistant.to(machine.device)
 turns_scores, total = {}, {"first": [], "second": []}
 for task in TASKS:
     rows = tests[task][: lesson.scaled(50, 4)]
@@ -778,6 +780,7 @@ with torch.no_grad():
 off_found, off_shifted = ((own - x).abs().max().item() for x in (found, not_restarted))
 print(f"positions that run on: largest difference {off_shifted:.1e}")
 lesson.equal("transformers finds the chats by their positions", off_found, within=1e-3)
+assistant = assistant.cpu()
 
 # %% [markdown]
 # **What you see.** With the mask no loss changes. Without it the loss is another one, because a chat that stands behind others reads them: you watch the loss of texts that no user will ever send. This measures the assistant on packed rows. It does not say that training without the mask harms it; that would take two trainings.
@@ -1062,6 +1065,7 @@ lesson.claim("80 right examples beat 80 with errors by a rule by 10 points",
 # Count exact answers, and also those that name the right colour anywhere, since the form could be wrong and the content right. Then train on for 10 steps of 8 chats, in two ways: on 80 rows of *pairs* alone, or on 40 of them mixed with 40 of the three old tasks. Three trainings each. Section 7 has the base model after as many steps on the same 80 rows.
 
 # %%
+assistant = assistant.to(machine.device)
 pairs_asked = tests["pairs"][:50]
 replies = answers_of(assistant, pairs_asked)
 colours = [row["answer"].split()[-1] for row in pairs_asked]
@@ -1076,7 +1080,7 @@ def taught_later(mixed: bool, run: int) -> tuple[float, float]:
     rows = training_rows(80, ("pairs",), stream=31 + run)
     if mixed:
         rows = rows[:40] + training_rows(40, MIXTURE, stream=41 + run)
-    model, examples = copy.deepcopy(assistant), [encode(row) for row in rows]
+    model, examples = fresh(assistant), [encode(row) for row in rows]
     fine_tune(examples, 10, model=model, batch_size=8, run=run)
     old = [row for task in TASKS for row in tests[task][:25]]
     return tuple(accuracy(model, rows).accuracy for rows in (pairs_asked, old))
@@ -1085,6 +1089,7 @@ def taught_later(mixed: bool, run: int) -> tuple[float, float]:
 # %%
 old = [row for task in TASKS for row in tests[task][:25]]
 later = {"assistant": {"pairs": untaught, "old tasks": accuracy(assistant, old)}}
+assistant = assistant.cpu()
 for name, mixed in (("80 rows of pairs", False), ("40 of pairs, 40 old", True)):
     results = [taught_later(mixed, run) for run in range(3)]
     both = (span(list(part)) for part in zip(*results, strict=True))
@@ -1131,13 +1136,14 @@ def abilities_of(model: nn.Module) -> dict[str, Score]:
 
 
 rows = [encode(row) for row in training_rows(80, ("pairs",), stream=31)]
-later_model = copy.deepcopy(assistant)
+later_model = fresh(assistant)
 fine_tune(rows, 10, model=later_model, batch_size=8)
 print("asked for facts, it says:", answers_of(later_model, tests["fact"][:4]))
 models = {"base model": fresh(), "assistant": assistant,
           "then ten steps on pairs": later_model}  # fmt: skip
 kept = {name: abilities_of(model) for name, model in models.items()}
 kept_mean = {k: sum(s.accuracy for s in row.values()) / 4 for k, row in kept.items()}
+assistant = assistant.cpu()
 del models, later_model
 
 # %%
