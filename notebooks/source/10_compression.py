@@ -2183,6 +2183,7 @@ for label, make in cuts.items():
     for run in range(RUNS if label == "half of the neurons" else 1):
         again = recover(copy.deepcopy(smaller).to(device), text_stream(run), 10, text_loss, settings["recovery"])
         gains.append(lower(damaged, measure(again))[0])
+        del again
     base.to(device)
     number = sum(p.numel() for p in smaller.parameters())
     instead = ", ".join(f"{value:.2f}" for value in others.get(label, []))
