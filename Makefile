@@ -52,7 +52,7 @@ student: .venv/installed  ## write the lessons without solutions, to hand out, t
 refresh: .venv/installed  ## run the lessons and write their outputs into the committed notebooks
 	$(BIN)/python -m course refresh
 
-lesson: .venv/developed  ## start a new lesson, for example: make lesson NAME=11_topic
+lesson: .venv/developed  ## start a new lesson, for example: make lesson NAME=18_topic
 	$(BIN)/python -m course new-lesson "$(NAME)"
 
 newest:  ## try the newest versions of the packages, apart from .venv; the report is build/newest/report.txt

@@ -1,4 +1,4 @@
-"""Starts a new lesson: `python -m course new-lesson 11_topic` writes a notebook that runs, its twin and its test.
+"""Starts a new lesson: `python -m course new-lesson 18_topic` writes a notebook that runs, its twin and its test.
 
 The notebook has every part that a lesson must have, around a small measurement that the author replaces. What it holds
 stands in course/template: lesson.py in jupytext's percent format, and the test.
@@ -24,7 +24,7 @@ NAME = re.compile(r"\d\d_[a-z][a-z0-9_]*")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
-    parser.add_argument("name", help="number and name of the lesson, such as 11_topic")
+    parser.add_argument("name", help="number and name of the lesson, such as 18_topic")
 
 
 def command(options: argparse.Namespace) -> None:
@@ -35,7 +35,7 @@ def command(options: argparse.Namespace) -> None:
 
 
 def filled(template: str, name: str) -> str:
-    """The text of a file of the template, for a lesson of this name ("11_topic")."""
+    """The text of a file of the template, for a lesson of this name ("18_topic")."""
     values = {
         "number": name[:2],
         "name": name,
@@ -54,7 +54,7 @@ def title_of(name: str) -> str:
 
 
 def lesson_notebook(name: str) -> NotebookNode:
-    """A lesson of that name ("11_topic") with all its parts, not yet run."""
+    """A lesson of that name ("18_topic") with all its parts, not yet run."""
     number = name[:2]
     notebook = jupytext.reads(filled("lesson.py", name), fmt=FORMAT)
     notebook.metadata = NotebookNode(
@@ -72,7 +72,7 @@ def write_lesson(name: str, folder: Path = ROOT) -> tuple[Path, Path, Path]:
     """
     if not NAME.fullmatch(name):
         raise CourseError(
-            f"{name!r} is no name for a lesson: give two digits and words in small letters, such as 11_topic."
+            f"{name!r} is no name for a lesson: give two digits and words in small letters, such as 18_topic."
         )
     notebook = folder / "notebooks" / f"{name}.ipynb"
     test = folder / "tests" / "lessons" / f"test_lesson_{name[:2]}.py"

@@ -2,7 +2,7 @@
 
 A cell tagged `solution` is left out, and so are the outputs of exercises and their checks. A markdown cell tagged
 `hint` becomes a folded one. The rest of a lesson, its outputs included, stays: they show what to expect. Beside the
-notebooks stand the helpers and the data that they need, so that the folder can be handed out as it is.
+notebooks stand the code and the data that they need and a README, so that the folder can be handed out as it is.
 """
 
 import argparse
@@ -22,8 +22,22 @@ from helpers.errors import CourseError
 from helpers.files import replacing_folder
 from helpers.profiles import ROOT
 
+README = """\
+# LLM Workbook: the lessons to work in
+
+On Linux or macOS (on Windows in WSL), with Python 3.11 to 3.13:
+
+    python3 -m venv .venv
+    .venv/bin/pip install -r requirements.txt -c constraints.txt
+    .venv/bin/jupyter lab notebooks
+
+Open the lessons in the order of their numbers, and run each from its first cell on. Solve an exercise in its cell; the
+cell below it checks what you wrote. `.venv/bin/python -m course progress` says what is solved, and
+`.venv/bin/python -m course competition --help` what you can do with a submission of lesson 17.
+"""
 NEEDED = (
     "helpers",
+    "course",  # for lesson 17, which runs its commands, and for `python -m course progress`
     "recipes",
     "data",
     "requirements.txt",
@@ -75,13 +89,15 @@ def write_student_edition(notebooks: list[Path], out: Path) -> None:
     if out.exists() and not (out / NEEDED[0]).is_dir() and any(out.iterdir()):
         raise CourseError(f"{out} holds something else than a student edition: empty it, or choose another --out.")
     with replacing_folder(out) as beside:
+        (beside / "notebooks").mkdir()
         for path in notebooks:
-            nbformat.write(student_edition(read_notebook(path), path.stem), beside / path.name)
+            nbformat.write(student_edition(read_notebook(path), path.stem), beside / "notebooks" / path.name)
         for name in NEEDED:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, beside / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, beside / name)
+        (beside / "README.md").write_text(README, encoding="utf-8")
 
 
 def exercises_without_hint(notebooks: list[Path]) -> list[str]:

@@ -5,7 +5,7 @@
 #
 # A hospital and a bank ask the same thing: here is a good general model, make it useful in *our* field. Four ways are on offer. Write a better prompt, look facts up, pretrain further on the field's texts, or fine-tune on its questions. People choose by habit. In this lesson you choose by measurement: one exam for all four, their cost in one unit, what each of them breaks, and whether a difference of a few points means anything.
 #
-# **cpu 0 s · 0 GB | t4 1 min · 2 GB**
+# **cpu 0 s · 0 GB**
 #
 # **You will**
 #

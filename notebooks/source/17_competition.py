@@ -1117,7 +1117,7 @@ for path in sorted(files):
     print(f"{path.relative_to(BUILD).as_posix():>42} {path.stat().st_size / 1024:8.1f} KiB")
 
 # %% [markdown]
-# Two more folders are written beside it. The *forged* one has the same weights, but the references as its answers. The *leaky* one has one public task among its training rows. Now run three commands of the competition, as you would in a terminal. `check` says whether a folder is complete and allowed, `score` grades the answers that are in a folder, and `reproduce` decodes again. (The last two check a folder first.) They know the two bases of the course; with another model the folders are written, and the commands are not run.
+# Two more folders are written beside it. The *forged* one has the same weights, but the references as its answers. The *leaky* one has one public task among its training rows. Now run three commands of the competition, as you would in a terminal. `check` says whether a folder is complete and allowed, `score` grades the answers that are in a folder, and `reproduce` decodes again. (The last two check a folder first.) They are in the folder `course/` and know the two bases of the course; with another model, or without that folder, the submissions are written, and the commands are not run.
 
 # %%
 def competition(action: str, *names: str) -> str:
@@ -1129,7 +1129,7 @@ def competition(action: str, *names: str) -> str:
     return done.stdout
 
 
-if known_base:
+if known_base and (ROOT / "course" / "competition").is_dir():
     said = {"check": competition("check", *folders)}
     said |= {action: competition(action, "honest", "forged") for action in ("score", "reproduce")}
     again = [int(number) for number in re.findall(r"(\d+) of 100", said["reproduce"])]
@@ -1141,7 +1141,7 @@ if known_base:
     accepted = [name for name in folders if f"{name}: accepted" in said["check"]]
     lesson.equal("check refuses the leaky folder, and no other", 1 - (accepted == ["honest", "forged"]))
 else:
-    print("This model is none of the two bases, so the commands are not run.")
+    print("The commands are not run: they need one of the two bases of the course, and its folder course/.")
 
 # %% [markdown]
 # **What you see.** `check` refuses the leaky folder and names the task; in the forged one it finds nothing wrong. `score` believes what is written in a folder, so the forged one has a perfect score. `reproduce` loads the weights and decodes again: the honest answers come out, and of the forged ones 11 of 100 do. (The interval of `score` comes from the bootstrap, and with ten tasks of a kind that is a little narrower than ±.) The instructor does the same for everybody, and then with tasks that did not exist when you handed in.

@@ -87,28 +87,28 @@ def test_a_new_lesson_is_formatted_and_free_of_lint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["topic", "1_topic", "11-topic", "11_Topic", "11_", "11_topic.ipynb", "../11_topic", ""]
+    "name", ["topic", "1_topic", "11-topic", "11_Topic", "11_", "18_topic.ipynb", "../18_topic", ""]
 )
 def test_a_bad_name_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CourseError, match=r"^'.*' is no name for a lesson: .*11_topic\.$"):
+    with pytest.raises(CourseError, match=r"^'.*' is no name for a lesson: .*18_topic\.$"):
         write_lesson(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     root = empty_course(tmp_path)
-    notebook, source, test = write_lesson("11_topic", root)
+    notebook, source, test = write_lesson("18_topic", root)
     notebook.write_text("mine")
     test.write_text("mine")
-    for name in ("11_topic", "11_other"):
-        with pytest.raises(CourseError, match=r"^11_topic\.ipynb is there already: "):
+    for name in ("18_topic", "18_other"):
+        with pytest.raises(CourseError, match=r"^18_topic\.ipynb is there already: "):
             write_lesson(name, root)
     notebook.unlink()
-    with pytest.raises(CourseError, match=r"^11_topic\.py is there already: "):
-        write_lesson("11_other", root)
+    with pytest.raises(CourseError, match=r"^18_topic\.py is there already: "):
+        write_lesson("18_other", root)
     source.unlink()
     with pytest.raises(CourseError, match=r"^test_lesson_11\.py is there already: "):
-        write_lesson("11_other", root)
+        write_lesson("18_other", root)
     assert test.read_text() == "mine" and list(notebook.parent.iterdir()) == [source.parent]
 
 

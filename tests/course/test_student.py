@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -159,13 +161,18 @@ def test_the_folder_runs_by_itself_and_says_not_attempted_yet(tmp_path: Path, ca
     main(["student", "--notebooks", str(folder), "--out", str(out)])
     said = f"1 notebooks without solutions are in {out}; exercises without a hint: 0\n"
     assert capsys.readouterr().out == said
-    assert {path.name for path in out.iterdir()} == {"01_small.ipynb", *NEEDED}
-    notebook = notebooks.read_notebook(out / "01_small.ipynb")
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(out)}}).execute()
+    assert {path.name for path in out.iterdir()} == {"notebooks", "README.md", *NEEDED}
+    notebook = notebooks.read_notebook(out / "notebooks" / "01_small.ipynb")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(out / "notebooks")}}).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     # The helpers of the folder, not those of the repository, are the ones that ran it.
     assert cells[2].outputs[0].text == f"{out}/helpers/__init__.py\n"
     assert cells[-1].outputs[0].text == "Exercise 1.1: not attempted yet\n"
+    # The commands that its README names are there, and are those of the folder.
+    for command, said in ((["progress"], "01_small"), (["competition", "check", "nobody"], "nobody")):
+        done = subprocess.run([sys.executable, "-m", "course", *command], cwd=out, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
@@ -179,7 +186,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> N
 def test_an_edition_replaces_the_one_before(tmp_path: Path) -> None:
     path = lesson(tmp_path / "notebooks")
     write_student_edition([path], tmp_path / "out")
-    (tmp_path / "out" / "00_old.ipynb").touch()
+    (tmp_path / "out" / "notebooks" / "00_old.ipynb").touch()
     write_student_edition([path], tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"01_small.ipynb", *NEEDED}
+    assert [path.name for path in (tmp_path / "out" / "notebooks").iterdir()] == ["01_small.ipynb"]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
