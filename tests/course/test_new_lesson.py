@@ -107,7 +107,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(CourseError, match=r"^18_topic\.py is there already: "):
         write_lesson("18_other", root)
     source.unlink()
-    with pytest.raises(CourseError, match=r"^test_lesson_11\.py is there already: "):
+    with pytest.raises(CourseError, match=r"^test_lesson_18\.py is there already: "):
         write_lesson("18_other", root)
     assert test.read_text() == "mine" and list(notebook.parent.iterdir()) == [source.parent]
 
