@@ -17,7 +17,7 @@ from course.notebooks import read_notebook
 from helpers.errors import CourseError
 
 SIZE = 30
-LESSON = "07"  # the shortest
+LESSON = "07"  # one of the shortest
 TROUBLE = [  # what somebody wrote for one of the exercises, and what the grader says about it
     ("while True:\n    pass", "error"),
     ("import os\nos._exit(0)", "error"),

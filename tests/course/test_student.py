@@ -187,6 +187,8 @@ def test_an_edition_replaces_the_one_before(tmp_path: Path) -> None:
     path = lesson(tmp_path / "notebooks")
     write_student_edition([path], tmp_path / "out")
     (tmp_path / "out" / "notebooks" / "00_old.ipynb").touch()
+    (tmp_path / "out" / "old.txt").touch()
     write_student_edition([path], tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"notebooks", "README.md", *NEEDED}
     assert [path.name for path in (tmp_path / "out" / "notebooks").iterdir()] == ["01_small.ipynb"]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
