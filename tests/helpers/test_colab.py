@@ -318,7 +318,7 @@ def test_the_address_and_the_tag_are_those_of_the_project():
 def run_setup_cell(folder, address=REPOSITORY, **environment):
     """Run the cell as the first one of a notebook in `folder`, twice, and say where the course was found.
 
-    It fetches, and installs nothing: tests/test_colab_runtime.py does that, in an environment of its own.
+    It fetches, and installs nothing: tests/helpers/test_colab_runtime.py does that, in an environment of its own.
     """
     cell = SETUP_CELL.replace(REPOSITORY, address)
     code = f"{cell}\n{cell}\nimport helpers.profiles\nprint(ROOT, helpers.profiles.ROOT, sys.path.count(str(ROOT)))"
