@@ -58,7 +58,7 @@ seed = 0
 budget = 1.0  # share of the documents and steps; the lesson's claims are asserted from 1.0 on
 
 # %% [markdown]
-# The next cell holds what depends on the hardware: one row of settings per profile, and nothing else in this notebook looks at the hardware. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# The next cell holds what depends on the hardware: one row of settings per profile, and nothing else in this notebook looks at the hardware. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 
 # %%
 import math

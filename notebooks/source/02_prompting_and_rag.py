@@ -100,7 +100,7 @@ SETTINGS = {  # texts that are decoded at once: short and long prompts, solution
 settings = SETTINGS[machine.name]
 
 # %% [markdown]
-# A few helpers for the whole lesson. `answer` continues a list of prompts, greedily unless told otherwise, up to the end of the line. `in_points` says how far two methods differ on the same items, with the bootstrap's 95 % interval; where that holds 0, this many items cannot tell them apart. `lesson.scaled` makes a number of questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
+# A few helpers for the whole lesson. `answer` continues a list of prompts, greedily unless told otherwise, up to the end of the line. `in_points` says how far two methods differ on the same items, with the bootstrap's 95 % interval; where that holds 0, this many items cannot tell them apart. `lesson.scaled` makes a number of questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
 
 # %%
 world = World()

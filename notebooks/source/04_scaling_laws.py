@@ -60,7 +60,7 @@ seed = 0
 budget = 1.0  # share of the live runs, samples and bootstraps; the claims are asserted from 1.0 on
 
 # %% [markdown]
-# The settings hold what depends on the hardware: how many processes train cells, and how many texts are decoded at once. The sweep itself is the same everywhere, one thread a cell, because its models are too small for a GPU. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# The settings hold what depends on the hardware: how many processes train cells, and how many texts are decoded at once. The sweep itself is the same everywhere, one thread a cell, because its models are too small for a GPU. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 #
 # Most numbers of this lesson come from runs that were made once and are shipped with it. They are the same for every reader, so they are reported and not claimed. What is claimed is about the runs and samples that you make yourself.
 
@@ -447,7 +447,7 @@ def huber_and_gradient(theta, log_n, log_d, log_loss, delta=1e-3):
 
 
 # %% [markdown]
-# The function has many flat valleys, so L-BFGS is started from a grid of points and the best end is kept. The sum of the Huber losses is tiny. It is multiplied by a million before the optimiser sees it, with a tight tolerance: otherwise the optimiser may stop before it has arrived (the section beside this one shows it).
+# The function has many flat valleys. L-BFGS is an optimiser for few parameters: it asks for the value and the gradient on all data, and guesses the curvature from its last steps. It ends in a valley near its start, so it is started from a grid of points, and the best end is kept. The sum of the Huber losses is tiny. It is multiplied by a million before the optimiser sees it, with a tight tolerance: otherwise the optimiser may stop before it has arrived (the section beside this one shows it).
 
 # %%
 def lowest_end(objective, starts, options):
@@ -642,7 +642,7 @@ alt = "Misfit over E: flat for two budgets; shallow, lowest above the truth, for
 plots.show(figure, alt=alt)
 
 # %% [markdown]
-# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$. It prefers an $E$ above the truth. By the dotted line, a rough bound of 95 % that takes all errors as independent and alike, the truth is just excluded; by the bootstrap it is at the edge. A likely reason is in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it follows such a bend by taking the slow end for the approach to a floor.
+# **What you see.** With runs at only two numbers of tokens, the misfit is the same for every $E$: a larger $\beta$ makes up exactly for a larger $E$. Two budgets fix only two values, $E + B / D_1^{\beta}$ and $E + B / D_2^{\beta}$, and there are three numbers to choose. With four budgets the misfit does depend on $E$. It prefers an $E$ above the truth. By the dotted line, a rough bound of 95 % that takes all errors as independent and alike (1.92 in the code is half the 95 % point of a chi-squared variable with one degree of freedom), the truth is just excluded; by the bootstrap it is at the edge. A likely reason is in the figure of section 3: the excess falls fast at first and slowly later. A law with one exponent for all of it follows such a bend by taking the slow end for the approach to a floor.
 #
 # Look at the columns $a = \beta / (\alpha + \beta)$ as well. It is the exponent with which the best size grows with compute (section 6). With two budgets, laws of the same misfit have an $a$ from 0.10 to 0.54; with four, those below the dotted line have 0.47 to 0.53, and the law with the true $E$ has 0.38. **A law can be good for predicting runs nearby and say little about its own constants.** On real text, where nobody knows $E$, nothing would warn you.
 
@@ -688,7 +688,7 @@ def forecast_errors(runs: list[dict]) -> np.ndarray:
     return np.abs(errors).mean(0)
 
 
-print("your runs, between those that were fitted; errors are shares of the excess")
+print("your runs; errors are shares of the excess")
 yours = forecast_errors(LIVE)
 print("\nlarger than any that was fitted")
 beyond = forecast_errors(LARGER)
@@ -722,7 +722,7 @@ plots.show(figure, alt=alt)
 
 
 # %% [markdown]
-# **What you see.** Between the runs that were fitted, the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law; which of the two is closer depends on the seed. So the claim says that the loss is smooth, and not that the law is right. Look at the signs, too: most of the errors are above zero, so the law expects too high a loss where the training is short and the model is not tiny. A law is needed where there are no neighbours on the far side. There, at the one larger size, it is not clearly better than taking the result of the size below. As a share of the *loss* the law's errors are all below 5 %, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
+# **What you see.** Your first three runs lie between those that were fitted. The fourth, of 212,400 parameters, is larger than any of them (143,296), and its *neighbours* are only the edge. On these four the law is a good forecast, far better than the smaller run. But so are straight lines between the neighbours, which know no law; which of the two is closer depends on the seed. So the claim says that the loss is smooth, and not that the law is right. Look at the signs, too: most of the errors are above zero, so the law expects too high a loss where the training is short and the model is not tiny. A law is needed where there are no neighbours on the far side. There, at 290,208 parameters, it is not clearly better than taking the result of the size below. As a share of the *loss* the law's errors are all below 5 %, because most of the loss is entropy. Each of the larger runs was made once, and single runs scatter by the spread of section 3. Whether the law reaches far, this sweep cannot say: its largest run has only about twice the compute of the largest fitted one.
 
 # %% [markdown] tags=["core"]
 # ## 6 · The best size for a budget
@@ -973,7 +973,7 @@ for sizes in (3, 4, 5):
 # %% [markdown]
 # **What you see.** A world in which Chinchilla's law is true shows an exponent near Kaplan's to those who leave the embeddings out. The exponent is not constant: it starts near Kaplan's, is much steeper around a million parameters, where the embedding gives way to the inside, and comes down to the true one only for large models. The overall number is an average that a straight line takes over all of that, so it can lie above both ends.
 #
-# Do our own runs show it, too? They cannot. The number of sizes that one asks for decides whether there are enough valleys at all, and whether a value above or below Kaplan's comes out. Porian et al. (2024) repeated Kaplan's experiment step by step, and found two more causes: a warm-up too long for small models, and optimiser settings not tuned for each size. What all of these papers share: say what $N$ and $C$ count, end each schedule where the run ends, and tune each size.
+# Do our own runs show it, too? They cannot. The number of sizes that one asks for decides whether there are enough valleys at all, and whether a value above or below Kaplan's comes out. Porian et al. (2024) repeated Kaplan's experiment step by step, and found two more causes: a warm-up too long for small models, and optimiser settings not tuned for each size. What to take from them: say what $N$ and $C$ count, compare losses at the end of each run's own schedule, and tune each size.
 
 # %% [markdown] tags=["further"]
 # ## 9 · Losses read in mid-schedule
@@ -1370,7 +1370,7 @@ if off:
     print(f"half of these lie within {np.median(off):.0f} of the right sum")
 
 # %% [markdown]
-# **What you see.** Against a guesser that never read the question, samples look like a lot. Now look at the line *adds the tens*: someone who adds the tens only, and tries the possible sums of the units, the likeliest first. With up to four tries the model is a few points ahead of it in this run, from eight on it is behind. So what pass@k shows here is that the model knows roughly how large the sum is, and guesses in that range. It needs a verifier to pick the right one out. The vote, which needs none, is about as good as one greedy answer: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
+# **What you see.** Against a guesser that never read the question, samples look like a lot. Now look at the line *adds the tens*: someone who adds the tens only, and tries the possible sums of the units, the likeliest first. With up to four tries the model is a few points ahead of it in this run, from eight on it is behind. So what pass@k shows here is that the model knows roughly how large the sum is, and guesses in that range. It needs a verifier to pick the right one out. (With one sample, vote and pass@1 ask for the same chance. The vote looks at the first sample of each sum only, pass@1 at all of them: the difference is the luck of the draw.) The vote, which needs no verifier, is about as good as one greedy answer: the samples scatter so much that the most frequent one is seldom the right one. Written steps change the task itself into ones that the model can do, for the tokens of a few direct answers. Lesson 16 follows this up: verifiers, search, and models that are trained to think longer.
 
 # %% [markdown]
 # ## 15 · Exercises
@@ -1533,14 +1533,14 @@ check("4.4", check_best_guesses, best_guesses)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# Which answers would you name first? Section 14 drew its guesses with replacement; here no guess is wasted.
+# Which answers would you name first? The dashed line of section 14 drew its guesses with replacement; here, as in the dotted lines, no guess is wasted.
 #
 # </details>
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Name the most frequent answers. With 24 equal answers, 24 different guesses solve everything: a stronger baseline than the line of section 14.
+# Name the most frequent answers. With 24 equal answers, 24 different guesses solve everything: a stronger baseline than the dashed line of section 14.
 #
 # ```python
 # def best_guesses(counts: list[int], k: int) -> float:
@@ -1733,7 +1733,7 @@ check("4.6", check_my_prediction, my_prediction)
 # %% [markdown]
 # ## What we saw
 #
-# All numbers of this table were measured above, in this run or in the shipped sweep.
+# All numbers of this table come from above: measured in this run or in the shipped sweep, or computed from published constants.
 
 # %%
 lesson.summary()

@@ -100,7 +100,7 @@ if machine.device == "cpu":
     settings = settings | {"precision": "fp32"}
 
 # %% [markdown]
-# `fresh` returns a frozen copy of the base model in fp32. Every method starts from it. No cell holds more than a few copies of this model at a time: what is needed later is kept as its trained numbers only, in main memory. `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
+# `fresh` returns a frozen copy of the base model in fp32. Every method starts from it. No cell holds more than a few copies of this model at a time: what is needed later is kept as its trained numbers only, in main memory. `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
 
 # %%
 world = World()

@@ -62,7 +62,7 @@ calculator_gpu = "T4"  # a name in data/gpus.json
 carbon_intensity = 481  # g of CO2 per kWh of electricity (section 11): the world's average in 2023
 
 # %% [markdown]
-# The next cell holds all that depends on the hardware, one row per profile. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# The next cell holds all that depends on the hardware, one row per profile. `lesson` keeps what is claimed. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 
 # %%
 import copy

@@ -105,7 +105,7 @@ from transformers import AutoModelForSequenceClassification, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 # %% [markdown]
-# `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
+# `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
 
 # %%
 world = World()

@@ -103,7 +103,7 @@ SETTINGS = {  # rows of a batch in the trainings of the model, and processes; th
 settings = SETTINGS[machine.name]
 
 # %% [markdown]
-# `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `train` is the training loop of lesson 03.
+# `lesson.scaled` makes a number of steps or questions smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `train` is the training loop of lesson 03.
 
 # %%
 model, tokenizer = load_model(machine)
@@ -748,7 +748,7 @@ plots.show(figure, alt="Error over the number of pairs, log-log: the sum lies on
            "rule below it, and after ten passes far below where pairs are few.")  # fmt: skip
 
 # %% [markdown]
-# A sum of pairs follows its formula: with as many pairs as dimensions the error is as large as the values. The delta rule errs less at every number, and it can overwrite, which a sum cannot. It too answers worse with each pair. Ten passes tell why. With few pairs they take the error away: what was missing was passes. With more pairs than dimensions they do not: $d$ dimensions hold at most $d$ keys that do not disturb each other. A model reads its text once, so both limits count. A cache has neither: it grows.
+# A sum of pairs follows its formula: with as many pairs as dimensions the error is as large as the values. The delta rule errs less at every number, and it can overwrite, which a sum cannot. It too answers worse with each pair. Ten passes tell why. With few pairs they take the error away (the figure draws errors below 0.001 at 0.001): what was missing was passes. With more pairs than dimensions they do not: $d$ dimensions hold at most $d$ keys that do not disturb each other. A model reads its text once, so both limits count. A cache has neither: it grows.
 
 # %% [markdown] tags=["further"]
 # ## 4b · A hybrid on a recall task
@@ -1938,15 +1938,17 @@ lesson.equal("bytes sent in all eight ways, against their formulas", miscounted)
 #
 # **Question.** What changes with 8, 64 or 1,024 GPUs?
 #
-# In the script, nothing. On each of the hosts one line starts it; the hosts find each other at an address. Slurm runs that line on every host:
+# In the functions, nothing. On each of the hosts one line starts the script; the hosts find each other at an address. Slurm runs that line on every host:
 #
 # ```bash
 # # 8 hosts with 8 GPUs each, on every host:
+# export LESSON_SEED=0  # the script reads its seed from here
 # torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$FIRST_HOST:29500 --rdzv-id=run1 parallel.py found.json data_parallel
 #
 # # the same from Slurm, in a file for sbatch:
 # #SBATCH --nodes=8 --ntasks-per-node=1 --gpus-per-node=8
 # export FIRST_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# export LESSON_SEED=0
 # srun torchrun --nnodes=$SLURM_NNODES --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=$FIRST_HOST:29500 --rdzv-id=$SLURM_JOB_ID parallel.py found.json data_parallel
 # ```
 #
@@ -2573,7 +2575,7 @@ lesson.report("share of the steps in which Muon reaches the loss of AdamW", shar
 lesson.report("the same against AdamW with muP's rates", share_of_steps(muon, "AdamW with muP's rates"), form=".0%")
 
 # %% [markdown]
-# **What you see.** Muon's step has singular values near each other, where the gradient's lie far apart. All rows were tuned over the same rates (Muon over one less, the schedules over four), on the same batches. The fourth column is the number that papers like to print: the share of the steps after which a method is as low as AdamW with cosine at its end ("not all": in some seed it never is). Now look at the baseline. AdamW whose matrices and embeddings have rates of their own, which costs nothing, already needs fewer steps than AdamW with one rate; against it, the fifth column, less of Muon's lead is left. And a step of Muon takes more time, as the last column says; in these small models the products of matrices are cheap, so for the clock the lead is smaller still. Who compares optimisers has to tune the baseline first.
+# **What you see.** Muon's step has singular values near each other, where the gradient's lie far apart. All rows were tuned over the same rates (Muon over one less, the schedules over four), on the same batches. The fourth column is the number that papers like to print: the share of the steps after which a method is as low as AdamW with cosine at its end ("not all": in some seed it never is). Now look at the baseline. AdamW whose matrices and embeddings have rates of their own, which is no further arithmetic, already needs fewer steps than AdamW with one rate; against it, the fifth column, less of Muon's lead is left. And a step of Muon takes more time, as the last column says: its own products of matrices come on top, and where the rest of a step is cheap, as here, they weigh more. Multiply the share of the steps by the ratio of the seconds, and for the clock the lead is smaller still. (The seconds scatter: the three schedules do the same work as AdamW.) Who compares optimisers has to tune the baseline first.
 #
 # **WSD** (Hu et al. 2024): *warm-up, stable, decay*. A cosine has to know the end of the run from its beginning. WSD keeps the rate constant and lets it fall in the last fifth only. So one long constant run can be ended wherever one likes, by a decay that starts from a checkpoint. What does the decay gain?
 
@@ -2602,7 +2604,7 @@ plots.show(
 )
 
 # %% [markdown]
-# **What you see.** Up to the last fifth WSD and the constant rate are the same run; the decay is what sets them apart. (Their lines lie on each other until then.) Against cosine the report above prints the difference; with only 160 steps that says little about long runs. WSD's merit is another: it need not know its end.
+# **What you see.** Up to the last fifth WSD and the constant rate are the same run; the decay is what sets them apart. (Their lines lie on each other until then.) Against cosine, too, WSD ends lower here, each at its best rate (the table above has both losses); with only 160 steps that says little about long runs. WSD's merit is another: it need not know its end.
 #
 
 # %% [markdown] tags=["further"]
@@ -3124,7 +3126,7 @@ check("11.4", check_interleaved_bubble, interleaved_bubble)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Working takes as long as before, $m$. Filling the pipeline takes $p - 1$ pieces, each of length $1 / v$. The price: activations cross a border more than $v$ times as often, since the way back from the last process to the first comes on top.
+# Working takes as long as before, $m$. Filling the pipeline takes $p - 1$ pieces, each of length $1 / v$ with $v$ pieces to a process (`chunks`). The price: activations cross a border more than $v$ times as often, since the way back from the last process to the first comes on top.
 #
 # ```python
 # def interleaved_bubble(stages: int, micro_batches: int, chunks: int) -> float:
@@ -3362,7 +3364,7 @@ check("11.6", check_mended_layer, mended_layer)
 # %% [markdown]
 # ## What we saw
 #
-# All numbers of this table were printed above. They were measured in this run, but for those of section 10b on the best rate of width 16, on the share of steps that Muon needs, and on schedules: these come from the shipped sweep.
+# The rows that hold were printed above; some of those with an empty last column are printed only here. All were measured in this run, but for those of section 10b on the best rate of width 16, on the share of steps that Muon needs, and on schedules: these come from the shipped sweep.
 
 # %%
 lesson.summary()

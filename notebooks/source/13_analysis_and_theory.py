@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/13_analysis_and_theory.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/13_analysis_and_theory.ipynb)
 #
-# A language model is a list of matrices that you can read, stop and change at any place. That is not yet understanding: it is easy to tell a story about what a part does, and hard to make a measurement that would have refuted it. In this lesson you open a trained model with eight methods: attribution, attention patterns, ablation, patching, lenses, probes, editing and steering. Each comes with the control that keeps it honest. Some textbook findings come out here exactly as in the papers. Others do not, and then the lesson says so. In its second half you train small models in which theory can be checked: a circuit that appears within a few steps, regression in a forward pass, Bayes, features in superposition.
+# A language model is a list of matrices that you can read, stop and change at any place. That is not yet understanding: it is easy to tell a story about what a part does, and hard to make a measurement that would have refuted it. In this lesson you open a trained model with eight methods: attribution, attention patterns, ablation, patching, lenses, probes, editing and steering. Each comes with the control that keeps it honest. Some textbook findings come out here exactly as in the papers. Others do not, and then the lesson says so. In its second half you train small models in which theory can be checked: a circuit that appears late and fast, regression in a forward pass, Bayes, features in superposition.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -12,7 +12,7 @@
 # 1. take the logits apart into what every head and every layer wrote, find the induction heads, and see that no single head is needed, but one pair is;
 # 2. follow the person who is asked about from the name to the answer by exchanging parts of two runs, and see a probe that is always right and has found nothing;
 # 3. train one and two layers on the same task, and see the induction head appear in two layers only;
-# 4. find a linear attention layer equal to a step of gradient descent, and a small transformer between ridge regression and the Bayes estimator over few tasks;
+# 4. find a linear attention layer equal to a step of gradient descent, and a small transformer that comes near ridge regression, or nearer to the Bayes estimator over few tasks, by what it was trained on;
 # 5. count how many features a layer of five numbers holds.
 #
 # **Prerequisites:** lesson 03.
@@ -98,7 +98,7 @@ SETTINGS = {  # heads that are tried in pairs, step size of the tuned lens, docu
 settings = SETTINGS[machine.name]
 
 # %% [markdown]
-# `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `lesson.scaled` makes a number of items or steps smaller on a smaller budget.
+# `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `lesson.scaled` makes a number of items or steps smaller on a smaller budget.
 #
 # **The tools.** Load the model, and beside it an *untrained* model of the same shape: what it can do is not learned. Attention runs in its plain form (`eager`), which hands out its patterns. A *hook* is a function that PyTorch calls when a module runs. One kind is enough for this whole lesson: it sees the input of a module, and may put something else in its place.
 
@@ -778,7 +778,7 @@ lesson.claim("before the last layer the tuned lens names the right kind of thing
 #
 # $$W = (X^\top X + \lambda I)^{-1} X^\top Y$$
 #
-# and the largest entry of $x W + \bar y$ is the guess. Half of the people are for training, in three phrasings of the question. The test is a fourth phrasing, which pretraining never used.
+# and the largest entry of $x W + \bar y$ is the guess. Here $x$ is a new state without the mean of the training states, $\bar y$ the mean of the rows of $Y$ before it was taken out, and $\lambda$ the penalty on large weights. Half of the people are for training, in three phrasings of the question. The test is a fourth phrasing, which pretraining never used.
 
 
 # %%
@@ -872,7 +872,7 @@ lesson.claim("it does not find the towns of new people", news[deepest], at_most=
 lesson.claim("the same probe finds the towns of new people where the answer stands", at_the_end[-1], at_least=0.2)
 
 # %% [markdown]
-# **What you see.** Without controls this would be a success: before layers 2 and 3 the probe nearly always names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot. In a model that was never trained it is good as well, at some depths even better. From layer 2 on nearly each name has a state of its own, and a state has more numbers than there are people, so nearly any labels can be read off. (At the input the state is only that of the name's last token, which several names may share.) On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name. The town is not there yet, or not in a form that one linear map could read for all people. This agrees with section 4, where the patch of a name moved the person. Always repeat a probe with random labels: here they score as high as the true ones.
+# **What you see.** Without controls this would be a success: before layers 2 and 3 the probe nearly always names the town from the name's state, in a phrasing it was not trained on. But it is as good on towns given by lot. In a model that was never trained it is good as well, at some depths even better. From layer 2 on nearly each name has a state of its own, and a state has more numbers than there are people, so nearly any labels can be read off. (At the input the state is only that of the name's last token, which several names may share.) On new people it fails, though the model knows their towns. The method is not broken: at the last position after the last layer the same probe works for new people far more often than chance. So before the last layer the *person* is at the name. The town is not there yet, or not in a form that a probe trained on so few people could read for others. (Its failure alone does not prove that no linear map could: at the last position after the last layer the unembedding, a linear map, names more of the towns than the probe does.) This agrees with section 4, where the patch of a name moved the person. Always repeat a probe with random labels: here they score as high as the true ones.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Change one fact
@@ -885,7 +885,7 @@ lesson.claim("the same probe finds the towns of new people where the answer stan
 #
 # $$\min_{W'} \; \mathrm{tr}\big((W' - W)\, C\, (W' - W)^\top\big) \quad \text{such that} \quad W' k = W k + \delta$$
 #
-# At such a minimum the gradient of the first term is a multiple of that of the condition (this is Lagrange's rule): $2 (W' - W) C = \mu k^\top$ with some vector $\mu$. So the change has rank one, and the condition says how large it is:
+# At such a minimum the gradient of the first term is a multiple of that of the condition (this is Lagrange's rule): $2 (W' - W) C = \mu k^\top$ with some vector $\mu$. Multiply by $C^{-1}$ from the right: $W' - W = \tfrac12 \mu\, (C^{-1} k)^\top$. The change has rank one. Put it into the condition, $(W' - W)\, k = \tfrac12 \mu\, (k^\top C^{-1} k)$, and you know $\mu$:
 #
 # $$W' = W + \frac{\delta\,(C^{-1} k)^\top}{k^\top C^{-1} k}$$
 #
@@ -1238,6 +1238,8 @@ print(f"{told_before(which).any(-1).sum()} of {PAIRS} labels of this row can be 
 # **The model** has nothing but embeddings, attention and an unembedding. Positions enter as a learned number for each head and distance, which is added to the attention scores (a relative bias, as in T5). With heads $h$ and distance $i - j$:
 #
 # $$a_{ij} = \operatorname{softmax}_j\big(q_i \cdot k_j / \sqrt{d_h} + b_{h,\, i - j}\big), \qquad x_i \leftarrow x_i + \sum_h W^O_h \sum_{j \le i} a_{ij} v_j$$
+#
+# Here $x_i$ is the residual stream of token $i$ (in section 10 it will be an input), $q_i$, $k_j$ and $v_j$ are the head's query, key and value, and $d_h = 16$ is their size.
 
 # %%
 WIDTH, HEAD, SEQ = 48, 16, 2 * PAIRS
@@ -1776,7 +1778,7 @@ lesson.claim("in narrow models the task vector of layer 2 overrules the examples
              at_least=0.5, control=rows["another's examples, no patch"].mean(), form=".0%")  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Without a patch the models name the value that most functions give to the word; that is what "no patch" measures. The narrow models have a task vector at the separator, after the layer in which the separator has read the examples and before the one in which the word reads the separator. (A part is there after layer 1 already: in a prompt with other examples its vector turns the answer in 63 % of the cases, while after a bare separator it does nothing.) It even overrules the examples of another function. In the free models such a vector is neither at the separator nor at the word: no mean state does much more than the most frequent value. Their word reads the examples where they stand, and the separator has nothing to hold. The price of the narrow way stands in the figure: it loses more to Bayes than the free one. A task vector is thus no necessity of learning in context. It appears where the evidence has to pass through one place.
+# **What you see.** Without a patch the models name the value that most functions give to the word; that is what "no patch" measures. The narrow models have a task vector at the separator, after the layer in which the separator has read the examples and before the one in which the word reads the separator. (A part is there after layer 1 already: in a prompt with other examples its vector turns the answer in 63 % of the cases, while after a bare separator it does nothing.) It even overrules the examples of another function. In the free models such a vector is neither at the separator nor at the word: no mean state does much more than the most frequent value. A likely reason, not tested here: their word reads the examples where they stand, so that the separator has nothing to hold. (Other places, such as the last value, which has also seen all examples, were not tried.) The price of the narrow way stands in the figure: it loses more to Bayes than the free one. So learning in context does not need a task vector just before the asked word, or at it. Here one appears where the evidence has to pass through that one place.
 
 # %% [markdown] tags=["core"]
 # ## 12 · Superposition: more features than numbers

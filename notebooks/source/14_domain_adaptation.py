@@ -96,7 +96,7 @@ settings = SETTINGS[machine.name]
 IN_16_BITS = settings["precision"] != "fp32"
 
 # %% [markdown]
-# `lesson.scaled` makes a number of steps or questions smaller on a smaller budget, and `lesson.autocast` lets a block compute in 16 bits where the machine is fast in them. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. Every training below is **one run**; the course's ledger of claims repeats all of them with five seeds.
+# `lesson.scaled` makes a number of steps or questions smaller on a smaller budget, and `lesson.autocast` lets a block compute in 16 bits where the machine is fast in them. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. Every training below is **one run**; the course's ledger of claims repeats all of them with five seeds.
 
 # %%
 world = World()
@@ -394,7 +394,7 @@ lesson.claim("with a herb in the place of the word that is asked for, at least 5
              unread["a herb"], at_least=0.5, control=unread["another word of its kind"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# It is the kind of the word; whether a word of another kind is known adds little, if anything. After *Which instrument* this model says an instrument, whatever stands in the passage. Another instrument is always read, a known word of another kind seldom, a herb seldom or never. So it has learned to find *which of its words of the asked kind* stands in the passage, and not to copy any word. A model that has read more of the world copies new words; on a GPU, the same cells measure that of a hub model. The rule holds for both: **test the reader on the words of the field before you build the search.** Two other things are easy here. The names are rare words, so the search cannot miss (lesson 02 has searches that do), and the facts are stated one by one.
+# It is the kind of the word; whether a word of another kind is known adds little, if anything. After *Which instrument* this model nearly always says an instrument, whatever stands in the passage. Another instrument is always read, a known word of another kind seldom, a herb seldom or never. So it has learned to find *which of its words of the asked kind* stands in the passage, and not to copy any word. A model that has read more of the world copies new words; on a GPU, the same cells measure that of a hub model. The rule holds for both: **test the reader on the words of the field before you build the search.** Two other things are easy here. The names are rare words, so the search cannot miss (lesson 02 has searches that do), and the facts are stated one by one.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Tell it: continued pretraining
@@ -546,9 +546,9 @@ for version in VERSIONS:
 figure = plots.bars_with_intervals(
     {version: {"completes a sentence": share(completed[version]), "answers a question": share(hits[version])}
      for version in VERSIONS},
-    title="Above the floor are only facts that were asked in training",
+    title="Answers beat a constant only if the facts were asked",
     xlabel="right in medicine, unseen wordings",
-    references={"best constant": best_constant(to_complete).accuracy},
+    references={"best constant, sentences": best_constant(to_complete).accuracy},
 )  # fmt: skip
 plots.show(figure, alt="For each version of the text two bars: sentences completed, and questions answered.")
 on_untold = share(right(models["with questions"], untold))
@@ -565,7 +565,7 @@ lesson.report("questions on the same facts, more than questions on others (facts
               reached["with questions"] - reached["questions on others"], ".0%")  # fmt: skip
 
 # %% [markdown]
-# The control of the first claim are the illnesses of which no text tells, asked of the same model. Eight wordings let more sentences be completed than one, in wordings that neither text has. How many more depends much on the run, so it is a report here and not a claim; Ovadia et al. (2024) and Allen-Zhu & Li (2023) find the same direction for answers to questions.
+# The dashed line is the floor of the sentences; that of the questions is printed below the figure. The control of the first claim are the illnesses of which no text tells, asked of the same model. Eight wordings let more sentences be completed than one, in wordings that neither text has. How many more depends much on the run, so it is a report here and not a claim; Ovadia et al. (2024) and Allen-Zhu & Li (2023) find the same direction for answers to questions.
 #
 # **Which mistakes?** An answer can be right, another fact of the same illness, a fact of another illness of the right kind, or something else.
 
@@ -741,7 +741,7 @@ plots.show(
 )
 
 # %% [markdown]
-# The rows above the floor are those whose facts were *asked* in training, at about the same training tokens as the told ones. Did the model that read on learn to read pages as well? The last rows and the line on untold illnesses say: pages of facts that it knows and of facts that it does not. (A practitioner would train the reader on pages with questions: Zhang et al. 2024, *RAFT*, arXiv:2403.10131. That row is missing here.) The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
+# The rows above the floor are those whose facts were *asked* in training, at about the same training tokens as the told ones. Did the model that read on learn to read pages as well? For facts that it was told of, compare the last row with *with questions*; for facts that it was not, see the line on untold illnesses. In this run of shima-4m a page raises neither: no. (A practitioner would train the reader on pages with questions: Zhang et al. 2024, *RAFT*, arXiv:2403.10131. That row is missing here.) The crossing of the two lines is arithmetic, and holds for a reader that can read: below it, looking up is cheaper, above it, training. For the seats of companies (section 2) this model is such a reader, and there no training was needed at all.
 #
 # The arithmetic leaves out what often decides. A page can be corrected today, and be shown to the user as the source; weights cannot. If the facts change every month, the training is paid every month (exercise 14.3). Without a network there is no look-up; then the facts must be in the weights.
 #
@@ -812,7 +812,7 @@ behind = points["no replay"][1] - points["replay 20 %"][1]
 lesson.report("medicine, points given up for a fifth of replay", behind, ".0%")
 
 # %% [markdown]
-# Reading only medicine, the model no longer knows people, does not read and does not add; only the mapping of labels survives. A fifth of replay saves most of what it says about people and of its reading, and least of the sums. Weights between before and after cost no training, and no step back keeps both: three quarters of the way keep most of the medicine and return a part of the rest, half of the way returns most of the rest and loses most of the medicine. A fifth of replay costs some points of medicine, as the report says, and no tokens. All points lie on the frontier, or near it: which one is best depends on what a general point is worth to you.
+# Reading only medicine, the model no longer knows people, does not read and does not add; only the mapping of labels survives. A fifth of replay saves most of what it says about people and of its reading, and least of the sums. Weights between before and after cost no training, and no step back keeps both: three quarters of the way keep most of the medicine and return a part of the rest, half of the way returns most of the rest and loses most of the medicine. A fifth of replay costs some points of medicine, as the report says, and no tokens. A point is on the *frontier* if no other is at least as good in both scores and better in one. All points lie on it, or near it: which one is best depends on what a general point is worth to you.
 
 # %% [markdown] tags=["further"]
 # ## 7 · Token by token: how deep does an assistant go?
@@ -873,7 +873,7 @@ lesson.claim("the first three tokens are shifted at least 20 points more often t
              shifted(words, 0, 3) - shifted(words, 5, 60), at_least=0.2, form=".0%")  # fmt: skip
 
 # %% [markdown]
-# It says *superficial* in a precise sense: given the beginning of an answer, the base model continues it as the assistant would, at most places. And it says nothing about the beginning itself, which is where the assistant decides to answer at all, and in which form. The two curves differ at the first tokens: part of what looks like tuning there is only that the base model has never seen the marks of a chat. Lin et al. found far fewer shifted tokens, 5 to 8 %; our assistant answers many of its tasks with a single word in a form of its own, and only the long replies reach the later places of the figure. Section 4 showed the limit: facts in no training row stayed near the bottom.
+# It says *superficial* in a precise sense: given the beginning of an answer, the base model continues it as the assistant would, at most places. And it says nothing about the beginning itself, which is where the assistant decides to answer at all, and in which form. The two curves differ at the first tokens: part of what looks like tuning there is only that the base model has never seen the marks of a chat. Lin et al. found far fewer shifted tokens, 5 to 8 %; our assistant answers many of its tasks with a single word in a form of its own, and only the long replies reach the later places of the figure. Section 4 showed the limit: new facts in no training row stayed near the bottom.
 
 # %% [markdown] tags=["core"]
 # ## 8 · Is it better, or was it luck?
@@ -906,7 +906,7 @@ for one, two in itertools.combinations(["RAG", "eight wordings", "questions on o
     print(f"{one:>19} against {two:<19} {n10:>3} to {n01:<3} p = {paired_test(first, second):.2g}")
 
 # %% [markdown]
-# **How large must an exam be?** Test power by simulation: let two systems differ by a known amount, hold the exam many times, and count how often the test finds the difference. Two adaptations of one base model agree on most questions. Two unrelated systems do not. The *unpaired* test knows only the two scores.
+# **How large must an exam be?** Test power by simulation: let two systems differ by a known amount, hold the exam many times, and count how often the test finds the difference. A test *at the 5 % level* calls a difference found where $p < 0.05$, and its *power* is how often it finds one that is there. Two close versions of one model (another prompt, a little more training) may agree on most questions: for such *similar* systems we let 10 % of the questions divide them. Systems that know different facts agree on fewer, even if they come from one base: above, half of the questions divide *with questions* and *SFT*. For such pairs, called *unrelated*, we take 40 %. The *unpaired* test knows only the two scores.
 
 # %%
 from scipy.stats import norm
@@ -947,7 +947,7 @@ lesson.claim("with 200 questions on similar systems, pairing raises the power by
              gains["similar systems"], at_least=0.2, control=gains["unrelated systems"], form=".0%")  # fmt: skip
 
 # %% [markdown]
-# A true gain of five points is found by few exams of 50 questions, whatever the test. Pairing helps where two systems agree on most questions, and does not where they do not: the control is the gain for unrelated systems. Two consequences. Compare an adaptation with *its own* base, on the same questions, and keep every answer. And compute the size of the exam before it is held (exercise 14.4); an exam of some 50 facts, like ours, separates only large differences. The test is over questions. It knows nothing of another training seed, and over seeds the rows of section 5 change more than that: on five seeds *with questions* minus *SFT* was 11, 46, 46, 9 and 20 points. And a large $p$ does not say *equal*, it says *not separated*.
+# A true gain of five points is found by few exams of 50 questions, whatever the test. Pairing helps where two systems agree on most questions, and does not where they do not: the control is the gain for unrelated systems. So count the dividing questions first: where they are as many as between *with questions* and *SFT*, expect nothing from pairing. Two consequences. Compare systems on the same questions, and keep every answer. And compute the size of the exam before it is held (exercise 14.4); an exam of some 50 facts, like ours, separates only large differences. The test is over questions. It knows nothing of another training seed, and over seeds the rows of section 5 change more than that: on five seeds *with questions* minus *SFT* was 11, 46, 46, 9 and 20 points. And a large $p$ does not say *equal*, it says *not separated*.
 
 # %% [markdown] tags=["core"]
 # ## 9 · Does it know when it is wrong?
@@ -1086,7 +1086,7 @@ for name in ("with questions", "SFT"):
           f"{roc_auc_score(is_told, sure_of[name]):.2f} (0.5 is chance)")  # fmt: skip
 
 # %% [markdown]
-# Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Two means may hide a lot, so look at the area under the curve: near one half, the confidence hardly tells an illness that it was told of from one that it was not.
+# Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Two means may hide a lot, so look at the area under the ROC curve, the probability that a question on a told illness, drawn by lot, gets a higher confidence than one on an untold illness: near one half, the confidence hardly tells an illness that it was told of from one that it was not.
 #
 # **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it. A question that is *passed on* costs something too: somebody must look it up. Here it costs 1; an answer that is no sign, herb or dose at all costs the same, because anyone sees it.
 
@@ -1127,7 +1127,7 @@ lesson.claim("the model that was asked about others only does at least a fifth m
              harm_of["questions on others"][0], at_least=1.2, control=harm_of["questions on others"][1])  # fmt: skip
 
 # %% [markdown]
-# The first two rows are floors: whoever says the least harmful constant of each kind, or any value of the right kind. Passing on every question costs 100, by definition; so does the model that was only told, since anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than doing nothing: many of its wrong answers are real signs, herbs and doses, so nobody sees that they are wrong. Ranked by right answers it would be better than the first. Compare the other systems with 100, too. With passing, by a threshold chosen on other facts, only a system below 100 is worth being switched on, and by how much is in the table. The threshold rests on few questions, so do not expect a gain in every row.
+# The first two rows are floors: whoever says the least harmful constant of each kind, or any value of the right kind. Passing on every question costs 100, by definition; so does the model that was only told, since anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than doing nothing: many of its wrong answers are real signs, herbs and doses, so nobody sees that they are wrong. Ranked by right answers it would be better than the first. Compare the other systems with 100, too. With passing, by a threshold chosen on other facts, only a system below 100 is worth being switched on, and by how much is in the table. The threshold rests on few questions, so do not expect a gain in every row. Over five seeds (in the ledger) *with questions* did a harm of 76 to 118 when it answered all, and of 68 to 93 with passing: only with passing was it below 100 each time.
 #
 # The costs are ours, and another table of costs gives another order. That is why they are written down first.
 
@@ -1321,7 +1321,7 @@ check("14.4", check_items_needed, items_needed)
 # %% [markdown] tags=["hint"]
 # <details><summary>Hint</summary>
 #
-# Each question gives $+1$, $-1$ or $0$. Its mean is the gain $g$; its variance is $d - g^2$ with $d$ the share of dividing questions, and $d$ if there is no gain. The mean over $n$ questions is nearly normal. The test finds the gain if that mean exceeds $z_{1 - \alpha/2} \sqrt{d / n}$, and this must happen with the wanted power. Solve for $n$. `statistics.NormalDist().inv_cdf` gives $z$.
+# Each question gives $+1$, $-1$ or $0$. Its mean is the gain $g$; its variance is $d - g^2$ with $d$ the share of dividing questions, and $d$ if there is no gain. The mean over $n$ questions is nearly normal. The test finds the gain if that mean exceeds $z_{1 - \alpha/2} \sqrt{d / n}$, and this must happen with the wanted power. Solve for $n$. Here $z_q$ is the value below which a standard normal number lies with probability $q$, and $\alpha$ is `level`; `statistics.NormalDist().inv_cdf` gives $z$.
 #
 # </details>
 

@@ -106,7 +106,7 @@ settings = SETTINGS[machine.name]
 model, tokenizer = load_model(machine)
 
 # %% [markdown]
-# `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `lesson.scaled` makes a number of steps or items smaller on a smaller budget.
+# `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `lesson.scaled` makes a number of steps or items smaller on a smaller budget.
 
 # %% [markdown] tags=["core"]
 # ## 1 · A world with rules
@@ -293,7 +293,7 @@ fewest = np.array([breadth_first(layout.goal, layout.blocked)[CELLS[index]] for 
 lesson.report("expected moves for each move of the shortest way, slip 0.2", -values[going].sum() / fewest.sum())
 
 # %% [markdown]
-# **What you see.** All ways to compute it agree. The arrows show the best moves on the slippery floor, the small numbers how many moves are still to be expected. For this number a model of the floor is needed, the probabilities $P$. The robot of the next section has none.
+# **What you see.** All ways to compute it agree. The arrows show the best moves on the slippery floor, the small numbers how many moves are still to be expected. To compute this number one must know the floor, the probabilities $P$. The robot of the next section has none.
 
 # %% [markdown] tags=["core"]
 # ## 3 · Imitation: from words to moves
@@ -1090,7 +1090,7 @@ for way in ("DAgger", "own successes"):
 #
 # **Question.** A program can only run what it can read. How do you make a model write a call that always can be read?
 #
-# A *tool* is a function that the model may ask for. Here are three tools of a small kitchen on Shima. The model never runs anything. It writes text, and your program looks up the tool's name in a list of allowed tools.
+# A *tool* is a function that the model may ask for. Here are three tools of a small kitchen on Shima. Their type hints say what an argument may be; `Literal["tea", "milk"]` would be one of these two values. The model never runs anything. It writes text, and your program looks up the tool's name in a list of allowed tools.
 
 # %%
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -1209,6 +1209,8 @@ def exactly(text: str) -> tuple:
 # **The automaton.** Which texts may still follow after you have read one byte $b$? That set is the language's *derivative*, and Brzozowski (1964) found that it can be computed piece by piece. Write $\mathcal{L}_1 \mathcal{L}_2$ for one language after another, and $\partial_b \mathcal{L}$ for the derivative:
 #
 # $$\partial_b (\mathcal{L}_1 \cup \mathcal{L}_2) = \partial_b \mathcal{L}_1 \cup \partial_b \mathcal{L}_2, \qquad \partial_b (\mathcal{L}_1 \mathcal{L}_2) = (\partial_b \mathcal{L}_1) \mathcal{L}_2 \;\cup\; \begin{cases} \partial_b \mathcal{L}_2 & \text{if } \mathcal{L}_1 \text{ holds the empty text} \\ \varnothing & \text{otherwise} \end{cases}$$
+#
+# For one byte out of a set the derivative is the empty text (`END` in the code) if $b$ is in the set, and no text at all (`NEVER`) otherwise. For a language repeated between `low` and `high` times it is the derivative of one copy, and then one repetition less.
 #
 # Take the texts `ab` and `ac`. After `a`, what may follow is `b` or `c`; after `ab`, only the empty text, so `ab` is complete; after `ax`, nothing at all, so no valid text begins like this. A derivative is a language again. So languages are the *states* of an automaton, and reading a byte moves from one to the next. A text is valid if the state at its end holds the empty text.
 
@@ -1965,7 +1967,10 @@ def demonstrated_pages(visits: int, generator: random.Random) -> list[dict]:
     browser = TextBrowser(lambda address, method: kitchen_page(address, orders, method))
     for visit in range(visits):
         offered = random.Random(f"menu/d{seed}-{visit}").sample(list(DISHES), MENU)
-        dish = generator.choice([dish for dish in offered if dish not in NEW_DISHES] or offered)
+        known = [dish for dish in offered if dish not in NEW_DISHES]
+        if not known:
+            continue
+        dish = generator.choice(known)
         number = str(generator.randint(1, LIMIT_OF_SHOP))
         wish = TASK.format(number, dish)
         browser.open(f"/d{seed}-{visit}/{generator.choice(('menu', 'menu', 'menu', 'help'))}")
@@ -1979,7 +1984,7 @@ def demonstrated_pages(visits: int, generator: random.Random) -> list[dict]:
 
 
 smooth = recovering = None  # a GPU needs the room
-clerk = tune(assistant, demonstrated_pages(lesson.scaled(450, 16), random.Random(f"pages/{seed}")))
+clerk = tune(assistant, demonstrated_pages(lesson.scaled(700, 16), random.Random(f"pages/{seed}")))
 
 # %% [markdown]
 # **Two browsers behind one interface.** The site goes online, on an address that only this machine can reach. `Chromium` is driven by `playwright`, whose simple interface refuses to run where an event loop runs already, as in a notebook. So all its work is done in a thread of its own. Observations are read from the page by one line of JavaScript. Where there is no Chromium, one sentence says so.
@@ -2139,7 +2144,7 @@ lesson.report(
 )
 
 # %% [markdown]
-# **The real browser.** A few more wishes, in Chromium. The text browser then replays the same actions; on every page both must have made the same observation, word for word.
+# **The real browser.** A few more wishes for known dishes, in Chromium. The text browser then replays the same actions; on every page both must have made the same observation, word for word.
 
 # %%
 def with_chromium(wishes: Sequence[tuple]) -> tuple[list[list[tuple]], bytes]:
@@ -2159,7 +2164,7 @@ def with_chromium(wishes: Sequence[tuple]) -> tuple[list[list[tuple]], bytes]:
 
 # %%
 if CHROMIUM and importlib.util.find_spec("playwright"):
-    wishes = wishes_for("chromium-", lesson.scaled(3, 2), True)
+    wishes = wishes_for("chromium-", lesson.scaled(3, 2), False)
     all_steps, picture = with_chromium(wishes)
     differing = 0
     replayed = TextBrowser(lambda address, method: kitchen_page(address, defaultdict(list), method))
@@ -2175,12 +2180,12 @@ if CHROMIUM and importlib.util.find_spec("playwright"):
     axes.imshow(plt.imread(BytesIO(picture)))
     axes.set_title("A page of the shop in Chromium")
     axes.axis("off")
-    plots.show(figure, alt="A menu page of the shop in Chromium: its links in one line.")
+    plots.show(figure, alt="A page of the shop in Chromium, as the first action of the model left it.")
 else:
     print("Chromium or playwright is not installed: the text browser is the only one here.")
 
 # %% [markdown]
-# **What you see.** Both browsers saw the same on every page that was looked at. It has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed. In most of our runs the clerk ordered nearly all dishes that the demonstrations of this site ordered, and of the others fewer, in some runs hardly any: there it clicks a dish that it knows, even one that is not on the page. It has learned which words are clicked, and only in part to copy the word of the task. With fewer demonstrations it got through no order at all. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. How far it gets differs from run to run, so these numbers are reports, and the dishes of a kind are only a few.
+# **What you see.** Both browsers saw the same on every page that was looked at. The clerk has never heard of HTTP, HTML or Chromium. It reads a line and writes a line; what stands between the two lines can be exchanged. So you can test an agent on text, and change the browser later. The shop is as small as it is because the model is. Look at the dishes that failed. In this run the clerk orders every dish that the demonstrations of this site ordered, and none of the others. There it clicks a dish that it knows, even one that is not on the page: it has learned which words are clicked, and not to copy the word of the task. Over five seeds (in the ledger) it gets 100, 22, 100, 84 and 100 % of the known dishes and 0, 3, 44, 0 and 25 % of the others. So some runs copy in part, one learns neither, and these numbers are reports. A mask over the elements of the page would forbid the clicks on nothing, and could not make them right. (A first version of this section let a demonstration order one of the other dishes where the menu had nothing else. That was in a handful of visits, and yet most of its score for the other dishes came from the dishes of these visits. A leak need not be large: count what the training has seen.)
 #
 # **A page can lie.** Whoever writes the page writes into the model's prompt; lesson 12 has attacks and defences. The prompt has no place where only the user can write, so what an action may do has to be limited outside of the model. Here `act` can click and type, and both browsers reach this site and no other. That is not enough: no link of this site orders anything, but a button that says `help` may send the form that pays. What must not happen by one click, the server has to ask about, and the user has to confirm.
 
@@ -2549,7 +2554,7 @@ def check_aligned(aligned):
     expect_close("share of a with 1 try, where there is no choice", share_of_a(1), 0.5, tolerance=0.04)
     expect_close("share of a with 200 tries", share_of_a(200), 1 / 11, tolerance=0.03)
     expect_close(
-        "share of a with 4 tries, most of which end without an acceptance", share_of_a(4), 0.16, tolerance=0.04
+        "share of a with 4 tries, most of which end without an acceptance", share_of_a(4), 0.15, tolerance=0.04
     )
     drawn.clear()
     share_of_a(200)
@@ -2571,7 +2576,7 @@ check("15.4", check_aligned, aligned)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# Accept with the probability $\prod_t a_t$, the mass that was kept: $q(y) \prod_t a_t = p(y)$. The same number is the importance weight $p / q$ up to a constant, so it is the weight for choosing among the calls that were drawn.
+# Accept with the probability $a = \prod_t a_t$, the mass that was kept: $q(y)\, a = p(y)$. If none is accepted, all calls that were drawn were refused, and so have the distribution $q(y) (1 - a)$ up to a constant. The weight that brings it back to $p$ is $a / (1 - a)$. Where little mass is kept, it is nearly $a$ itself.
 #
 # ```python
 # def aligned(draw: Callable[[], tuple[str, float]], tries: int, generator: random.Random) -> str:
@@ -2581,7 +2586,7 @@ check("15.4", check_aligned, aligned)
 #         if generator.random() < kept:
 #             return call
 #         calls.append(call)
-#         weights.append(kept)
+#         weights.append(kept / (1 - kept))  # a call that is refused has kept < 1
 #     return generator.choices(calls, weights)[0]
 # ```
 #

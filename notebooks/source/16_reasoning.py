@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/16_reasoning.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/16_reasoning.ipynb)
 #
-# A language model spends the same work on every token. So there are two ways to spend more on a hard question: let it write more, or let it try more often. Both are called *test-time compute*, and both need somebody who can tell a good attempt from a bad one. In the first half of this lesson you count the tokens. You cut the thinking of a model short and force it to go on. You teach it to find its way on the roads of Shima, draw many answers, and let verifiers choose. You search step by step, and draw all methods into one picture over the tokens that they cost. In the second half the model is to get better by itself: it checks its own answers, learns from those that a checker accepts, and learns what it never did right. At the end you ask whether the steps that it writes are the reason for its answer.
+# A language model spends the same work on every token. So there are two ways to spend more on a hard question: let it write more, or let it try more often. Both are called *test-time compute*, and both can bring much more where somebody can tell a good attempt from a bad one. In the first half of this lesson you count the tokens. You cut the thinking of a model short and force it to go on. You teach it to find its way on the roads of Shima, draw many answers, and let verifiers choose. You search step by step, and draw all methods into one picture over the tokens that they cost. In the second half the model is to get better by itself: it checks its own answers, learns from those that a checker accepts, and learns what it never did right. At the end you ask whether the steps that it writes are the reason for its answer.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -100,7 +100,7 @@ SETTINGS = {
 settings = SETTINGS[machine.name]
 
 # %% [markdown]
-# `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `lesson.scaled` makes a number of items or steps smaller on a smaller budget. `generate` decodes many prompts at once; at temperature 0 it takes the most probable token, and `num_samples` draws several answers to each prompt.
+# `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. `lesson.scaled` makes a number of items or steps smaller on a smaller budget. `generate` decodes many prompts at once; at temperature 0 it takes the most probable token, and `num_samples` draws several answers to each prompt.
 
 # %%
 world = World()
@@ -450,7 +450,7 @@ def step_columns(text: str) -> np.ndarray:
 #
 # $$\tfrac12 \lVert w \rVert^2 - C \sum_i \big( y_i \log v_i + (1 - y_i) \log (1 - v_i) \big)$$
 #
-# Newton's method needs a handful of steps: the gradient is $w - C\, \Phi^\top (y - v)$, the Hessian $I + C\, \Phi^\top \mathrm{diag}(v (1 - v))\, \Phi$.
+# Here $\sigma(z) = 1 / (1 + e^{-z})$ makes a number between 0 and 1. Newton's method puts a parabola with the same slope and curvature at the present $w$, and jumps to its lowest point: $w \leftarrow w - H^{-1} g$ with the gradient $g$ and the Hessian $H$, the matrix of second derivatives. It needs a handful of steps. The gradient is $w - C\, \Phi^\top (y - v)$, the Hessian is $I + C\, \Phi^\top \mathrm{diag}(v (1 - v))\, \Phi$.
 
 
 # %%
@@ -582,7 +582,7 @@ lesson.claim("the best of 32 by the policy's own states is at least 5 points wor
              control=at["process, from steps"][1] - at["process, from steps"][32])  # fmt: skip
 
 # %% [markdown]
-# **What you see.** Both outcome verifiers are better than a coin: shown a right and a wrong route, mostly of two different questions, they score the right one higher more often. And yet best-of-N by them soon gets *worse* as $N$ grows, and ends below one sample that nobody judged. The row of random numbers shows how. A judge that knows nothing gives each *different* route the same chance, while the policy wrote the right one many times and most wrong ones once. Best-of-N forgets how often an answer was drawn, and with every further sample one more rare mistake comes up for choice. Best-of-N uses only the route at the top of the ranking. A verifier that is right in most such comparisons can still put a wrong route there. There is one more handicap: the verifiers learned from each different route once, and most of those are wrong (76 %), where of the samples that they choose from most are right (60 %). Cobbe et al. (2021) saw best-of-N turn down only beyond 400 samples, with a verifier that had learned from far more.
+# **What you see.** Both outcome verifiers are better than a coin: shown a right and a wrong route, mostly of two different questions, they score the right one higher more often. And yet best-of-N by them soon gets *worse* as $N$ grows, and ends below one sample that nobody judged. The row of random numbers shows how. A judge that knows nothing gives each *different* route the same chance, while the policy wrote the right one many times and most wrong ones seldom. Best-of-N forgets how often an answer was drawn, and with every further sample one more rare mistake comes up for choice. Best-of-N uses only the route at the top of the ranking. A verifier that is right in most such comparisons can still put a wrong route there. There is one more handicap: the verifiers learned from each different route once, and most of those are wrong (76 %), where of the samples that they choose from most are right (60 %). Cobbe et al. (2021) saw best-of-N turn down only beyond 400 samples, with a verifier that had learned from far more.
 #
 # The process verifier has the same inputs, the same routes and the same fit as the outcome verifier of the steps, and in the row with the goal both have the same check. What differs is the labels, and with them the rule: a product over steps instead of one verdict on their sum. One label a step says *where* a wrong route is wrong, and that is also more information: somebody had to judge every step. It cannot see that a way is too long, and comes close to the true verifier all the same, since shorter ways win its product. With shuffled labels only the goal check and this taste for short ways are left. They rank routes about as well as the outcome verifier with the goal check does, and gain as little.
 #
@@ -1148,7 +1148,7 @@ del writer  # a GPU needs the room
 #
 # $$\nabla J = \mathbb{E}\big[r(x, y)\, \nabla \log \pi(y \mid x)\big] = \mathbb{E}\big[(r(x, y) - b)\, \nabla \log \pi(y \mid x)\big]$$
 #
-# for any $b$ that does not depend on $y$. With $b = 0$ and rewards of 0 and 1 this is fine-tuning on the right samples: **rejection-sampling fine-tuning**, one round of STaR. With $b$ the mean reward of the answers to the same question it is the gradient of **GRPO** without the division by the standard deviation and by the length (Dr. GRPO, Liu et al. 2025): the wrong answers are pushed down as well. The group mean contains the answer itself; that only shortens the gradient, by the factor $1 - 1/G$ for $G$ answers. Lesson 08 holds GRPO against `trl`. Check the first statement here, on real samples and made-up rewards.
+# for any $b$ that does not depend on $y$. With $b = 0$ and rewards of 0 and 1 this is fine-tuning on the right samples: **rejection-sampling fine-tuning**, one round of STaR. With $b$ the mean reward of the answers to the same question it is the gradient of **GRPO** without the division by the standard deviation and by the length (Dr. GRPO, Liu et al. 2025): the wrong answers are pushed down as well. The group mean contains the answer itself; that only shortens the gradient, by the factor $1 - 1/G$ for $G$ answers. Lesson 08 holds GRPO against `trl`. The code calls $r - b$ the *advantage*: by how much an answer was better than the baseline. Check the first statement here, on real samples and made-up rewards.
 
 
 # %%
@@ -1184,7 +1184,7 @@ lesson.equal("the policy gradient of 0-1 rewards is the gradient of fine-tuning 
 del learner, gradients, loss, logits
 
 # %% [markdown]
-# Both get the same number of samples, sixteen for each of the *practice* pairs, whose solutions nobody gives, and the same number of updates, 96. Fine-tuning takes the samples of section 3, drawn from the policy, each different right text once; the identity above counts repeats. GRPO draws its samples in sixteen rounds from the policy as it becomes, six for each of 25 pairs, with six updates a round. Only the first update of a round sees samples of the policy as it is; for the other five they are a little old, and no ratio corrects this. The simple baseline is *more of the known*: as many more steps as the fine-tuning, on the *training* pairs, whose solutions are known.
+# Both get the same number of samples, sixteen for each of the *practice* pairs, whose solutions nobody gives, and the same number of updates, 96. Fine-tuning takes the samples of section 3, drawn from the policy, each different right text once; the identity above counts repeats. GRPO draws its samples in sixteen rounds from the policy as it becomes, six for each of 25 pairs, with six updates a round. Only the first update of a round sees samples of the policy as it is; for the other five they are a little old, and nothing corrects this. (Lesson 08 does it by a ratio: the probability of an answer now over that when it was drawn.) The simple baseline is *more of the known*: as many more steps as the fine-tuning, on the *training* pairs, whose solutions are known.
 
 # %%
 GROUP, UPDATES, practice = 6, 96, split["practice"]
@@ -1726,7 +1726,7 @@ check("16.6", check_answer_all, answer_all)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# A way is possible if it begins and ends where it should and each of its roads exists. Pairs whose best answer is not possible are asked again, and of possible ways the shorter one is kept.
+# A way is possible if it begins and ends where it should and each of its roads exists. Pairs whose best answer is not possible are asked again, and of possible ways the shorter one is kept. An answer has at most 20 tokens, so the code keeps room for 21 for each pair that is asked again.
 #
 # ```python
 # def answer_all(ways: list[tuple[str, str]], ask: Callable[[list[tuple[str, str]]], list[str]], tokens: int) -> list[str]:
@@ -1818,7 +1818,7 @@ check("16.6", check_answer_all, answer_all)
 #
 # <details><summary>Answer</summary>
 #
-# D. The second model of section 9 writes right steps too, and its answer agrees with them whenever the guess happens to be right. Only an intervention tells the two apart.
+# D. The second model of section 9 writes right steps too, and its answer agrees with them whenever the guess happens to be right. In those cases only an intervention tells the two apart.
 #
 # </details>
 

@@ -118,7 +118,7 @@ settings = SETTINGS[machine.name]
 IN_16_BITS = settings["precision"] != "fp32"
 
 # %% [markdown]
-# `lesson.scaled` makes a number of steps or tasks smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep, `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
+# `lesson.scaled` makes a number of steps or tasks smaller on a smaller budget. `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end. On the course's own model, with seed 0 and the whole `budget`, the lesson stops where a claim does not hold; elsewhere it says so and goes on.
 #
 # Two rules hold for all claims that compare two models. A difference counts from **0.3 points** on. That is about what 100 tasks can find: section 8 computes 0.16, 0.27 and 0.37 points for three pairs of systems. And every training below is **one run**; the course's ledger of claims (a page of its site, and `data/claims.json`) repeats all of them with four other seeds.
 
@@ -583,7 +583,7 @@ lesson.report("what a repetition penalty of 1.2 costs (points)", cost.mean(), ".
 #
 # **Question.** Many recipes go on with DPO after fine-tuning. How can the score go down by it?
 #
-# Lesson 09 derives the loss. For a pair of a chosen answer $w$ and a rejected one $l$, with $h$ the growth of an answer's log-probability since the reference, it is
+# Lesson 09 derives the loss. For a pair of a chosen answer $w$ and a rejected one $l$, with $h$ the growth of an answer's log-probability since the reference (here the model from before DPO, kept frozen, and not the reference answer of a task), it is
 #
 # $$\mathcal{L} = -\log \sigma\big(\beta\,(h_w - h_l)\big)$$
 #
@@ -848,7 +848,7 @@ held_out, swapped = pairs[~for_training], pairs[~for_training][:, ::-1]
 print(f"{for_training.sum()} pairs to learn from, {len(held_out)} held out")
 
 # %% [markdown]
-# **Three measurements** on pairs that the judge has not seen. *Flips*: in how many pairs does the verdict change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality. How often the *rubric* finds the chattier one better in these pairs is printed as well.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives. The $\kappa$ of the people themselves is what to compare with; a judge that averages out the noise of many people could pass it.
+# **Three measurements** on pairs that the judge has not seen. The verdict is a number: above zero the judge chooses the answer that stands first. *Flips*: in how many pairs does its sign change when the answers change places? *Idle sentences*: where one of the two has such a sentence and the other has not, how often does it choose the chattier one? (The sentences were added by a coin, whatever the quality. How often the *rubric* finds the chattier one better in these pairs is printed as well.) *Agreement with the rubric*: Cohen's $\kappa$, which is 1 for the same verdicts and 0 for what chance gives. The $\kappa$ of the people themselves is what to compare with; a judge that averages out the noise of many people could pass it.
 
 # %%
 def kappa(a: np.ndarray, b: np.ndarray) -> float:
@@ -878,7 +878,7 @@ lesson.report("how often the judge of biased people, and that of fair ones, choo
 lesson.report("verdicts that change with the places, biased judge", flips["biased"], ".0%")
 
 # %% [markdown]
-# **Two remedies.** Ask in both orders and add the two verdicts: then the places cannot matter any more, by construction. (The row above has done so, except for the flips.) And for idle sentences: regress the judge's verdicts on the difference in idle sentences, and take that part out, so that the verdict is what it would be for equal length. Dubois et al. (2024) do this for AlpacaEval, with the length of the answers.
+# **Two remedies.** Ask in both orders and add the two verdicts for the same answer (in the second order it stands last, so that number is subtracted): then the places cannot matter any more, by construction. (The rows above have done so, except for *first wins* and *flips*.) And for idle sentences: regress the judge's verdicts on the difference in idle sentences, and take that part out, so that the verdict is what it would be for equal length. Dubois et al. (2024) do this for AlpacaEval, with the length of the answers.
 
 # %%
 judge = judges["biased"]
@@ -951,7 +951,7 @@ plots.show(figure, alt=alt)
 
 
 # %% [markdown]
-# **What pairing gains, and how many tasks one needs.** Take two systems that are close, LoRA before and after careful DPO. With $s$ the standard deviation of the differences $g_i - g'_i$, taken *within* the kinds since each kind keeps its number of tasks, the standard error of their mean is $s / \sqrt n$. Without pairing it would be $\sqrt{(s_1^2 + s_2^2) / n}$, with the deviations of the two systems, within the kinds as well. To find a true difference $d$ in eight of ten competitions, at a level of 5 %, you need $d \ge 2.8\, s / \sqrt n$ (2.8 is 1.96 + 0.84, two quantiles of the normal distribution). The control breaks the pairs: the tasks of one system change places within their kind.
+# **What pairing gains, and how many tasks one needs.** Take two systems that are close, LoRA before and after careful DPO. With $s$ the standard deviation of the differences $g_i - g'_i$, taken *within* the kinds since each kind keeps its number of tasks, the standard error of their mean is $s / \sqrt n$. Without pairing it would be $\sqrt{(s_1^2 + s_2^2) / n}$, with the deviations of the two systems, within the kinds as well. To find a true difference $d$ in eight of ten competitions, at a level of 5 %, you need $d \ge 2.8\, s / \sqrt n$ (2.8 is 1.96 + 0.84, two quantiles of the normal distribution: a difference counts from 1.96 standard errors on, and for it to land there in eight of ten competitions, the true one must lie 0.84 standard errors further out). The control breaks the pairs: the tasks of one system change places within their kind.
 
 # %%
 def shuffled(values: np.ndarray) -> np.ndarray:
@@ -1366,7 +1366,7 @@ check("17.4", check_most_alike, most_alike)
 # </details>
 
 # %% tags=["exercise"]
-# Exercise 17.5, open: a board that cannot be climbed by trying. First write your guess.
+# Exercise 17.5, open: a board that shows only what is clearly better. First write your guess.
 PREDICTION = None  # by how much does the shown score of the Ladder pass the mean, after 200 equal submissions? (points)
 
 
@@ -1409,7 +1409,7 @@ check("17.5", check_ladder, ladder, PREDICTION)
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
-# On 50 tasks and after 200 tries the check prints 0.50 points too much for the Ladder, and 0.58 for a plain board: with so many tries some submission is lucky by more than a standard error. So the ranking itself is done on tasks that nobody could try.
+# On 50 tasks and after 200 tries the check prints 0.50 points too much for the Ladder, and 0.58 for a plain board. So this board can be climbed by trying as well, almost as high: with so many tries some submission is lucky by more than a standard error. So the ranking itself is done on tasks that nobody could try.
 #
 # ```python
 # PREDICTION = 0.5
@@ -1436,13 +1436,13 @@ check("17.5", check_ladder, ladder, PREDICTION)
 # **Why does the rubric take points from the whole answer, but give points only for what is left without the false sentences?**
 #
 # - A. It saves time
-# - B. So that naming every possible answer earns nothing
+# - B. So that naming every possible answer does not earn full points
 # - C. Because false sentences are longer
 # - D. Because a program cannot read
 #
 # <details><summary>Answer</summary>
 #
-# B. An answer that says everything is right somewhere. It has to cost something to be wrong elsewhere.
+# B. An answer that says everything is right somewhere. It has to cost something to be wrong elsewhere. (A little it earns even so: section 1 copies every name for `list`.)
 #
 # </details>
 

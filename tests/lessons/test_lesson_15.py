@@ -275,7 +275,7 @@ def test_the_check_of_aligned_sampling_finds_the_mask_itself_and_wrong_ways_out(
         planted(solution, "generator.random() < kept", "generator.random() > kept"),
         planted(solution, "generator.choices(calls, weights)[0]", "calls[-1]"),
         planted(solution, "generator.choices(calls, weights)[0]", "generator.choice(calls)"),
-        planted(solution, "weights.append(kept)", "weights.append(1 / kept)"),
+        planted(solution, "kept / (1 - kept)", "1 / kept"),
         planted(solution, "for _ in range(tries)", "for _ in range(10 * tries)"),
         planted(solution, "            return call\n", "            pass\n"),
     ]
