@@ -120,6 +120,8 @@ for name, model in {"base": base, "assistant": assistant}.items():
 #
 # `measure` gives one row a text, so that two models are compared on **the same** texts: the bootstrap resamples the texts and takes the difference each time, and what is hard about a text cancels. The intervals are over texts. Another calibration text or another model is not in them.
 #
+# `lesson.claim` prints a number with the bound that it must keep (and as *control* the same number where the effect should be absent, if that was measured), `lesson.equal` the difference of two computations that must agree, and `lesson.report` keeps a number for the table at the end.
+#
 # The *calibration* text is what a method may look at. It comes from the training distribution and never from the text of the measurement.
 
 # %%

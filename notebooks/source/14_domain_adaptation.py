@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/14_domain_adaptation.ipynb) [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/llm-workbook/llm-workbook/blob/v0.1.0/notebooks/14_domain_adaptation.ipynb)
 #
-# A hospital and a bank ask the same thing: here is a good general model, make it useful in *our* field. Four ways are on offer. Write a better prompt, look facts up, pretrain further on the field's texts, or fine-tune on its questions. People choose by habit. In this lesson you choose by measurement: one exam for all four, their cost in one unit, what each of them breaks, and whether a difference of a few points means anything.
+# A hospital and a bank ask the same thing: here is a good general model, make it useful in *our* field. Four ways are on offer. Write a better prompt, look facts up, pretrain further on the field's texts, or fine-tune on its questions. People choose by habit. In this lesson you choose by measurement: one exam for all four, their cost in one unit, what reading on breaks, and whether a difference of a few points means anything.
 #
 # **cpu 0 s · 0 GB**
 #
@@ -906,7 +906,7 @@ for one, two in itertools.combinations(["RAG", "eight wordings", "questions on o
     print(f"{one:>19} against {two:<19} {n10:>3} to {n01:<3} p = {paired_test(first, second):.2g}")
 
 # %% [markdown]
-# **How large must an exam be?** Test power by simulation: let two systems differ by a known amount, hold the exam many times, and count how often the test finds the difference. A test *at the 5 % level* calls a difference found where $p < 0.05$, and its *power* is how often it finds one that is there. Two close versions of one model (another prompt, a little more training) may agree on most questions: for such *similar* systems we let 10 % of the questions divide them. Systems that know different facts agree on fewer, even if they come from one base: above, half of the questions divide *with questions* and *SFT*. For such pairs, called *unrelated*, we take 40 %. The *unpaired* test knows only the two scores.
+# **How large must an exam be?** Test power by simulation: let two systems differ by a known amount, hold the exam many times, and count how often the test finds the difference. Here the first system is right on 70 % of the questions, the second on 75 %. A test *at the 5 % level* calls a difference found where $p < 0.05$, and its *power* is how often it finds one that is there. Two close versions of one model (another prompt, a little more training) may agree on most questions: for such *similar* systems we let 10 % of the questions divide them. Systems that know different facts agree on fewer, even if they come from one base: above, half of the questions divide *with questions* and *SFT*. For such pairs, called *unrelated*, we take 40 %. The *unpaired* test knows only the two scores.
 
 # %%
 from scipy.stats import norm
@@ -1088,7 +1088,7 @@ for name in ("with questions", "SFT"):
 # %% [markdown]
 # Asked about an illness that it was never told of, a model does not say so: it answers. The table says whether its confidence at least differs from that for what it knows. Two means may hide a lot, so look at the area under the ROC curve, the probability that a question on a told illness, drawn by lot, gets a higher confidence than one on an untold illness: near one half, the confidence hardly tells an illness that it was told of from one that it was not.
 #
-# **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it. A question that is *passed on* costs something too: somebody must look it up. Here it costs 1; an answer that is no sign, herb or dose at all costs the same, because anyone sees it.
+# **Not all mistakes are equal.** A dose off by one spoon is not a wrong herb. Write down what each mistake costs before you look at results, and compare systems by it. A question that is *passed on* costs something too: somebody must look it up. Here it costs 1; an answer that is no sign, herb or dose at all costs the same, because anyone sees it. The system passes on each question on which its confidence is below a threshold; the threshold is the one that does the least harm on half of the facts, and the rows of the systems show the other half.
 
 # %%
 SPOONS = ("one", "two", "three", "four", "five")
@@ -1127,7 +1127,7 @@ lesson.claim("the model that was asked about others only does at least a fifth m
              harm_of["questions on others"][0], at_least=1.2, control=harm_of["questions on others"][1])  # fmt: skip
 
 # %% [markdown]
-# The first two rows are floors: whoever says the least harmful constant of each kind, or any value of the right kind. Passing on every question costs 100, by definition; so does the model that was only told, since anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than doing nothing: many of its wrong answers are real signs, herbs and doses, so nobody sees that they are wrong. Ranked by right answers it would be better than the first. Compare the other systems with 100, too. With passing, by a threshold chosen on other facts, only a system below 100 is worth being switched on, and by how much is in the table. The threshold rests on few questions, so do not expect a gain in every row. Over five seeds (in the ledger) *with questions* did a harm of 76 to 118 when it answered all, and of 68 to 93 with passing: only with passing was it below 100 each time.
+# The first two rows are floors: whoever says the least harmful constant of each kind, or any value of the right kind. Passing on every question costs 100, by definition; so does the model that was only told, since anyone sees that its answers are none. The model that was asked about *others* gets some answers right and does more harm than doing nothing: many of its wrong answers are real signs, herbs and doses, so nobody sees that they are wrong. Ranked by right answers it would be better than the model that was only told. Compare the other systems with 100, too. With passing, by a threshold chosen on other facts, only a system below 100 is worth being switched on, and by how much is in the table. The threshold rests on few questions, so do not expect a gain in every row. Over five seeds (in the ledger) *with questions* did a harm of 76 to 118 when it answered all, and of 68 to 93 with passing: only with passing was it below 100 each time.
 #
 # The costs are ours, and another table of costs gives another order. That is why they are written down first.
 
@@ -1472,7 +1472,7 @@ lesson.summary()
 # %% [markdown]
 # ## In practice
 #
-# Start with the exam, then the cheapest thing: prompt, then retrieval, then training. For continued pretraining `trl` takes a column `text`; the loss is the one you checked in section 3. Each file is one document, and `wrapped` cuts long ones into rows, where the default would cut their ends off.
+# Start with the exam, then with what is set up soonest: a prompt, then retrieval, then training. Soonest is not cheapest: in section 5 a prompt with four examples costs more a question than one with a page. For continued pretraining `trl` takes a column `text`; the loss is the one you checked in section 3. Each file is one document, and `wrapped` cuts long ones into rows, where the default would cut their ends off.
 #
 # ```python
 # from datasets import concatenate_datasets, load_dataset
